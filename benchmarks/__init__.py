@@ -1,0 +1,1 @@
+"""Measurement: every runner through the same interface."""

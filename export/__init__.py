@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle: the only package besides `training` that needs torch."""

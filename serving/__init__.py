@@ -1,0 +1,1 @@
+"""Bundle -> running service; never imports torch."""

@@ -5,12 +5,15 @@
     │   ├── ImageError          a picture
     │   ├── TextError           a text
     │   └── CheckpointError     a checkpoint: name, directory, weights
-    ├── BundleError           a bundle is missing, incomplete, tampered with, or did not pass the gate
+    ├── BundleError           a bundle that is missing, incomplete, tampered with, or refused
     ├── RunnerError           a runner cannot give the device or precision it was asked for
-    └── ServerError           a Triton server: not startable, not reachable, or it refused a request
+    └── ServerError           a Triton server that cannot be started or reached, or that refused
 
 A message says what was expected, what arrived, and what to do.
 """
+
+import re
+from collections.abc import Sequence
 
 
 class ClipDeployError(Exception):
@@ -43,3 +46,21 @@ class RunnerError(ClipDeployError):
 
 class ServerError(ClipDeployError):
     """A Triton server that cannot be started or reached, or that refused a request."""
+
+
+def relocated(message: str, kind: str, start: int, names: Sequence[str]) -> str:
+    """An item's error, with its place among all items instead of the place in its batch.
+
+    Args:
+        message: names its item `images[2]` or `texts[2]` first, or, alone in a batch, not at all.
+        kind: `images` or `texts`.
+        start: place of the batch's first item among all.
+        names: of all items, such as paths; "" where there is none to tell.
+    """
+    found = re.match(rf"{kind}\[(\d+)\]:? ?", message)
+    if found is None and len(names) == 1:
+        return f"{names[0]}: {message}" if names[0] and names[0] not in message else message
+    index = start + (int(found[1]) if found else 0)
+    rest = message[found.end() :] if found else message
+    name = names[index] if names[index] not in rest else ""
+    return f"{kind}[{index}]{f' ({name})' if name else ''}: {rest}"

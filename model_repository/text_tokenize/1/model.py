@@ -1,0 +1,41 @@
+"""Texts -> token ids: `serving.tokenizer` behind Triton's Python backend."""
+
+import json
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from serving.bundle import Bundle
+from serving.errors import TextError
+from serving.tokenizer import Tokenizer
+
+
+class TritonPythonModel:
+    """`text` BYTES [n, 1], UTF-8 -> `input_ids` int32 [n, length]."""
+
+    def initialize(self, args):
+        bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
+        self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
+
+    def execute(self, requests):
+        return [self.respond(request) for request in requests]
+
+    def respond(self, request):
+        """Answer one request; its first bad text is its answer, and nobody else's."""
+        raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
+        truncate = bool(json.loads(request.parameters()).get("truncate", False))
+        try:
+            ids = self.tokenizer([decode(i, text) for i, text in enumerate(raw)], truncate=truncate)
+        except TextError as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            )
+        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])
+
+
+def decode(index, data):
+    """UTF-8 bytes -> str."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"texts[{index}] is not UTF-8: {error}") from error

@@ -1,0 +1,252 @@
+"""`python -m serving`: bundle -> running service, and its use."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.progress import track
+from rich.table import Table
+
+from serving.bundle import Bundle
+from serving.client import ClipClient
+from serving.commands import Json, log, out, run
+from serving.demo import demo as run_demo
+from serving.demo import find_pictures, tables
+from serving.errors import InputError
+from serving.local import LocalClip
+from serving.repository import assemble as assemble_repository
+from serving.triton import TritonServer, attach
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+REPOSITORY = Path("build/model_repository")
+
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
+]
+Url = Annotated[
+    str | None, typer.Option(help="A running server: grpc://host:port or http://host:port.")
+]
+LocalBundle = Annotated[
+    Path | None, typer.Option("--bundle", help="A bundle to run in this process instead.")
+]
+
+
+@app.command()
+def assemble(
+    bundle: BundlePath,
+    output: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
+    backend: Annotated[
+        Literal["embedded", "onnxruntime", "openvino", "tensorrt"],
+        typer.Option(help="What runs the towers; embedded needs only Triton's Python backend."),
+    ] = "embedded",
+    precision: Annotated[str, typer.Option(help="Of both towers.")] = "fp32",
+    max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    refused_too: Annotated[
+        bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model repository for a bundle."""
+    path = assemble_repository(
+        Bundle.open(bundle),
+        output,
+        backend=backend,
+        precision=precision,
+        max_batch_size=max_batch_size,
+        refused_too=refused_too,
+    )
+    models = sorted(config.parent.name for config in path.glob("*/config.pbtxt"))
+    if as_json:
+        print(json.dumps({"repository": str(path), "backend": backend, "models": models}))
+    else:
+        out.print(f"{path}: {', '.join(models)} ({backend}, {precision})")
+
+
+@app.command()
+def up(
+    repository: Annotated[
+        Path, typer.Argument(help="What `python -m serving assemble` wrote.")
+    ] = REPOSITORY,
+    url: Url = None,
+    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
+    log_file: Annotated[Path | None, typer.Option("--log", help="Of Triton itself.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start the embedded Triton server, Ctrl-C stops it; with --url, look at a running one."""
+    if url is not None:
+        attach(url)
+        with ClipClient(url) as client:
+            if as_json:
+                print(json.dumps({"url": url, **client.facts}))
+            else:
+                _facts(url, client.facts)
+        return
+    with TritonServer(
+        repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log=log_file,
+    ) as server:
+        urls = {"http": server.http_url, "grpc": server.grpc_url}
+        facts = {**urls, "metrics": f"http://{server.metrics_url}/metrics", "log": str(server.log)}
+        if as_json:
+            print(json.dumps(facts), flush=True)
+        else:
+            _facts(f"Triton serves {repository}; Ctrl-C stops it", facts)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            log.print("stopping")
+
+
+@app.command()
+def embed(
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(help="Picture files, or folders of them.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="NumPy .npz with `embeddings` float32 [n, dim] and `names` [n]."),
+    ] = None,
+    url: Url = None,
+    bundle: LocalBundle = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = (
+        False
+    ),
+    as_json: Json = False,
+) -> None:
+    """Embed pictures and texts: pictures first, then texts, in the order given."""
+    files = _pictures(pictures or [])
+    if not files and not text:
+        raise InputError("nothing to embed; give picture files or folders, or --text")
+    parts = []
+    with _embedder(url, bundle) as embedder:
+        starts = track(range(0, len(files), 64), "embedding pictures", console=log)
+        parts += [embedder.embed_images(files[start : start + 64]) for start in starts]
+        if text:
+            parts.append(embedder.embed_texts(text, truncate=truncate))
+    embeddings = np.concatenate(parts)
+    names = [*map(str, files), *(text or [])]
+    if output is not None:
+        _save(output, embeddings, names)
+    if as_json:
+        rows = [] if output else embeddings.tolist()
+        print(json.dumps({"names": names, "shape": embeddings.shape, "embeddings": rows}))
+        return
+    table = Table(title=f"{len(names)} embeddings of {embeddings.shape[1]} dimensions")
+    for column in ("input", "first values"):
+        table.add_column(column, overflow="fold")
+    for name, row in list(zip(names, embeddings, strict=True))[:20]:
+        table.add_row(name, " ".join(f"{value:+.4f}" for value in row[:6]) + " ...")
+    out.print(table)
+    if output:
+        out.print(f"wrote {output}")
+
+
+@app.command()
+def classify(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    label: Annotated[list[str], typer.Option(help="A label; repeat for each.")],
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="What labels are put into, with a {}; default: the checkpoint's own."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Labels shown a picture.")] = 3,
+    url: Url = None,
+    bundle: LocalBundle = None,
+    as_json: Json = False,
+) -> None:
+    """Zero-shot classification: the probability of each label for each picture."""
+    files = _pictures(pictures)
+    with _embedder(url, bundle) as embedder:
+        scores = embedder.classify(files, label, template)
+    if as_json:
+        rows = [
+            {"picture": str(file), "probabilities": dict(zip(label, row.tolist(), strict=True))}
+            for file, row in zip(files, scores, strict=True)
+        ]
+        print(json.dumps(rows))
+        return
+    table = Table(title="Zero-shot classification")
+    for column in ("picture", "label", "probability"):
+        table.add_column(column, overflow="fold")
+    for file, row in zip(files, scores, strict=True):
+        for rank, index in enumerate(np.argsort(-row)[:top]):
+            table.add_row("" if rank else str(file), label[index], f"{row[index]:.1%}")
+    out.print(table)
+
+
+@app.command()
+def demo(
+    bundle: BundlePath,
+    pictures: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    labels: Annotated[
+        Path, typer.Option(help="Text file, a label a line.", exists=True, dir_okay=False)
+    ],
+    query: Annotated[list[str], typer.Option(help="What to search for; repeat for each.")],
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path(
+        "build/demo/contact_sheet.png"
+    ),
+    repository: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
+    as_json: Json = False,
+) -> None:
+    """Assemble, start, classify and search over HTTP and gRPC, draw a contact sheet, stop."""
+    names = [line.strip() for line in labels.read_text(encoding="utf-8").splitlines()]
+    outcome = run_demo(
+        Bundle.open(bundle), pictures, [n for n in names if n], query, repository, sheet
+    )
+    if as_json:
+        print(json.dumps(outcome.to_json()))
+        return
+    for table in tables(outcome):
+        out.print(table)
+    if outcome.accuracy is not None:
+        out.print(f"zero-shot top-1 among {len(names)} labels: {outcome.accuracy:.1%}")
+    out.print(
+        f"server ready in {outcome.start_s:.1f} s, {outcome.embed_per_s:.0f} pictures/s over gRPC, "
+        f"HTTP and gRPC differ by at most {outcome.protocols_differ_by:.1e}"
+    )
+    out.print(f"wrote {outcome.contact_sheet}")
+
+
+def _pictures(paths: list[Path]) -> list[Path]:
+    files = []
+    for path in paths:
+        files += find_pictures(path) if path.is_dir() else [path]
+    return files
+
+
+def _embedder(url: str | None, bundle: Path | None) -> ClipClient | LocalClip:
+    """The client of --url, or the bundle of --bundle in this process."""
+    if url is not None and bundle is None:
+        return ClipClient(url)
+    if bundle is None or url is not None:
+        raise InputError("give either --url of a running server or --bundle to run in this process")
+    return LocalClip(bundle)
+
+
+def _facts(title: str, facts: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, value)
+    out.print(table)
+
+
+def _save(path: Path, embeddings: NDArray[np.float32], names: list[str]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(temporary, embeddings=embeddings, names=np.array(names))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run(app)

@@ -1,0 +1,240 @@
+"""What export writes and serving reads: the bundle's layout, its manifest, its tolerances.
+
+A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
+`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB). The manifest is the single
+source of truth about all of them; a file it does not vouch for is not loaded.
+
+Does not know: how artifacts are made (`export`), or run (`serving.runners`).
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from serving.errors import BundleError
+from serving.files import sha256_of
+from serving.typed_json import from_json
+
+FORMAT = 1
+"""Of `manifest.json`; a reader refuses any other."""
+
+Tower = Literal["image", "text"]
+TOWERS: tuple[Tower, Tower] = ("image", "text")
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+"""What labels are put into when a checkpoint does not say (Radford et al. 2021, 3.1.4)."""
+
+TEXT_BUCKETS = (8, 16, 24, 32, 48)
+"""Lengths a batch of texts is padded to, below the context length itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSpec:
+    """How a picture becomes pixels, and what the image tower then does with them."""
+
+    size: int
+    """Side of the square the tower takes, in pixels."""
+    resize: int
+    """Length the shorter edge is resized to before the centre is cropped, in pixels."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    mean: tuple[float, float, float]
+    """Per channel, of pixels scaled to 0..1; applied inside the image graph."""
+    std: tuple[float, float, float]
+    pipeline: Literal["openai", "huggingface"]
+    """Whose conventions hold: `openai` (also OpenCLIP) resizes, then converts to RGB, and rounds
+    the crop's offset half to even; `huggingface` converts first and rounds the offset down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """How a text becomes token ids."""
+
+    context_length: int
+    vocab_size: int
+    start_id: int
+    end_id: int
+    """The end-of-text token: the text tower pools at its first occurrence."""
+    pad_id: int
+    """Follows the end-of-text token; causal attention makes its value irrelevant to the result."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Lengths a batch is padded to, ascending; the last is the context length."""
+        return (*(b for b in TEXT_BUCKETS if b < self.context_length), self.context_length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far a runner's embeddings may be from eager float32's."""
+
+    min_cosine: float
+    """Of the worst pair, not of the mean."""
+    max_abs_difference: float
+
+
+TOLERANCES = {"fp32": Tolerance(min_cosine=0.99999, max_abs_difference=1e-4)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the parity gate measured of one artifact through one runner."""
+
+    runner: str
+    """Such as `onnxruntime:fp32`."""
+    passed: bool
+    embeddings: int
+    """How many were compared."""
+    min_cosine: float
+    mean_cosine: float
+    max_abs_difference: float
+    runtime_version: str
+    machine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A file of the bundle, as the manifest vouches for it."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """One tower in one precision."""
+
+    tower: Tower
+    kind: Literal["onnx"]
+    precision: str
+    files: tuple[File, ...]
+    """The graph, then its external data if it has any."""
+    opset: int
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Name of the graph itself."""
+        return self.files[0].name
+
+    def passed(self, runner: str) -> bool:
+        """Whether the gate let this artifact through when run by `runner`."""
+        return any(v.passed for v in self.verdicts if v.runner == runner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a bundle's weights come from, and what made its artifacts."""
+
+    source: str
+    weights: Literal["trained", "random"]
+    """`random` weights have the true architecture's speed and no meaning."""
+    weights_sha256: str
+    tools: dict[str, str]
+    """Package name -> version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything about a bundle."""
+
+    format: int
+    name: str
+    created: str
+    """UTC, ISO 8601."""
+    architecture: str
+    """For people: tower kinds and sizes."""
+    embed_dim: int
+    logit_scale: float
+    """What cosines are multiplied with before the softmax of zero-shot classification."""
+    templates: tuple[str, ...]
+    image: ImageSpec
+    text: TextSpec
+    tokenizer: File
+    provenance: Provenance
+    artifacts: tuple[Artifact, ...]
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class Bundle:
+    """A directory and its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path) -> "Bundle":
+        """Read the manifest of the bundle at `path`.
+
+        Raises:
+            BundleError: there is no bundle, or its manifest is not of this format.
+        """
+        file = path / "manifest.json"
+        if not file.exists():
+            raise BundleError(
+                f"{path} is not a bundle: no manifest.json in it; "
+                "make one with `python -m export CHECKPOINT`"
+            )
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            found = document.get("format") if isinstance(document, dict) else None
+            if found != FORMAT:
+                raise BundleError(
+                    f"{file}: manifest format {found!r}, this version reads {FORMAT}; "
+                    "export the checkpoint again"
+                )
+            return cls(path, from_json(Manifest, document))
+        except ValueError as error:
+            raise BundleError(f"{file}: {error}; export the checkpoint again") from error
+
+    @property
+    def tokenizer(self) -> Path:
+        """The verified `tokenizer.json`."""
+        return self._verified([self.manifest.tokenizer])
+
+    def artifact(self, tower: Tower, precision: str) -> Artifact:
+        """The artifact of `tower` in `precision`.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        for artifact in self.manifest.artifacts:
+            if (artifact.tower, artifact.precision) == (tower, precision):
+                return artifact
+        has = sorted(a.precision for a in self.manifest.artifacts if a.tower == tower)
+        raise BundleError(
+            f"{self.path} has no {precision} {tower} graph, only {', '.join(has) or 'none'}; "
+            f"export the checkpoint again with --precision {precision}"
+        )
+
+    def verified(self, artifact: Artifact) -> Path:
+        """The path of `artifact`'s graph, after comparing its files with the manifest.
+
+        Raises:
+            BundleError: a file is missing or is not the one that was exported.
+        """
+        return self._verified(artifact.files)
+
+    def _verified(self, files: Iterable[File]) -> Path:
+        paths = [self.path / file.name for file in files]
+        for path, file in zip(paths, files, strict=True):
+            if not path.is_file():
+                raise BundleError(f"{path} is missing; export the checkpoint again")
+            if (found := sha256_of(path)) != file.sha256:
+                raise BundleError(
+                    f"{path} is not the file that was exported: its sha256 is {found[:16]}..., the "
+                    f"manifest says {file.sha256[:16]}...; it was changed or damaged, export the "
+                    "checkpoint again"
+                )
+        return paths[0]
+
+
+def describe_file(path: Path) -> File:
+    """What the manifest says of the file at `path`."""
+    return File(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)

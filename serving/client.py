@@ -1,0 +1,255 @@
+"""A client of the Triton server: pictures and texts in, embeddings and probabilities out.
+
+    with ClipClient("grpc://localhost:8001") as client:
+        client.embed_images(["cat.jpg", "dog.jpg"])          # float32 [2, dim]
+        client.classify(["cat.jpg"], ["a cat", "a dog"])     # float32 [1, 2]
+
+Does not know: how the server is run (`triton.py`), or what it runs.
+"""
+
+import io
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from serving.errors import ImageError, InputError, ServerError, TextError, relocated
+from serving.preprocess import Picture, read_picture
+from serving.triton import attach
+from serving.zero_shot import classify
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+
+
+class ClipClient:
+    """Calls the ensembles `clip_image` and `clip_text`; use it in a `with` statement.
+
+    Inputs are cut into requests of `batch_size`, of which up to `in_flight` are under way at a
+    time, so that the server decodes some while it runs others. Safe to share between threads.
+
+    Args:
+        url: `grpc://host:port` or `http://host:port`.
+        timeout: seconds a request may take; the server drops it from its queue after that time.
+        batch_size: pictures or texts a request, at most the server's own limit.
+        in_flight: requests under way at a time.
+    """
+
+    def __init__(
+        self, url: str, *, timeout: float = 60.0, batch_size: int = 8, in_flight: int = 4
+    ) -> None:
+        attach(url, timeout=min(timeout, 10.0))
+        scheme, _, self._address = url.partition("://")
+        self._url, self._timeout, self._scheme = url, timeout, scheme
+        self._protocol = _protocol(scheme)
+        self._threads = threading.local()
+        self._connections: list[Any] = []
+        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
+        try:
+            config = self._call(lambda connection: connection.get_model_config("clip_image"))
+            config = config if isinstance(config, dict) else _as_dict(config.config)
+            facts = {key: v["string_value"] for key, v in config.get("parameters", {}).items()}
+            self.logit_scale = float(facts["logit_scale"])
+            self.templates: tuple[str, ...] = tuple(json.loads(facts["templates"]))
+            self.facts: dict[str, str] = facts
+        except KeyError as error:
+            self.close()
+            raise ServerError(
+                f"{url} serves a clip_image without {error}; it was not assembled by this project"
+            ) from error
+        except BaseException:
+            self.close()
+            raise
+        self._batch_size = min(batch_size, int(config["max_batch_size"]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all connections."""
+        self._pool.shutdown(cancel_futures=True)
+        while self._connections:
+            self._connections.pop().close()
+
+    def embed_images(self, images: Sequence[Picture]) -> Floats:
+        """Embed pictures.
+
+        Args:
+            images: paths, encoded bytes, PIL images, or uint8 RGB arrays [height, width, 3].
+
+        Returns:
+            float32 [n, dim], unit length.
+
+        Raises:
+            ImageError: a picture cannot be used; the message says which and why.
+            ServerError: the server did not answer in time, or failed.
+        """
+        names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
+        return self._embed("image", images, encode_picture, {}, ImageError, names)
+
+    def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
+        """Embed texts; `truncate` cuts those that are too long instead of refusing them.
+
+        Returns:
+            float32 [n, dim], unit length.
+
+        Raises:
+            TextError: a text cannot be used; the message says which and why.
+            ServerError: the server did not answer in time, or failed.
+        """
+        parameters = {"truncate": True} if truncate else {}
+        return self._embed("text", texts, _encode_text, parameters, TextError, [""] * len(texts))
+
+    def classify(
+        self,
+        images: Sequence[Picture],
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+    ) -> Floats:
+        """Probability of each label for each picture, float32 [n, labels]; rows sum to 1."""
+        return classify(self, images, labels, templates)
+
+    def _embed(
+        self,
+        kind: str,
+        items: Sequence[T],
+        encode: Callable[[T], bytes],
+        parameters: dict[str, Any],
+        refusal: type[InputError],
+        names: list[str],
+    ) -> Floats:
+        if isinstance(items, str | bytes):
+            raise refusal(f"expected a sequence of {kind}s, got one {type(items).__name__}")
+
+        def embed(start: int) -> Floats:
+            data = []
+            for index, item in enumerate(items[start : start + self._batch_size], start):
+                try:
+                    data.append(encode(item))
+                except refusal as error:
+                    raise refusal(relocated(str(error), f"{kind}s", index, names)) from error
+            try:
+                return self._infer(kind, data, parameters)
+            except InputError as error:
+                raise refusal(relocated(str(error), f"{kind}s", start, names)) from error
+
+        if not items:
+            raise refusal(f"no {kind}s to embed; give at least one")
+        futures = [self._pool.submit(embed, s) for s in range(0, len(items), self._batch_size)]
+        try:
+            return np.concatenate([future.result() for future in futures])
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _infer(self, kind: str, data: list[bytes], parameters: dict[str, Any]) -> Floats:
+        tensor = self._protocol.InferInput(kind, [len(data), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(-1, 1))
+        options: dict[str, Any] = {"timeout": int(self._timeout * 1e6)}
+        if self._scheme == "grpc":
+            options["client_timeout"] = self._timeout
+        result = self._call(
+            lambda connection: connection.infer(
+                f"clip_{kind}", [tensor], parameters=parameters, **options
+            )
+        )
+        embeddings: Floats = result.as_numpy(f"{kind}_embeds")
+        return embeddings
+
+    def _call(self, action: Callable[[Any], Any]) -> Any:
+        """Do `action` with this thread's connection; errors become ours."""
+        try:
+            return action(self._connection())
+        except InferenceServerException as error:
+            raise self._translated(error) from error
+        except (OSError, TimeoutError) as error:
+            raise ServerError(
+                f"no answer from {self._url} within {self._timeout:g} s: {error}"
+            ) from error
+
+    def _translated(self, error: InferenceServerException) -> ServerError | InputError:
+        reason = re.sub(r"^in ensemble '\w+', ", "", error.message())
+        status = str(error.status())
+        if status in ("400", "StatusCode.INVALID_ARGUMENT"):
+            return InputError(reason)
+        if status in ("499", "StatusCode.DEADLINE_EXCEEDED"):
+            return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
+        return ServerError(f"{self._url} refused the request ({status}): {reason}")
+
+    def _connection(self) -> Any:
+        """A connection of this thread: tritonclient's HTTP client belongs to one thread."""
+        if not hasattr(self._threads, "connection"):
+            options: dict[str, Any] = {}
+            if self._scheme == "http":
+                options = {"connection_timeout": self._timeout, "network_timeout": self._timeout}
+            self._threads.connection = self._protocol.InferenceServerClient(
+                self._address, **options
+            )
+            self._connections.append(self._threads.connection)
+        return self._threads.connection
+
+
+def _protocol(scheme: str) -> ModuleType:
+    if scheme == "grpc":
+        import tritonclient.grpc as protocol
+    else:
+        import tritonclient.http as protocol
+    module: ModuleType = protocol
+    return module
+
+
+def _as_dict(message: Any) -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
+    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return found
+
+
+def encode_picture(picture: Picture) -> bytes:
+    """The encoded picture that is sent: files and bytes as they are, pixels as PNG (lossless).
+
+    Raises:
+        ImageError: there is no such file, or the array is not uint8 [height, width, 3].
+    """
+    if isinstance(picture, bytes):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        return read_picture(picture)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ImageError(
+                f"expected an array uint8 [height, width, 3], got {picture.dtype} "
+                f"{list(picture.shape)}"
+            )
+        picture = Image.fromarray(picture)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _encode_text(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TextError(f"expected a str, got {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"holds a lone surrogate at position {error.start}; it is no text"
+        ) from error

@@ -1,0 +1,184 @@
+"""`model_repository/` + a bundle -> a directory that Triton serves.
+
+The committed `config.pbtxt` files are read as protobuf, given the facts of the bundle, and written
+beside what each model needs: its `model.py` or its graph, and the part of the bundle it reads.
+
+Does not know: how a server is started (`triton.py`).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from serving.bundle import TOWERS, Bundle, Manifest, Tower
+from serving.errors import BundleError
+from serving.files import link_or_copy, new_directory
+from serving.machine import cpu_count
+
+Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
+ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
+
+SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
+_TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
+_WARM_UP_BATCHES = (1, 8, 32)
+
+
+def assemble(
+    bundle: Bundle,
+    target: Path,
+    *,
+    backend: Backend = "embedded",
+    precision: str = "fp32",
+    max_batch_size: int = 64,
+    refused_too: bool = False,
+) -> Path:
+    """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
+
+    Args:
+        backend: `embedded` runs the towers in Triton's Python backend through a runner of this
+            project; the others name a backend that the serving container must have.
+        refused_too: take artifacts that the parity gate refused.
+
+    Raises:
+        BundleError: an artifact is missing, not the exported one, or was refused by the gate.
+    """
+    if backend == "tensorrt":
+        raise BundleError(f"{bundle.path} holds no TensorRT plans; choose another backend")
+    for tower in TOWERS:
+        if not refused_too and not bundle.artifact(tower, precision).passed(_runner(precision)):
+            raise BundleError(_refusal(bundle, tower, precision))
+    with new_directory(target) as work:
+        for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
+            version = work / source.name / "1"
+            version.mkdir(parents=True)
+            config = model_config(source.name, bundle.manifest, backend, max_batch_size)
+            if source.name in _TOWERS:
+                _add_tower(bundle, _TOWERS[source.name], precision, config, version)
+            elif source.name in ("image_preprocess", "text_tokenize"):
+                files = [bundle.tokenizer] if source.name == "text_tokenize" else []
+                _add_python_model(bundle, source.name, version, files)
+            (work / source.name / "config.pbtxt").write_text(text_format.MessageToString(config))
+    return target
+
+
+def model_config(
+    name: str, manifest: Manifest, backend: Backend, max_batch_size: int
+) -> ModelConfig:
+    """The committed configuration of model `name`, with the facts of a bundle and a backend."""
+    text = (SOURCE / name / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    config.max_batch_size = max_batch_size
+    _set_dimensions(config, manifest)
+    if config.platform == "ensemble":
+        _set_facts(config, manifest)
+    if name == "image_preprocess":
+        config.instance_group[0].count = cpu_count()
+    if name in _TOWERS and backend != "embedded":
+        _set_backend(config, backend)
+        _set_warm_up(config, manifest)
+    return config
+
+
+def _runner(precision: str) -> str:
+    return f"onnxruntime:{precision}"
+
+
+def _add_tower(
+    bundle: Bundle, tower: Tower, precision: str, config: ModelConfig, version: Path
+) -> None:
+    artifact = bundle.artifact(tower, precision)
+    graph = bundle.verified(artifact)
+    files = [graph.with_name(file.name) for file in artifact.files]
+    if config.backend == "python":
+        config.parameters["runner"].string_value = _runner(precision)
+        _add_python_model(bundle, config.name, version, files)
+        return
+    link_or_copy(files[0], version / config.default_model_filename)
+    for file in files[1:]:
+        link_or_copy(file, version / file.name)  # external data: the graph knows it by this name
+
+
+def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path]) -> None:
+    """`model.py`, and the part of the bundle that it reads."""
+    shutil.copy(SOURCE / name / "1" / "model.py", version)
+    directory = version / "bundle"
+    directory.mkdir()
+    for file in [bundle.path / "manifest.json", *files]:
+        link_or_copy(file, directory / file.name)
+
+
+def _refusal(bundle: Bundle, tower: Tower, precision: str) -> str:
+    verdicts = bundle.artifact(tower, precision).verdicts
+    measured = "; ".join(
+        f"{v.runner}: minimum cosine {v.min_cosine:.6f}, largest difference "
+        f"{v.max_abs_difference:.1e}"
+        for v in verdicts
+    )
+    return (
+        f"the parity gate did not pass the {precision} {tower} graph ({measured or 'no verdict'}); "
+        "look at `python -m export verify`, or assemble with --refused-too to serve it anyway"
+    )
+
+
+def _set_dimensions(config: ModelConfig, manifest: Manifest) -> None:
+    dimensions = {
+        "pixels": [3, manifest.image.size, manifest.image.size],
+        "image_embeds": [manifest.embed_dim],
+        "text_embeds": [manifest.embed_dim],
+    }
+    for tensor in (*config.input, *config.output):
+        if tensor.name in dimensions:
+            tensor.dims[:] = dimensions[tensor.name]
+
+
+def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
+    """What a client needs to know, where `get_model_config` shows it."""
+    facts = {
+        "model": manifest.name,
+        "architecture": manifest.architecture,
+        "weights": manifest.provenance.weights,
+        "logit_scale": repr(manifest.logit_scale),
+        "templates": json.dumps(manifest.templates),
+        "context_length": str(manifest.text.context_length),
+    }
+    for key, value in facts.items():
+        config.parameters[key].string_value = value
+
+
+def _set_backend(config: ModelConfig, backend: Backend) -> None:
+    """Hand the tower to a backend of the container."""
+    group, kinds = config.instance_group[0], model_config_pb2.ModelInstanceGroup
+    if backend == "tensorrt":
+        config.ClearField("backend")
+        config.platform = "tensorrt_plan"
+        config.default_model_filename = "model.plan"
+        group.kind = kinds.KIND_GPU
+        # Plans of texts have two profiles, for short and for full lengths.
+        group.profile[:] = ["0", "1"] if config.name == "text_tower" else ["0"]
+    else:
+        config.backend = backend
+        config.default_model_filename = "model.onnx"
+        group.kind = kinds.KIND_AUTO if backend == "onnxruntime" else kinds.KIND_CPU
+        if backend == "onnxruntime":
+            group.ClearField("count")  # one a GPU, or one on the CPU
+
+
+def _set_warm_up(config: ModelConfig, manifest: Manifest) -> None:
+    """Prefer some batch sizes, and run each of them once before the model counts as ready."""
+    sizes = [size for size in _WARM_UP_BATCHES if size <= config.max_batch_size]
+    config.dynamic_batching.preferred_batch_size[:] = sizes[1:]
+    tensor = config.input[0]
+    lengths = manifest.text.buckets if config.name == "text_tower" else (None,)
+    for size in sizes:
+        for length in lengths:
+            warmup = config.model_warmup.add()
+            warmup.name = f"batch {size}" + (f" length {length}" if length else "")
+            warmup.batch_size = size
+            data = warmup.inputs[tensor.name]
+            data.data_type = tensor.data_type
+            data.dims[:] = [length] if length else tensor.dims
+            data.zero_data = True

@@ -1,0 +1,94 @@
+"""A tower behind Triton's Python backend: batches of requests in, one run of a runner.
+
+For the embedded server, which has no other backend. Imported only inside Triton's Python stub,
+which provides `triton_python_backend_utils`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from serving.bundle import Bundle, TextSpec, Tower
+from serving.errors import TextError
+from serving.runners.base import Batch, open_runner
+
+
+class TowerModel:
+    """`pixels` or `input_ids` -> embeddings float32 [n, dim]."""
+
+    tower: ClassVar[Tower]
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the runner that assembly chose, and run every shape once before Triton is ready."""
+        config = json.loads(args["model_config"])
+        bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
+        self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
+        self._text = bundle.manifest.text if self.tower == "text" else None
+        name = config["parameters"]["runner"]["string_value"]
+        self._runner = open_runner(bundle, self.tower, name).__enter__()
+        size = bundle.manifest.image.size
+        for count in (1, min(8, config["max_batch_size"])):
+            if self._text is None:
+                self._runner.run(np.zeros((count, 3, size, size), np.uint8))
+                continue
+            for length in self._text.buckets:
+                self._runner.run(np.full((count, length), self._text.end_id, np.int32))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One run over all good requests; a bad one gets its own error."""
+        answers: list[Any] = [None] * len(requests)
+        good, batches = [], []
+        for index, request in enumerate(requests):
+            batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
+            try:
+                if self._text is not None:
+                    check_ids(batch, self._text)
+            except TextError as error:
+                answers[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+                continue
+            good.append(index)
+            batches.append(batch)
+        if not good:
+            return answers
+        try:
+            embeddings = self._runner.run(_join(batches))
+        except Exception as error:  # raised out of here, it would end the whole stub
+            failure = f"{self._runner.name}: {error}"
+            for index in good:
+                answers[index] = _error(failure, pb_utils.TritonError.INTERNAL)
+            return answers
+        ends = np.cumsum([len(batch) for batch in batches])
+        for index, part in zip(good, np.split(embeddings, ends[:-1]), strict=True):
+            answers[index] = pb_utils.InferenceResponse([pb_utils.Tensor(self._output, part)])
+        return answers
+
+    def finalize(self) -> None:
+        """Free the runner."""
+        self._runner.__exit__(None, None, None)
+
+
+def check_ids(ids: Batch, spec: TextSpec) -> None:
+    """Refuse token ids that would end a whole batch, or pool at the wrong place, one level below.
+
+    Raises:
+        TextError: too long, out of the vocabulary, or without an end-of-text token.
+    """
+    if not 2 <= ids.shape[1] <= spec.context_length:
+        raise TextError(f"input_ids are {ids.shape[1]} long; expected 2 to {spec.context_length}")
+    if ids.min() < 0 or ids.max() >= spec.vocab_size:
+        raise TextError(
+            f"input_ids hold {ids.min()} to {ids.max()}; expected 0 to {spec.vocab_size - 1}"
+        )
+    if not (ids == spec.end_id).any(axis=1).all():
+        raise TextError(f"input_ids of a text lack the end-of-text token {spec.end_id}")
+
+
+def _join(batches: list[Any]) -> Any:
+    return batches[0] if len(batches) == 1 else np.concatenate(batches)
+
+
+def _error(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,73 @@
+"""JSON documents -> frozen dataclasses, checked against their annotations.
+
+Small on purpose: what manifests hold (scalars, tuples, string-keyed dictionaries, literals, nested
+dataclasses), and errors that say where in the document something else stood.
+"""
+
+import dataclasses
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_json(kind: type[T], value: Any) -> T:
+    """Build a `kind` (a dataclass) from what `json.loads` returned.
+
+    Raises:
+        ValueError: `value` does not fit; the message names the place, such as `image.size`.
+    """
+    built: T = _convert(kind, value, "")
+    return built
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass(kind, value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise _misfit(where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _misfit(where, "a list", value)
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(arguments) != len(value):
+            raise _misfit(where, f"{len(arguments)} items", value)
+        return tuple(
+            _convert(item_kind, item, f"{where}[{index}]")
+            for index, (item_kind, item) in enumerate(zip(arguments, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _misfit(where, "an object", value)
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise _misfit(where, kind.__name__, value)
+    return value
+
+
+def _dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _misfit(where, "an object", value)
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    if unknown := value.keys() - fields.keys():
+        raise ValueError(f"{prefix}{min(unknown)}: not a known key")
+    required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+    if absent := required - value.keys():
+        raise ValueError(f"{prefix}{min(absent)}: missing")
+    return kind(
+        **{name: _convert(hints[name], item, prefix + name) for name, item in value.items()}
+    )
+
+
+def _misfit(where: str, expected: str, value: Any) -> ValueError:
+    shown = repr(value)
+    return ValueError(
+        f"{where or 'document'}: expected {expected}, found {shown[:60]}{'...' * (len(shown) > 60)}"
+    )

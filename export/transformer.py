@@ -30,7 +30,8 @@ class LayerNorm(nn.LayerNorm):
     """Computes in float32, returns the dtype it was given."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        out = F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.float(), self.bias.float()
+        out = F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
         return out.to(x.dtype)
 
 

@@ -7,6 +7,7 @@
 Does not know: how the server is run (`triton.py`), or what it runs.
 """
 
+import functools
 import io
 import json
 import os
@@ -102,7 +103,8 @@ class ClipClient:
             ServerError: the server did not answer in time, or failed.
         """
         names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
-        return self._embed("image", images, encode_picture, {}, ImageError, names)
+        infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
+        return self._embed("images", images, encode_picture, infer, ImageError, names)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
         """Embed texts; `truncate` cuts those that are too long instead of refusing them.
@@ -114,8 +116,9 @@ class ClipClient:
             TextError: a text cannot be used; the message says which and why.
             ServerError: the server did not answer in time, or failed.
         """
-        parameters = {"truncate": True} if truncate else {}
-        return self._embed("text", texts, _encode_text, parameters, TextError, [""] * len(texts))
+        whole = functools.partial(self._infer_bytes, "clip_text", "text", "text_embeds")
+        infer = self._infer_truncated if truncate else whole
+        return self._embed("texts", texts, _encode_text, infer, TextError, [""] * len(texts))
 
     def classify(
         self,
@@ -131,12 +134,12 @@ class ClipClient:
         kind: str,
         items: Sequence[T],
         encode: Callable[[T], bytes],
-        parameters: dict[str, Any],
+        infer: Callable[[list[bytes]], Floats],
         refusal: type[InputError],
         names: list[str],
     ) -> Floats:
         if isinstance(items, str | bytes):
-            raise refusal(f"expected a sequence of {kind}s, got one {type(items).__name__}")
+            raise refusal(f"expected a sequence of {kind}, got one {type(items).__name__}")
 
         def embed(start: int) -> Floats:
             data = []
@@ -144,14 +147,14 @@ class ClipClient:
                 try:
                     data.append(encode(item))
                 except refusal as error:
-                    raise refusal(relocated(str(error), f"{kind}s", index, names)) from error
+                    raise refusal(relocated(str(error), kind, index, names)) from error
             try:
-                return self._infer(kind, data, parameters)
+                return infer(data)
             except InputError as error:
-                raise refusal(relocated(str(error), f"{kind}s", start, names)) from error
+                raise refusal(relocated(str(error), kind, start, names)) from error
 
         if not items:
-            raise refusal(f"no {kind}s to embed; give at least one")
+            raise refusal(f"no {kind} to embed; give at least one")
         futures = [self._pool.submit(embed, s) for s in range(0, len(items), self._batch_size)]
         try:
             return np.concatenate([future.result() for future in futures])
@@ -159,19 +162,36 @@ class ClipClient:
             for future in futures:
                 future.cancel()
 
-    def _infer(self, kind: str, data: list[bytes], parameters: dict[str, Any]) -> Floats:
-        tensor = self._protocol.InferInput(kind, [len(data), 1], "BYTES")
+    def _infer_truncated(self, data: list[bytes]) -> Floats:
+        """Tokenize and embed in two steps.
+
+        The ensemble's cache does not know of request parameters: it would give what was embedded
+        truncated to those who did not ask for that.
+        """
+        ids = self._infer_bytes("text_tokenize", "text", "input_ids", data, {"truncate": True})
+        tensor = self._protocol.InferInput("input_ids", ids.shape, "INT32")
+        tensor.set_data_from_numpy(ids)
+        embeddings: Floats = self._infer("text_tower", tensor, "text_embeds", {})
+        return embeddings
+
+    def _infer_bytes(
+        self,
+        model: str,
+        source: str,
+        target: str,
+        data: list[bytes],
+        parameters: dict[str, Any] | None = None,
+    ) -> Any:
+        tensor = self._protocol.InferInput(source, [len(data), 1], "BYTES")
         tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(-1, 1))
-        options: dict[str, Any] = {"timeout": int(self._timeout * 1e6)}
+        return self._infer(model, tensor, target, parameters or {})
+
+    def _infer(self, model: str, tensor: Any, target: str, parameters: dict[str, Any]) -> Any:
+        options: dict[str, Any] = {"timeout": int(self._timeout * 1e6), "parameters": parameters}
         if self._scheme == "grpc":
             options["client_timeout"] = self._timeout
-        result = self._call(
-            lambda connection: connection.infer(
-                f"clip_{kind}", [tensor], parameters=parameters, **options
-            )
-        )
-        embeddings: Floats = result.as_numpy(f"{kind}_embeds")
-        return embeddings
+        result = self._call(lambda connection: connection.infer(model, [tensor], **options))
+        return result.as_numpy(target)
 
     def _call(self, action: Callable[[Any], Any]) -> Any:
         """Do `action` with this thread's connection; errors become ours."""

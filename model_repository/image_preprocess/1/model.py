@@ -1,6 +1,7 @@
 """Encoded pictures -> pixels: `serving.preprocess` behind Triton's Python backend."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -13,14 +14,16 @@ from serving.preprocess import preprocess
 class TritonPythonModel:
     """`image` BYTES [n, 1] -> `pixels` uint8 [n, 3, size, size]."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read what the bundle says of this step."""
         bundle = Path(args["model_repository"], args["model_version"], "bundle")
         self.spec = Bundle.open(bundle).manifest.image
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request."""
         return [self.respond(request) for request in requests]
 
-    def respond(self, request):
+    def respond(self, request: Any) -> Any:
         """Answer one request; its first bad picture is its answer, and nobody else's."""
         pictures = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().ravel()
         pixels = np.empty((len(pictures), 3, self.spec.size, self.spec.size), np.uint8)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -13,14 +14,16 @@ from serving.tokenizer import Tokenizer
 class TritonPythonModel:
     """`text` BYTES [n, 1], UTF-8 -> `input_ids` int32 [n, length]."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read what the bundle says of this step."""
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request."""
         return [self.respond(request) for request in requests]
 
-    def respond(self, request):
+    def respond(self, request: Any) -> Any:
         """Answer one request; its first bad text is its answer, and nobody else's."""
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
@@ -33,7 +36,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])
 
 
-def decode(index, data):
+def decode(index: int, data: bytes) -> str:
     """UTF-8 bytes -> str."""
     try:
         return data.decode("utf-8")

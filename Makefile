@@ -1,0 +1,41 @@
+# make demo   a fresh machine to a running pipeline: real pictures classified and searched by Triton
+# make test   a fresh machine to green tests
+# make check  format, lint, types
+# make bench  latency of every runner
+# make setup  what all of them do first: .venv with everything
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DEMO := build/demo
+
+.PHONY: setup demo test check bench clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip
+	$(BIN)/python -m training pictures $(DEMO)/pictures --count 240
+	$(BIN)/python -m serving demo artifacts/shapes-clip $(DEMO)/pictures \
+	  --labels $(DEMO)/pictures/labels.txt --sheet $(DEMO)/contact_sheet.png \
+	  --query 'a red circle' --query 'a small blue star' --query 'a green heart on a yellow background' \
+	  --query 'a white cross to the left of a black ring'
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+clean:
+	rm -rf artifacts build

@@ -1,0 +1,156 @@
+"""Assembly: the committed configurations, the facts of a bundle, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from serving.bundle import Bundle
+from serving.errors import BundleError
+from serving.repository import SOURCE, assemble, model_config
+
+MODELS = {
+    "clip_image",
+    "clip_text",
+    "image_preprocess",
+    "image_tower",
+    "text_tokenize",
+    "text_tower",
+}
+
+
+def read(path: Path):
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def bundle_with(tiny_bundle: Bundle, tmp_path: Path, change) -> Bundle:
+    """A bundle beside the tiny one, with another manifest and the same files."""
+    path = tmp_path / "bundle"
+    path.mkdir()
+    for file in tiny_bundle.path.iterdir():
+        if file.name != "manifest.json":
+            (path / file.name).symlink_to(file)
+    manifest = change(json.loads((tiny_bundle.path / "manifest.json").read_text()))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.open(path)
+
+
+def refused(manifest: dict) -> dict:
+    for artifact in manifest["artifacts"]:
+        for verdict in artifact["verdicts"]:
+            verdict["passed"] = artifact["tower"] != "text"
+            verdict["min_cosine"] = 0.5
+    return manifest
+
+
+def test_every_committed_configuration_is_complete():
+    found = {path.parent.name for path in SOURCE.glob("*/config.pbtxt")}
+    assert found == MODELS
+    for name in MODELS:
+        config = read(SOURCE / name / "config.pbtxt")
+        assert config.name == name
+        assert config.max_batch_size > 0
+        assert config.backend or config.platform
+        assert config.input[0].dims
+        assert config.output[0].dims
+
+
+def test_assembled_facts(tiny_bundle, tmp_path):
+    target = assemble(tiny_bundle, tmp_path / "repository", max_batch_size=16)
+    configs = {path.parent.name: read(path) for path in target.glob("*/config.pbtxt")}
+    assert configs.keys() == MODELS
+    assert all(config.max_batch_size == 16 for config in configs.values())
+    assert list(configs["image_preprocess"].output[0].dims) == [3, 32, 32]
+    assert list(configs["image_tower"].input[0].dims) == [3, 32, 32]
+    assert list(configs["clip_image"].output[0].dims) == [32]
+    assert list(configs["text_tower"].input[0].dims) == [-1]
+    assert configs["clip_text"].response_cache.enable
+    assert configs["image_tower"].dynamic_batching.default_queue_policy.max_queue_size
+    assert configs["image_tower"].parameters["runner"].string_value == "onnxruntime:fp32"
+    parameters = configs["clip_image"].parameters
+    assert float(parameters["logit_scale"].string_value) == pytest.approx(
+        tiny_bundle.manifest.logit_scale
+    )
+    assert json.loads(parameters["templates"].string_value) == list(tiny_bundle.manifest.templates)
+    # A tower carries its graph, the tokenizer its file, and neither carries the other's.
+    names = {p.name for p in (target / "text_tower" / "1" / "bundle").iterdir()}
+    assert names == {"manifest.json", "text.fp32.onnx"}
+    names = {p.name for p in (target / "text_tokenize" / "1" / "bundle").iterdir()}
+    assert names == {"manifest.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_native_backends_get_the_graph_and_a_warm_up(tiny_bundle, tmp_path, backend):
+    target = assemble(tiny_bundle, tmp_path / "repository", backend=backend)
+    config = read(target / "text_tower" / "config.pbtxt")
+    assert config.backend == backend
+    version = target / "text_tower" / "1"
+    assert [path.name for path in version.iterdir()] == [config.default_model_filename]
+    warm = {(w.batch_size, *w.inputs["input_ids"].dims) for w in config.model_warmup}
+    assert warm == {(b, n) for b in (1, 8, 32) for n in (8, 16, 24, 32, 48, 77)}
+    assert list(config.dynamic_batching.preferred_batch_size) == [8, 32]
+
+
+def test_tensorrt_configuration(tiny_bundle):
+    image = model_config("image_tower", tiny_bundle.manifest, "tensorrt", 32)
+    text = model_config("text_tower", tiny_bundle.manifest, "tensorrt", 32)
+    kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
+    for config in (image, text):
+        assert config.platform == "tensorrt_plan"
+        assert not config.backend
+        assert config.instance_group[0].kind == kind
+        assert {w.batch_size for w in config.model_warmup} == {1, 8, 32}
+    assert list(image.instance_group[0].profile) == ["0"]
+    assert list(text.instance_group[0].profile) == ["0", "1"]
+
+
+def test_tensorrt_without_plans_is_refused(tiny_bundle, tmp_path):
+    with pytest.raises(BundleError, match="holds no TensorRT plans"):
+        assemble(tiny_bundle, tmp_path / "repository", backend="tensorrt")
+
+
+def test_what_the_gate_refused_is_not_assembled(tiny_bundle, tmp_path):
+    bundle = bundle_with(tiny_bundle, tmp_path, refused)
+    with pytest.raises(BundleError, match=r"did not pass the fp32 text graph.*cosine 0\.5"):
+        assemble(bundle, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+    assert assemble(bundle, tmp_path / "repository", refused_too=True).is_dir()
+
+
+def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
+    def unjudged(manifest: dict) -> dict:
+        for artifact in manifest["artifacts"]:
+            artifact["verdicts"] = []
+        return manifest
+
+    with pytest.raises(BundleError, match="no verdict"):
+        assemble(bundle_with(tiny_bundle, tmp_path, unjudged), tmp_path / "repository")
+
+
+def test_a_failed_assembly_leaves_the_old_repository_whole(tiny_bundle, tmp_path):
+    target = assemble(tiny_bundle, tmp_path / "repository", max_batch_size=4)
+    before = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    bundle = bundle_with(tiny_bundle, tmp_path, lambda manifest: manifest)
+    graph = bundle.path / "text.fp32.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.unlink()
+    graph.write_bytes(content)
+    with pytest.raises(BundleError, match="not the file that was exported"):
+        assemble(bundle, target)
+    after = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    assert after == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "repository"]
+
+
+def test_a_precision_that_is_not_there(tiny_bundle, tmp_path):
+    with pytest.raises(BundleError, match=r"no int7 image graph, only fp32.*--precision int7"):
+        assemble(tiny_bundle, tmp_path / "repository", precision="int7")
+
+
+def test_specs_of_the_manifest_are_frozen(tiny_bundle):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_bundle.manifest.image.size = 1

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from export.architectures import ARCHITECTURES, KNOWN_MODELS
-from serving.bundle import TOWERS, Bundle
-from serving.commands import DefaultCommandGroup, Json, log, out, run
+from export.kinds import DEFAULT_KINDS, Kind, Method
+from serving.bundle import Bundle
+from serving.commands import DefaultCommandGroup, Json, log, out, run, steps
 
 app = typer.Typer(
     help=__doc__,
@@ -46,23 +46,44 @@ def bundle(
         Literal["quick_gelu", "gelu"] | None,
         typer.Option(help="Of a bare weights file, which does not say."),
     ] = None,
+    precision: Annotated[
+        list[Kind] | None,
+        typer.Option(help="What to make beside fp32; may be repeated. Default: fp16 and int8."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures like those to come, for INT8 ranges."),
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 file of texts like those to come, a line each, likewise."),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How INT8 ranges are chosen.")] = "percentile",
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
-    from export.build import STEPS, build
+    from export.build import Options, build
     from export.checkpoint import load_checkpoint
 
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=log
-    ) as progress:
-        task = progress.add_task(f"loading {checkpoint}", total=STEPS + 1)
+    with steps(f"loading {checkpoint}") as progress:
         loaded = load_checkpoint(checkpoint, vocabulary=vocabulary, activation=activation)
         made = build(
             loaded,
             output or Path("artifacts") / loaded.name,
-            lambda step: progress.update(task, description=step, advance=1),
+            progress,
+            Options(
+                kinds=precision or DEFAULT_KINDS,
+                method=method,
+                pictures=calibration,
+                captions=captions,
+                labelled=labelled,
+            ),
         )
-        progress.update(task, description=f"wrote {made.path}", completed=STEPS + 1)
+        progress(f"wrote {made.path}")
     _report(made, as_json)
 
 
@@ -101,37 +122,68 @@ def verify(
         str | None,
         typer.Option(help="The checkpoint it was made from; default: what its manifest says."),
     ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a bundle's files against its manifest, and run the gate again on this machine."""
+    """Check a bundle's files and graphs, and run the gate again on this machine."""
     from export.build import verify as verify_bundle
 
-    _report(verify_bundle(Bundle.open(path), checkpoint), as_json)
+    with steps(f"verifying {path}") as progress:
+        verified = verify_bundle(Bundle.open(path), checkpoint, labelled, progress)
+    _report(verified, as_json)
 
 
 def _report(made: Bundle, as_json: bool) -> None:
-    refused = [a for a in made.manifest.artifacts if not all(v.passed for v in a.verdicts)]
+    refused = [
+        f"{artifact.file} by {verdict.runner}"
+        for artifact in made.manifest.artifacts
+        for verdict in artifact.verdicts
+        if not verdict.passed
+    ]
     if as_json:
         print(json.dumps({"path": str(made.path), **json.loads(made.manifest.to_json())}))
     else:
-        table = Table(title=f"{made.path}  ({made.manifest.architecture})")
-        for column in ("artifact", "MB", "runner", "min cosine", "max |difference|", "verdict"):
-            table.add_column(column)
-        for tower in TOWERS:
-            for artifact in made.manifest.artifacts:
-                for v in artifact.verdicts if artifact.tower == tower else ():
-                    table.add_row(
-                        artifact.file,
-                        f"{sum(f.bytes for f in artifact.files) / 1e6:.1f}",
-                        v.runner,
-                        f"{v.min_cosine:.7f}",
-                        f"{v.max_abs_difference:.1e}",
-                        "[green]passed[/]" if v.passed else "[red]refused[/]",
-                    )
-        out.print(table)
+        out.print(_table(made))
     if refused:
-        log.print(f"[red]the gate refused {', '.join(a.file for a in refused)}[/]")
+        log.print(f"[yellow]the gate refused {', '.join(refused)}[/]")
+    if any(
+        not a.verdicts or not any(v.passed for v in a.verdicts) for a in made.manifest.artifacts
+    ):
         sys.exit(1)
+
+
+def _table(made: Bundle) -> Table:
+    table = Table(title=f"{made.path}  ({made.manifest.architecture})")
+    for column in (
+        "artifact",
+        "MB",
+        "runner",
+        "cosine min",
+        "mean",
+        "top-1",
+        "accuracy",
+        "verdict",
+    ):
+        table.add_column(column, overflow="fold")
+    for artifact in made.manifest.artifacts:
+        size = f"{sum(file.bytes for file in artifact.files) / 1e6:.1f}"
+        plan = artifact.quantisation
+        left_out = f" ({len(plan.excluded)} of {plan.layers} layers left out)" if plan else ""
+        for index, v in enumerate(artifact.verdicts):
+            table.add_row(
+                "" if index else artifact.file + (left_out if plan and plan.excluded else ""),
+                "" if index else size,
+                v.runner,
+                f"{v.min_cosine:.6f}",
+                f"{v.mean_cosine:.6f}",
+                "" if v.top1_agreement is None else f"{v.top1_agreement:.1%}",
+                "" if v.relative_accuracy is None else f"{v.relative_accuracy:.2%} of fp32",
+                "[green]passed[/]" if v.passed else "[red]refused[/]",
+            )
+    return table
 
 
 if __name__ == "__main__":

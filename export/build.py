@@ -2,19 +2,33 @@
 
 import datetime
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx
 import torch
 
 from export.architectures import OPENAI_MEAN, OPENAI_STD
-from export.calibration import probes
+from export.calibration import Data, load_data, probes
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.parity import judge, reference
-from export.to_onnx import OPSET, export_onnx
-from export.torch_runners import EagerRunner
-from export.towers import Clip, ClipConfig, ImageTower, ResNetConfig, TextTower
+from export.kinds import DEFAULT_KINDS, Kind, Method
+from export.lint import lint
+from export.parity import Expected, LabelledReference, expect, judge, refer
+from export.quantise import write_dynamic, write_int8
+from export.to_onnx import export_onnx
+from export.to_torchscript import export_torchscript
+from export.torch_runners import EagerRunner, TorchScriptRunner
+from export.towers import (
+    Clip,
+    ClipConfig,
+    ImageTower,
+    ResNetConfig,
+    TextTower,
+    for_inference,
+    half_precision,
+)
 from serving.bundle import (
     FORMAT,
     TOWERS,
@@ -22,73 +36,192 @@ from serving.bundle import (
     Bundle,
     Manifest,
     Provenance,
+    Quantisation,
     Tower,
     describe_file,
 )
-from serving.errors import BundleError
+from serving.commands import Steps
+from serving.errors import BundleError, RunnerError
 from serving.files import new_directory, write_text
-from serving.runners.base import open_runner
-
-Progress = Callable[[str], None]
-"""Told what is being done next."""
-
-STEPS = 2 * len(TOWERS)
+from serving.runners.base import RUNNERS, Runner, missing, open_runner
+from serving.tokenizer import Tokenizer
 
 
-def build(checkpoint: Checkpoint, output: Path, progress: Progress) -> Bundle:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to make of a checkpoint, and of which data."""
+
+    kinds: Sequence[Kind] = DEFAULT_KINDS
+    method: Method = "percentile"
+    pictures: Path | None = None
+    """Folder of pictures that INT8 ranges are measured on."""
+    captions: Path | None = None
+    """Text file of captions, likewise."""
+    labelled: Path | None = None
+    """Folder of pictures with labels, for the gate."""
+
+
+@dataclass
+class _Work:
+    """A bundle in the making."""
+
+    checkpoint: Checkpoint
+    directory: Path
+    options: Options
+    data: Data
+    progress: Steps
+    references: dict[Tower, Expected]
+
+
+def build(
+    checkpoint: Checkpoint,
+    output: Path,
+    progress: Steps,
+    options: Options | None = None,
+) -> Bundle:
     """Export both towers of `checkpoint`, judge them, and write the bundle to `output`.
 
     A bundle that was at `output` stays whole until the new one is finished, and then gives way.
     The gate's refusals do not stop the build: they stand in the manifest, and assembly obeys them.
+
+    Raises:
+        InputError: a folder or file of the options cannot be used.
     """
-    with new_directory(output) as work:
-        checkpoint.tokenizer.save(str(work / "tokenizer.json"))
-        artifacts = []
-        for tower in TOWERS:
-            progress(f"{tower} tower: ONNX fp32")
-            artifacts.append(_export(checkpoint, tower, work))
-        bundle = Bundle(work, _manifest(checkpoint, work, artifacts))
-        for tower in TOWERS:
-            progress(f"{tower} tower: parity with eager fp32")
-            bundle = gate(checkpoint, bundle, tower)
-        write_text(work / "manifest.json", bundle.manifest.to_json())
+    options = options or Options()
+    with new_directory(output, "manifest.json") as directory:
+        checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
+        data = _load_data(checkpoint, directory, options, progress)
+        for reason in data.skipped[:5]:
+            progress(f"skipped {reason}")
+        if data.skipped:
+            progress(f"skipped {len(data.skipped)} pictures that cannot be read")
+        expected = references(checkpoint, data, progress)
+        work = _Work(checkpoint, directory, options, data, progress, expected)
+        artifacts = [artifact for tower in TOWERS for artifact in _artifacts(work, tower)]
+        manifest = _manifest(checkpoint, directory, artifacts)
+        write_text(directory / "manifest.json", manifest.to_json())
     return Bundle.open(output)
 
 
-def gate(checkpoint: Checkpoint, bundle: Bundle, tower: Tower) -> Bundle:
-    """`bundle` with fresh verdicts for `tower`'s artifacts, measured here and now."""
-    batches = probes(tower, checkpoint.image, checkpoint.text)
-    with EagerRunner(module(checkpoint, tower)) as eager:
-        expected = reference(eager, batches)
-    artifacts = list(bundle.manifest.artifacts)
-    for index, artifact in enumerate(artifacts):
-        if artifact.tower == tower:
-            name = f"onnxruntime:{artifact.precision}"
-            with open_runner(bundle, tower, name) as runner:
-                verdict = judge(runner, expected, artifact.precision)
-            artifacts[index] = replace(artifact, verdicts=(verdict,))
-    return Bundle(bundle.path, replace(bundle.manifest, artifacts=tuple(artifacts)))
+def _load_data(checkpoint: Checkpoint, directory: Path, options: Options, progress: Steps) -> Data:
+    return load_data(
+        checkpoint.image,
+        Tokenizer(directory / "tokenizer.json", checkpoint.text),
+        checkpoint.templates,
+        checkpoint.text,
+        pictures=options.pictures,
+        captions=options.captions,
+        labelled=options.labelled,
+        progress=progress,
+    )
 
 
-def module(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
+def references(checkpoint: Checkpoint, data: Data, progress: Steps) -> dict[Tower, Expected]:
+    """What eager float32 makes of the probes and of the labelled data."""
+    progress("reference embeddings by eager fp32")
+    with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
+        labelled: LabelledReference | None = None
+        if data.labelled is not None:
+            labelled = refer(images, texts, data.labelled)
+        eager: dict[Tower, Runner] = {"image": images, "text": texts}
+        return {
+            tower: expect(eager[tower], probes(tower, checkpoint.image, checkpoint.text), labelled)
+            for tower in TOWERS
+        }
+
+
+def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
+    """Every asked-for artifact of one tower, judged."""
+    checkpoint, kinds = work.checkpoint, work.options.kinds
+    module = tower_of(checkpoint, tower)
+    metadata = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
+    made = []
+
+    work.progress(f"{tower} tower: fp32")
+    graph = work.directory / f"{tower}.fp32.onnx"
+    files = export_onnx(for_inference(module), graph, metadata | tools())
+    made.append(_judged(work, _artifact(tower, "fp32", files)))
+    if Kind.FP16 in kinds:
+        work.progress(f"{tower} tower: fp16")
+        half = work.directory / f"{tower}.fp16.onnx"
+        files = export_onnx(half_precision(module), half, metadata | tools())
+        made.append(_judged(work, _artifact(tower, "fp16", files)))
+    if Kind.TORCHSCRIPT in kinds:
+        work.progress(f"{tower} tower: TorchScript")
+        traced = work.directory / f"{tower}.fp32.torchscript.pt"
+        export_torchscript(module, traced)
+        made.append(_judged(work, replace(_artifact(tower, "fp32", [traced]), kind="torchscript")))
+    if Kind.INT8_DYNAMIC in kinds:
+        work.progress(f"{tower} tower: int8, dynamic")
+        dynamic = work.directory / f"{tower}.int8-dynamic.onnx"
+        write_dynamic(graph, dynamic)
+        made.append(_judged(work, _artifact(tower, "int8-dynamic", [dynamic])))
+    if Kind.INT8 in kinds:
+        work.progress(f"{tower} tower: int8")
+        made.append(_int8(work, tower, onnx.load(graph)))
+    return made
+
+
+def _int8(work: _Work, tower: Tower, model: onnx.ModelProto) -> Artifact:
+    """Quantise; while the gate refuses, leave out the layers that cost most."""
+    target = work.directory / f"{tower}.int8.onnx"
+
+    def judged(quantisation: Quantisation) -> Artifact:
+        return _judged(work, replace(_artifact(tower, "int8", [target]), quantisation=quantisation))
+
+    return write_int8(
+        model,
+        target,
+        work.data.calibration[tower],
+        work.data.source,
+        work.options.method,
+        judged,
+        lambda step, done=0, total=0: work.progress(f"{tower} tower: int8, {step}", done, total),
+    )
+
+
+def _artifact(tower: Tower, precision: str, files: list[Path]) -> Artifact:
+    described = tuple(describe_file(file) for file in files)
+    return Artifact(tower=tower, kind="onnx", precision=precision, files=described)
+
+
+def _judged(work: _Work, artifact: Artifact) -> Artifact:
+    bundle = Bundle(work.directory, _manifest(work.checkpoint, work.directory, [artifact]))
+    return judged(bundle, artifact, work.references[artifact.tower])
+
+
+def judged(bundle: Bundle, artifact: Artifact, expected: Expected) -> Artifact:
+    """`artifact` with the verdict of every runner that this environment and machine have.
+
+    Raises:
+        BundleError: a file is not the exported one, or lint found fault with the graph.
+    """
+    if artifact.kind == "onnx" and (problems := lint(bundle.verified(artifact), artifact.tower)):
+        raise BundleError("; ".join(problems))
+    if artifact.kind == "torchscript":
+        candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
+    else:
+        names = [n for n, graph in RUNNERS.items() if graph == artifact.precision]
+        here = [name for name in names if missing(name) is None]
+        candidates = [open_runner(bundle, artifact.tower, name) for name in here]
+    verdicts = []
+    for candidate in candidates:
+        with ExitStack() as stack:
+            try:
+                runner = stack.enter_context(candidate)
+            except RunnerError:  # such as bfloat16 on a CPU without it: no verdict, not served
+                continue
+            verdicts.append(judge(runner, expected, artifact.tower))
+    return replace(artifact, verdicts=tuple(verdicts))
+
+
+def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
     """The `nn.Module` of one tower."""
     return checkpoint.clip.image if tower == "image" else checkpoint.clip.text
 
 
-def _export(checkpoint: Checkpoint, tower: Tower, work: Path) -> Artifact:
-    metadata = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
-    path = work / f"{tower}.fp32.onnx"
-    files = export_onnx(module(checkpoint, tower), path, metadata | _tools())
-    return Artifact(
-        tower=tower,
-        kind="onnx",
-        precision="fp32",
-        files=tuple(describe_file(file) for file in files),
-        opset=OPSET,
-    )
-
-
-def _tools() -> dict[str, str]:
+def tools() -> dict[str, str]:
+    """Package name -> version, of what makes artifacts."""
     packages = ("clip-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
     return {package: importlib.metadata.version(package) for package in packages}
 
@@ -109,7 +242,7 @@ def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> 
             source=checkpoint.source,
             weights=checkpoint.weights,
             weights_sha256=checkpoint.weights_sha256,
-            tools=_tools(),
+            tools=tools(),
         ),
         artifacts=tuple(artifacts),
     )
@@ -124,7 +257,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
     return f"{picture}, {image.image_size} px; text {text.layers}x{text.width} {text.activation}"
 
 
-def verify(bundle: Bundle, source: str | None = None) -> Bundle:
+def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Steps) -> Bundle:
     """`bundle` with verdicts measured here and now; nothing on disk changes.
 
     Raises:
@@ -133,16 +266,20 @@ def verify(bundle: Bundle, source: str | None = None) -> Bundle:
     manifest = bundle.manifest
     checkpoint = load_checkpoint(
         source or manifest.provenance.source,
-        vocabulary=bundle.tokenizer if source is None else None,
+        vocabulary=bundle.tokenizer,
     )
     if checkpoint.weights_sha256 != manifest.provenance.weights_sha256:
         raise BundleError(
             f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., the bundle was "
             f"made of {manifest.provenance.weights_sha256[:16]}...; give its --checkpoint"
         )
-    for tower in TOWERS:
-        bundle = gate(checkpoint, bundle, tower)
-    return bundle
+    data = _load_data(checkpoint, bundle.path, Options(labelled=labelled), progress)
+    expected = references(checkpoint, data, progress)
+    artifacts = []
+    for artifact in manifest.artifacts:
+        progress(f"parity of {artifact.file}")
+        artifacts.append(judged(bundle, artifact, expected[artifact.tower]))
+    return Bundle(bundle.path, replace(manifest, artifacts=tuple(artifacts)))
 
 
 def count_parameters(config: ClipConfig) -> int:

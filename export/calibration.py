@@ -1,16 +1,154 @@
-"""Batches to probe a model with: pictures with structure, texts of every length."""
+"""The batches models are probed with, INT8 ranges are measured on, and accuracy is judged by.
 
-from collections.abc import Iterator
+Does not know: what is done with the batches.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from serving.bundle import ImageSpec, TextSpec, Tower
+from serving.errors import ImageError, InputError
+from serving.folders import find_pictures, read_captions, read_lines
+from serving.preprocess import preprocess
 from serving.runners.base import Batch
+from serving.tokenizer import Tokenizer
 
+CALIBRATION_IMAGES = 256
+CALIBRATION_TEXTS = 512
+
+_BATCH = 16
 _IMAGE_BATCHES = (1, 2, 5, 8)
 _TEXT_BATCHES = (1, 3, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What an export knows of the data its model will see."""
+
+    calibration: dict[Tower, list[Batch]]
+    source: str
+    """For people: where the calibration batches come from."""
+    labelled: "Labelled | None"
+    skipped: tuple[str, ...] = ()
+    """Pictures that could not be read, each with its reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labelled:
+    """Pictures with labels, to measure zero-shot accuracy on."""
+
+    images: list[Batch]
+    texts: list[Batch]
+    """Token ids of every label in every template, label by label."""
+    templates: int
+    """How many texts a label has."""
+    truth: NDArray[np.intp]
+    """For each picture, the number of its label."""
+
+
+def load_data(
+    image: ImageSpec,
+    tokenizer: Tokenizer,
+    templates: Sequence[str],
+    text: TextSpec,
+    *,
+    pictures: Path | None = None,
+    captions: Path | None = None,
+    labelled: Path | None = None,
+    progress: Callable[[str], None],
+) -> Data:
+    """Read the folders a user gave, or fall back on probes.
+
+    Args:
+        pictures: a folder of pictures like those the model will see.
+        captions: a text file, a caption a line, or `captions.txt` (`file, caption` a line).
+        labelled: a folder of pictures with `captions.txt`, and `labels.txt` where the captions
+            that are labels are listed; without it every caption is a label.
+
+    Raises:
+        InputError: a folder holds no picture that can be read, or a file is not UTF-8.
+    """
+    skipped: list[str] = []
+    sources = []
+    images: list[Batch] = [probe_images(image, 8, seed) for seed in range(4)]
+    if pictures is not None:
+        progress(f"reading pictures of {pictures}")
+        images = _batches(image, find_pictures(pictures)[:CALIBRATION_IMAGES], skipped)
+        if not images:
+            raise InputError(f"{pictures}: none of its pictures can be read; first {skipped[0]}")
+        sources.append(f"{sum(map(len, images))} pictures of {pictures.name}")
+    texts: list[Batch] = [probe_texts(text, 8, n, seed) for n in text.buckets for seed in range(2)]
+    if captions is not None:
+        lines = [_caption(line) for line in read_lines(captions)][:CALIBRATION_TEXTS]
+        if not lines:
+            raise InputError(f"{captions} holds no captions; expected one a line")
+        chunks = range(0, len(lines), _BATCH)
+        texts = [tokenizer(lines[i : i + _BATCH], truncate=True) for i in chunks]
+        sources.append(f"{len(lines)} captions of {captions.name}")
+    return Data(
+        calibration={"image": images, "text": texts},
+        source=", ".join(sources) or "synthetic probes",
+        labelled=_read_labelled(image, tokenizer, templates, labelled, skipped, progress),
+        skipped=tuple(skipped),
+    )
+
+
+def _caption(line: str) -> str:
+    """The caption of a line, which may start with a picture's file name and a comma."""
+    name, comma, caption = line.partition(",")
+    return caption.strip() if comma and Path(name).suffix and " " not in name else line
+
+
+def _batches(
+    spec: ImageSpec, files: Sequence[Path], skipped: list[str], kept: list[Path] | None = None
+) -> list[Batch]:
+    pixels = []
+    for file in files:
+        try:
+            pixels.append(preprocess(file, spec))
+        except ImageError as error:
+            skipped.append(f"{file.name}: {error}")
+            continue
+        if kept is not None:
+            kept.append(file)
+    return [np.stack(pixels[i : i + _BATCH]) for i in range(0, len(pixels), _BATCH)]
+
+
+def _read_labelled(
+    spec: ImageSpec,
+    tokenizer: Tokenizer,
+    templates: Sequence[str],
+    folder: Path | None,
+    skipped: list[str],
+    progress: Callable[[str], None],
+) -> Labelled | None:
+    if folder is None:
+        return None
+    progress(f"reading labelled pictures of {folder}")
+    captions = read_captions(folder)
+    listed = folder / "labels.txt"
+    labels = read_lines(listed) if listed.exists() else sorted(set(captions.values()))
+    files = [file for file in find_pictures(folder) if captions.get(file.name) in labels]
+    if not files:
+        raise InputError(
+            f"{folder}: no picture has one of its {len(labels)} labels as caption; expected "
+            "captions.txt with `file, label` a line"
+        )
+    kept: list[Path] = []
+    images = _batches(spec, files, skipped, kept)
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    ids = tokenizer(texts, truncate=True)
+    return Labelled(
+        images=images,
+        texts=[ids[i : i + 4 * _BATCH] for i in range(0, len(ids), 4 * _BATCH)],
+        templates=len(templates),
+        truth=np.array([labels.index(captions[file.name]) for file in kept]),
+    )
 
 
 def probe_images(spec: ImageSpec, count: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ A name is one of
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from export.weights import read_json, read_weights, strip_wrappers
 from serving.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
 
+_NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
 _TOKENIZER_HINT = (
     "give OpenAI's bpe_simple_vocab_16e6.txt.gz or a tokenizer.json with --vocabulary FILE"
 )
@@ -93,7 +94,7 @@ def load_checkpoint(
     if known and known.sha256:
         path = download_file(known.source, known.sha256)
     elif known or (not path.exists() and _looks_like_hub_id(name)):
-        path = download_hub(name)
+        path = _from_hub(name)
     if path.is_dir():
         files = _read_directory(path)
     elif path.is_file():
@@ -104,7 +105,7 @@ def load_checkpoint(
     clip = Clip(files.config, files.image.mean, files.image.std)
     load_state(clip, files.state, files.layout)
     return Checkpoint(
-        name=path.stem if path.is_file() else name.rstrip("/").rsplit("/", 1)[-1],
+        name=path.stem if path.is_file() else Path(name).resolve().name,  # also of "." and "x/.."
         source=name,
         clip=clip.eval(),
         image=files.image,
@@ -120,10 +121,23 @@ def _looks_like_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix == ""
 
 
+def _from_hub(name: str) -> Path:
+    try:
+        return download_hub(name)
+    except CheckpointError as error:
+        # "ViT-B/33" looks like a hub id, too.
+        if name in _NAMES or not (hint := _suggestion(name, cutoff=0.8)):
+            raise
+        raise CheckpointError(f"{error}; {hint.rstrip()}") from error
+
+
+def _suggestion(name: str, cutoff: float) -> str:
+    close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=cutoff)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
 def _unknown(name: str) -> CheckpointError:
-    names = [model.name for model in KNOWN_MODELS] + [f"random:{arch}" for arch in ARCHITECTURES]
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    hint = _suggestion(name, cutoff=0.5)
     return CheckpointError(
         f"unknown checkpoint {name!r}: no such file or directory, and not a known name; {hint}"
         "`python -m export list` shows the known ones, any Hugging Face id 'owner/name' works too"
@@ -174,8 +188,8 @@ def _openai_image_spec(size: int, preprocess: Mapping[str, Any] | None = None) -
         size=size,
         resize=size,
         interpolation=facts.get("interpolation", "bicubic"),
-        mean=tuple(facts.get("mean", OPENAI_MEAN)),
-        std=tuple(facts.get("std", OPENAI_STD)),
+        mean=_per_channel(facts.get("mean", OPENAI_MEAN)),
+        std=_per_channel(facts.get("std", OPENAI_STD)),
         pipeline="openai",
     )
 
@@ -263,20 +277,31 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
             size=int(crop["height"] if isinstance(crop, dict) else crop),
             resize=int(size["shortest_edge"] if isinstance(size, dict) else size),
             interpolation=resample[document.get("resample", 3)],  # type: ignore[arg-type]
-            mean=tuple(document["image_mean"]),
-            std=tuple(document["image_std"]),
+            mean=_per_channel(document["image_mean"]),
+            std=_per_channel(document["image_std"]),
             pipeline="huggingface",
         )
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing or not supported" if type(error) is KeyError else str(error)
         raise CheckpointError(
-            f"{path}: {error} is missing or not supported; expected a CLIPImageProcessor that "
-            "resizes the shortest edge and crops the centre"
+            f"{path}: {reason}; expected a CLIPImageProcessor that resizes the shortest edge and "
+            "crops the centre"
         ) from None
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if off := [step for step in steps if not document.get(step, True)]:
+        raise CheckpointError(
+            f"{path}: {', '.join(off)} switched off; expected a CLIPImageProcessor that does it"
+        )
     if spec.size != image_size:
         raise CheckpointError(
             f"{path}: pictures are cropped to {spec.size}, but the image tower takes {image_size}"
         )
     return spec
+
+
+def _per_channel(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _read_open_clip(path: Path) -> _Files:

@@ -39,6 +39,15 @@ def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
         raise CheckpointError(
             f"config.json is of model_type {config.get('model_type')!r}; expected 'clip'"
         )
+    try:
+        return _checked(_hugging_face_sizes(config), "config.json")
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: a size is not what it should be: {error}") from error
+
+
+def _hugging_face_sizes(config: Mapping[str, Any]) -> ClipConfig:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     vocab_size = int(text.get("vocab_size", 49408))
     # Configurations written before 2023 carry a wrong 2 and mean the highest id
@@ -68,6 +77,26 @@ def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
             end_id=vocab_size - 1 if end_id == 2 else end_id,
         ),
     )
+
+
+def _checked(config: ClipConfig, file: str) -> ClipConfig:
+    """`config`, if towers can be built of it."""
+    for name, tower in (("image", config.image), ("text", config.text)):
+        if isinstance(tower, ResNetConfig):
+            continue
+        smallest = min(tower.width, tower.layers, tower.heads, tower.mlp_width, config.embed_dim)
+        if smallest < 1 or tower.width % tower.heads:
+            raise CheckpointError(
+                f"{file}: an {name} tower of width {tower.width}, {tower.layers} layers and "
+                f"{tower.heads} heads; expected positive sizes, and heads that divide the width"
+            )
+        if isinstance(tower, VisionTransformerConfig) and not (
+            0 < tower.patch_size <= tower.image_size
+        ):
+            raise CheckpointError(
+                f"{file}: patches of {tower.patch_size} px in pictures of {tower.image_size} px"
+            )
+    return config
 
 
 def config_to_hugging_face(config: ClipConfig, start_id: int) -> dict[str, Any]:
@@ -164,12 +193,13 @@ def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConf
                 "does not have; only ViT and ModifiedResNet towers with a causal text tower load"
             )
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-    return config_from_openai(
+    config = config_from_openai(
         state,
         "quick_gelu" if model.get("quick_gelu", False) else "gelu",
         int(vision.get("head_width", 64)),
         int(text["heads"]) if "heads" in text else None,
     )
+    return _checked(config, "open_clip_config.json")
 
 
 def _depth(state: State, prefix: str) -> int:

@@ -1,45 +1,126 @@
-"""THE gate: a runner's embeddings against eager float32's, on the same batches."""
+"""THE gate: a runner's embeddings against eager float32's, on the same batches.
+
+Judged are the worst cosine, for float32 the largest difference, and with labelled pictures the
+zero-shot accuracy as a share of eager float32's. What fails is recorded with its numbers.
+"""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from serving.bundle import TOLERANCES, Verdict
+from export.calibration import Labelled
+from serving.bundle import TOLERANCES, Tower, Verdict
 from serving.machine import describe
 from serving.runners.base import Batch, Embeddings, Runner
 
 
-def reference(runner: Runner, batches: Iterable[Batch]) -> list[tuple[Batch, Embeddings]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What eager float32 makes of the probes of one tower, and of the labelled data."""
+
+    probes: list[tuple[Batch, Embeddings]]
+    labelled: "LabelledReference | None"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledReference:
+    """Eager float32's embeddings of labelled pictures and of their labels."""
+
+    data: Labelled
+    images: Embeddings
+    labels: Embeddings
+
+    @property
+    def accuracy(self) -> float:
+        """Zero-shot top-1."""
+        return self._accuracy(top1(self.images, self.labels))
+
+    def scores(self, runner: Runner, tower: Tower) -> tuple[float, float]:
+        """Agreement with eager's top-1, and accuracy, with `runner` in place of one tower."""
+        if tower == "image":
+            mine = top1(embed(runner, self.data.images), self.labels)
+        else:
+            mine = top1(self.images, embed_labels(runner, self.data))
+        agreement = float((mine == top1(self.images, self.labels)).mean())
+        return agreement, self._accuracy(mine)
+
+    def _accuracy(self, chosen: NDArray[np.intp]) -> float:
+        return float((chosen == self.data.truth).mean())
+
+
+def expect(
+    runner: Runner, batches: Iterable[Batch], labelled: LabelledReference | None
+) -> Expected:
     """What `runner` (entered; the reference) makes of each batch."""
-    return [(batch, runner.run(batch)) for batch in batches]
+    return Expected(probes=[(batch, runner.run(batch)) for batch in batches], labelled=labelled)
 
 
-def judge(runner: Runner, expected: Sequence[tuple[Batch, Embeddings]], precision: str) -> Verdict:
+def refer(images: Runner, texts: Runner, data: Labelled) -> LabelledReference:
+    """Embed labelled data with both reference towers (entered)."""
+    return LabelledReference(
+        data=data, images=embed(images, data.images), labels=embed_labels(texts, data)
+    )
+
+
+def embed(runner: Runner, batches: Sequence[Batch]) -> Embeddings:
+    """All embeddings of `batches`, float32 [n, dim]."""
+    return np.concatenate([runner.run(batch) for batch in batches])
+
+
+def embed_labels(runner: Runner, data: Labelled) -> Embeddings:
+    """One embedding a label: the mean over its templates, float32 [labels, dim], unit length."""
+    every = embed(runner, data.texts)
+    mean = every.reshape(-1, data.templates, every.shape[1]).mean(axis=1)
+    unit: Embeddings = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return unit
+
+
+def top1(images: Embeddings, labels: Embeddings) -> NDArray[np.intp]:
+    """For each picture the number of the nearest label."""
+    nearest: NDArray[np.intp] = (images @ labels.T).argmax(axis=1)
+    return nearest
+
+
+def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     """Run `runner` (entered) over the batches of `expected` and compare.
 
     A batch that comes back in another shape, or with a number that is not finite, fails with a
     cosine of -1: there is no such thing as nearly right there.
     """
     cosines, differences = [], []
-    for batch, want in expected:
+    for batch, want in expected.probes:
         got = runner.run(batch)
         if got.shape != want.shape or not np.isfinite(got).all():
             cosines.append(np.full(len(want), -1.0))
             differences.append(2.0)
             continue
         norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
-        cosines.append((got.astype(np.float64) * want).sum(axis=1) / norms)
+        products = (got.astype(np.float64) * want).sum(axis=1)
+        cosines.append(np.where(norms > 0, products / np.maximum(norms, 1e-12), -1.0))
         differences.append(float(np.abs(got - want).max()))
     every = np.concatenate(cosines)
-    tolerance = TOLERANCES[precision]
-    passed = every.min() >= tolerance.min_cosine
+    agreement = accuracy = relative = None
+    if expected.labelled is not None:
+        agreement, accuracy = expected.labelled.scores(runner, tower)
+        relative = accuracy / max(expected.labelled.accuracy, 1e-9)
+    tolerance = TOLERANCES[runner.name.partition(":")[2]]
+    passed = (
+        every.min() >= tolerance.min_cosine
+        and max(differences) <= tolerance.max_abs_difference
+        and (relative is None or relative >= tolerance.relative_accuracy)
+    )
     return Verdict(
         runner=runner.name,
-        passed=bool(passed and max(differences) <= tolerance.max_abs_difference),
+        passed=bool(passed),
         embeddings=len(every),
         min_cosine=float(every.min()),
         mean_cosine=float(every.mean()),
         max_abs_difference=max(differences),
+        top1_agreement=agreement,
+        accuracy=accuracy,
+        relative_accuracy=relative,
         runtime_version=runner.runtime_version,
         machine=describe(),
     )

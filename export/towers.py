@@ -13,6 +13,7 @@ Does not know: where weights come from (`checkpoint.py`), what is made of the to
 The architectures are those of Radford et al. 2021 (arXiv:2103.00020).
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.resnet import ModifiedResNet, ResNetConfig
+from export.resnet import ModifiedResNet, ResNetConfig, fold_batch_norms
 from export.transformer import Activation, LayerNorm, TransformerConfig, transformer
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "TextConfig",
     "TextTower",
     "VisionTransformerConfig",
+    "for_inference",
+    "half_precision",
 ]
 
 
@@ -123,7 +126,7 @@ class ImageTower(nn.Module):
         self.register_buffer("inverse_std", inverse, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:  # noqa: D102
-        normalised = (pixels.float() - self.mean.float()) * self.inverse_std.float()
+        normalised = (pixels.float() - self.mean) * self.inverse_std
         return F.normalize(self.encoder(normalised.to(self.encoder.dtype)).float(), dim=-1)
 
 
@@ -155,7 +158,7 @@ class TextTower(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
         length = input_ids.shape[1]
         x = self.token_embedding(input_ids) + self.position_embedding[:length]
-        mask = self.causal_mask[:length, :length].float()
+        mask = self.causal_mask[:length, :length]
         # An integer comparison: in float16, 49406 and 49407 would be the same number.
         end = (input_ids == self.config.end_id).int().argmax(dim=1)
         index = end[:, None, None]
@@ -168,6 +171,27 @@ class TextTower(nn.Module):
             pool=lambda tokens: tokens.gather(1, index.expand(-1, 1, tokens.shape[2])),
         )
         return F.normalize(self.projection(self.post_norm(x[:, 0])).float(), dim=-1)
+
+
+def for_inference(tower: ImageTower | TextTower) -> ImageTower | TextTower:
+    """A copy of `tower` in eval mode, its batch norms folded into convolutions."""
+    copied = copy.deepcopy(tower).eval()
+    fold_batch_norms(copied)
+    return copied
+
+
+def half_precision(tower: ImageTower | TextTower) -> ImageTower | TextTower:
+    """A copy of `tower` for inference whose matrix products run in float16.
+
+    LayerNorm, softmax, pixel normalisation, mask and the final normalisation stay in float32.
+    """
+    half = for_inference(tower).half()
+    for module in half.modules():
+        if isinstance(module, LayerNorm):
+            module.float()
+    for name, constant in tower.named_buffers(recurse=False):
+        setattr(half, name, constant)
+    return half
 
 
 class Clip(nn.Module):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def read_weights(path: Path) -> tuple[State, str]:
     """All tensors of a weights file (or of the shards that an index names), and their sha256."""
     try:
         if path.suffix == ".json":
-            shards = sorted(set(read_json(path)["weight_map"].values()))
+            shards = _shards(path)
             parts = [read_weights(path.parent / os.fspath(shard)) for shard in shards]
             merged = {name: tensor for part, _ in parts for name, tensor in part.items()}
             return merged, hashlib.sha256("".join(sha for _, sha in parts).encode()).hexdigest()
@@ -47,8 +48,7 @@ def _read_torch(path: Path) -> State:
             ".safetensors, an OpenAI .pt or an OpenCLIP .bin"
         )
     if zipfile.is_zipfile(path) and _is_torchscript(path):
-        state: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        return state
+        return _read_torchscript(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -63,6 +63,30 @@ def _read_torch(path: Path) -> State:
     ):
         raise CheckpointError(f"{path}: expected a dictionary of tensors (a state dict)")
     return content
+
+
+def _shards(index: Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(
+            f"{index}: no weight_map in it; expected an index of sharded weights as transformers "
+            "writes it"
+        )
+    return sorted(set(names.values()))
+
+
+def _read_torchscript(path: Path) -> State:
+    try:
+        with warnings.catch_warnings():
+            # Deprecated, and the only reader of the form in which OpenAI published its weights.
+            warnings.filterwarnings("ignore", ".*torch.jit.load", DeprecationWarning)
+            state: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: a TorchScript archive that cannot be read ({reason}); download it again"
+        ) from error
+    return state
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,10 +16,12 @@ from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.commands import Json, log, out, run
 from serving.demo import demo as run_demo
-from serving.demo import find_pictures, tables
+from serving.demo import tables
 from serving.errors import InputError
+from serving.folders import find_pictures, read_lines
 from serving.local import LocalClip
 from serving.repository import assemble as assemble_repository
+from serving.repository import assembled_latencies
 from serving.triton import TritonServer, attach
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -44,7 +47,14 @@ def assemble(
         Literal["embedded", "onnxruntime", "openvino", "tensorrt"],
         typer.Option(help="What runs the towers; embedded needs only Triton's Python backend."),
     ] = "embedded",
-    precision: Annotated[str, typer.Option(help="Of both towers.")] = "fp32",
+    runner: Annotated[
+        str,
+        typer.Option(
+            help="Of the embedded backend, such as openvino:int8; auto takes the fastest that "
+            "passed the gate."
+        ),
+    ] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the graphs of the other backends.")] = "fp32",
     max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
     refused_too: Annotated[
         bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")
@@ -56,15 +66,26 @@ def assemble(
         Bundle.open(bundle),
         output,
         backend=backend,
+        runner=runner,
         precision=precision,
         max_batch_size=max_batch_size,
         refused_too=refused_too,
     )
     models = sorted(config.parent.name for config in path.glob("*/config.pbtxt"))
+    latencies = assembled_latencies(path)
     if as_json:
-        print(json.dumps({"repository": str(path), "backend": backend, "models": models}))
-    else:
-        out.print(f"{path}: {', '.join(models)} ({backend}, {precision})")
+        timed = [asdict(latency) for latency in latencies]
+        document = {"repository": str(path), "backend": backend, "models": models}
+        print(json.dumps({**document, "latencies": timed}))
+        return
+    if latencies:
+        table = Table(title=f"Runners on {latencies[0].machine}, batches of {latencies[0].batch}")
+        for column in ("tower", "runner", "ms"):
+            table.add_column(column, justify="right" if column == "ms" else "left")
+        for latency in latencies:
+            table.add_row(latency.tower, latency.runner, f"{latency.milliseconds:.1f}")
+        out.print(table)
+    out.print(f"{path}: {', '.join(models)}")
 
 
 @app.command()
@@ -201,10 +222,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Assemble, start, classify and search over HTTP and gRPC, draw a contact sheet, stop."""
-    names = [line.strip() for line in labels.read_text(encoding="utf-8").splitlines()]
-    outcome = run_demo(
-        Bundle.open(bundle), pictures, [n for n in names if n], query, repository, sheet
-    )
+    names = read_lines(labels)
+    outcome = run_demo(Bundle.open(bundle), pictures, names, query, repository, sheet)
     if as_json:
         print(json.dumps(outcome.to_json()))
         return

@@ -71,10 +71,19 @@ class Tolerance:
 
     min_cosine: float
     """Of the worst pair, not of the mean."""
-    max_abs_difference: float
+    relative_accuracy: float
+    """Zero-shot top-1 as a share of eager float32's, where there is labelled data."""
+    max_abs_difference: float = 2.0
 
 
-TOLERANCES = {"fp32": Tolerance(min_cosine=0.99999, max_abs_difference=1e-4)}
+TOLERANCES = {
+    "fp32": Tolerance(min_cosine=0.99999, relative_accuracy=0.999, max_abs_difference=1e-4),
+    "fp16": Tolerance(min_cosine=0.9995, relative_accuracy=0.999),
+    "bf16": Tolerance(min_cosine=0.995, relative_accuracy=0.99),
+    "int8": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
+    "int8-dynamic": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
+}
+"""By the precision in a runner's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +98,38 @@ class Verdict:
     min_cosine: float
     mean_cosine: float
     max_abs_difference: float
+    top1_agreement: float | None = None
+    """Share of labelled pictures that get the label eager float32 gives them."""
+    accuracy: float | None = None
+    """Zero-shot top-1 on the labelled pictures, the other tower being eager float32's."""
+    relative_accuracy: float | None = None
+    """The same as a share of eager float32's."""
     runtime_version: str
     machine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """What quantising one layer alone costs."""
+
+    layer: str
+    cosine_loss: float
+    """1 minus the mean cosine to the fp32 graph, on calibration data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantisation:
+    """How an INT8 graph came to be."""
+
+    method: str
+    calibration: str
+    """What the ranges were measured on."""
+    layers: int
+    """That could be quantised."""
+    excluded: tuple[str, ...] = ()
+    """Left in floating point because the gate refused the graph with them."""
+    sensitivity: tuple[LayerCost, ...] = ()
+    """Measured only when the gate refused; dearest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +146,11 @@ class Artifact:
     """One tower in one precision."""
 
     tower: Tower
-    kind: Literal["onnx"]
+    kind: Literal["onnx", "torchscript"]
     precision: str
     files: tuple[File, ...]
     """The graph, then its external data if it has any."""
-    opset: int
+    quantisation: Quantisation | None = None
     verdicts: tuple[Verdict, ...] = ()
 
     @property
@@ -137,6 +176,18 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """How fast a runner was when a repository was assembled from the bundle."""
+
+    tower: Tower
+    runner: str
+    batch: int
+    milliseconds: float
+    """Median of a batch."""
+    machine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything about a bundle."""
 
@@ -155,6 +206,8 @@ class Manifest:
     tokenizer: File
     provenance: Provenance
     artifacts: tuple[Artifact, ...]
+    latencies: tuple[Latency, ...] = ()
+    """Only in the copy that an assembled repository holds: what its runners were chosen by."""
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
@@ -199,15 +252,16 @@ class Bundle:
         return self._verified([self.manifest.tokenizer])
 
     def artifact(self, tower: Tower, precision: str) -> Artifact:
-        """The artifact of `tower` in `precision`.
+        """The ONNX graph of `tower` in `precision`.
 
         Raises:
             BundleError: the bundle has none.
         """
-        for artifact in self.manifest.artifacts:
-            if (artifact.tower, artifact.precision) == (tower, precision):
+        graphs = [a for a in self.manifest.artifacts if (a.tower, a.kind) == (tower, "onnx")]
+        for artifact in graphs:
+            if artifact.precision == precision:
                 return artifact
-        has = sorted(a.precision for a in self.manifest.artifacts if a.tower == tower)
+        has = sorted(artifact.precision for artifact in graphs)
         raise BundleError(
             f"{self.path} has no {precision} {tower} graph, only {', '.join(has) or 'none'}; "
             f"export the checkpoint again with --precision {precision}"

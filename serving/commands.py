@@ -1,11 +1,20 @@
 """What the command lines share: how errors are printed, `--json`, a group with a default."""
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from typer.core import TyperGroup
 
 from serving.errors import ClipDeployError
@@ -19,6 +28,34 @@ log = Console(stderr=True)
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, last on standard output.")
 ]
+
+
+class Steps(Protocol):
+    """Told what is being done, and, where that is known, how much of it is done."""
+
+    def __call__(self, step: str, done: int = 0, total: int = 0) -> None: ...
+
+
+@contextmanager
+def steps(first: str) -> Iterator[Steps]:
+    """Show what is being done, how far it is and for how long; the block is given a `Steps`.
+
+    On a terminal a bar, elsewhere a line a step.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    shown = ""
+
+    def show(step: str, done: int = 0, total: int = 0) -> None:
+        nonlocal shown
+        progress.update(task, description=step, completed=done, total=total or None)
+        if step != shown and not log.is_terminal:
+            log.print(step, highlight=False, soft_wrap=True)
+        shown = step
+
+    with Progress(*columns, console=log, disable=not log.is_terminal) as progress:
+        task = progress.add_task(first, total=None)
+        show(first)
+        yield show
 
 
 class DefaultCommandGroup(TyperGroup):

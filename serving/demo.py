@@ -17,14 +17,13 @@ from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.commands import log
 from serving.contact_sheet import Cell, Row, contact_sheet
-from serving.errors import InputError
+from serving.folders import find_pictures, read_captions
 from serving.repository import assemble
 from serving.search import nearest
 from serving.triton import TritonServer
 from serving.zero_shot import classify, embed_labels, probabilities
 
 _CHUNK = 32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +67,6 @@ class Outcome:
     def to_json(self) -> dict[str, object]:
         """For `--json`."""
         return asdict(self)
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """Pictures of a folder and its folders, by name.
-
-    Raises:
-        InputError: there is no such folder, or no picture in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected a folder of pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not found:
-        raise InputError(f"no pictures in {folder}; expected files of {', '.join(SUFFIXES)}")
-    return found
-
-
-def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption, from the folder's `captions.txt` (`file, caption` a line) if any."""
-    file = folder / "captions.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    pairs = (line.split(",", 1) for line in lines if "," in line)
-    return {name.strip(): caption.strip() for name, caption in pairs}
 
 
 def demo(

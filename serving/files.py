@@ -7,13 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from serving.errors import InputError
+
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, sign: str) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends without an error.
 
-    What was at `target` stays whole until then, and is deleted after it gave way.
+    What was at `target` stays whole until then, and is deleted after it gave way. That is done only
+    to a directory that holds `sign`, a path by which one of ours is known, or nothing at all.
+
+    Raises:
+        InputError: something else is at `target`.
     """
+    if target.exists() and not (target / sign).exists():
+        if not target.is_dir():
+            raise InputError(f"{target} is a file; expected the name of a directory to write")
+        if any(target.iterdir()):
+            raise InputError(
+                f"{target} holds other things (no {sign}), which would be deleted to write here; "
+                "give another directory, or empty this one"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"

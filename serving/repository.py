@@ -8,16 +8,19 @@ Does not know: how a server is started (`triton.py`).
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from serving.bundle import TOWERS, Bundle, Manifest, Tower
+from serving.bundle import TOWERS, Bundle, Latency, Manifest, Tower
 from serving.errors import BundleError
 from serving.files import link_or_copy, new_directory
 from serving.machine import cpu_count
+from serving.runners.base import RUNNERS, graph_of
+from serving.selection import passed, time_runners
 
 Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
@@ -32,6 +35,7 @@ def assemble(
     target: Path,
     *,
     backend: Backend = "embedded",
+    runner: str = "auto",
     precision: str = "fp32",
     max_batch_size: int = 64,
     refused_too: bool = False,
@@ -41,28 +45,53 @@ def assemble(
     Args:
         backend: `embedded` runs the towers in Triton's Python backend through a runner of this
             project; the others name a backend that the serving container must have.
-        refused_too: take artifacts that the parity gate refused.
+        runner: of the embedded backend; `auto` times those that passed the gate, here and now, and
+            takes the fastest of each tower.
+        precision: of the graphs that the other backends get.
+        refused_too: take what the parity gate refused.
 
     Raises:
         BundleError: an artifact is missing, not the exported one, or was refused by the gate.
+        RunnerError: there is no such runner.
+        InputError: `target` holds something that is no model repository.
     """
     if backend == "tensorrt":
         raise BundleError(f"{bundle.path} holds no TensorRT plans; choose another backend")
-    for tower in TOWERS:
-        if not refused_too and not bundle.artifact(tower, precision).passed(_runner(precision)):
-            raise BundleError(_refusal(bundle, tower, precision))
-    with new_directory(target) as work:
+    chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
+    if backend == "embedded" and runner == "auto":
+        latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
+        chosen = {timed[0].tower: timed[0].runner for timed in latencies}
+        every = tuple(latency for timed in latencies for latency in timed)
+        bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
+    elif backend == "embedded":
+        chosen = dict.fromkeys(TOWERS, runner)
+    for tower, name in chosen.items():
+        if not refused_too and not bundle.artifact(tower, graph_of(name)).passed(name):
+            raise BundleError(_refusal(bundle, tower, name))
+    with new_directory(target, "image_tower/config.pbtxt") as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
             version = work / source.name / "1"
             version.mkdir(parents=True)
             config = model_config(source.name, bundle.manifest, backend, max_batch_size)
             if source.name in _TOWERS:
-                _add_tower(bundle, _TOWERS[source.name], precision, config, version)
+                tower = _TOWERS[source.name]
+                _add_tower(bundle, tower, chosen[tower], config, version)
             elif source.name in ("image_preprocess", "text_tokenize"):
                 files = [bundle.tokenizer] if source.name == "text_tokenize" else []
                 _add_python_model(bundle, source.name, version, files)
             (work / source.name / "config.pbtxt").write_text(text_format.MessageToString(config))
     return target
+
+
+def assembled_latencies(repository: Path) -> tuple[Latency, ...]:
+    """What the runners of an assembled repository were chosen by; fastest first in each tower."""
+    return Bundle.open(repository / "image_preprocess" / "1" / "bundle").manifest.latencies
+
+
+def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
+    has = {a.precision for a in bundle.manifest.artifacts if a.tower == tower}
+    every = [name for name in RUNNERS if graph_of(name) in has]
+    return time_runners(bundle, tower, every if refused_too else passed(bundle, tower))
 
 
 def model_config(
@@ -83,18 +112,14 @@ def model_config(
     return config
 
 
-def _runner(precision: str) -> str:
-    return f"onnxruntime:{precision}"
-
-
 def _add_tower(
-    bundle: Bundle, tower: Tower, precision: str, config: ModelConfig, version: Path
+    bundle: Bundle, tower: Tower, runner: str, config: ModelConfig, version: Path
 ) -> None:
-    artifact = bundle.artifact(tower, precision)
+    artifact = bundle.artifact(tower, graph_of(runner))
     graph = bundle.verified(artifact)
     files = [graph.with_name(file.name) for file in artifact.files]
     if config.backend == "python":
-        config.parameters["runner"].string_value = _runner(precision)
+        config.parameters["runner"].string_value = runner
         _add_python_model(bundle, config.name, version, files)
         return
     link_or_copy(files[0], version / config.default_model_filename)
@@ -107,20 +132,23 @@ def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path
     shutil.copy(SOURCE / name / "1" / "model.py", version)
     directory = version / "bundle"
     directory.mkdir()
-    for file in [bundle.path / "manifest.json", *files]:
+    (directory / "manifest.json").write_text(bundle.manifest.to_json())
+    for file in files:
         link_or_copy(file, directory / file.name)
 
 
-def _refusal(bundle: Bundle, tower: Tower, precision: str) -> str:
-    verdicts = bundle.artifact(tower, precision).verdicts
-    measured = "; ".join(
-        f"{v.runner}: minimum cosine {v.min_cosine:.6f}, largest difference "
-        f"{v.max_abs_difference:.1e}"
+def _refusal(bundle: Bundle, tower: Tower, runner: str) -> str:
+    verdicts = bundle.artifact(tower, graph_of(runner)).verdicts
+    measured = [
+        f"minimum cosine {v.min_cosine:.6f}, largest difference {v.max_abs_difference:.1e}"
+        + ("" if v.relative_accuracy is None else f", {v.relative_accuracy:.2%} of fp32's accuracy")
         for v in verdicts
-    )
+        if v.runner == runner
+    ]
     return (
-        f"the parity gate did not pass the {precision} {tower} graph ({measured or 'no verdict'}); "
-        "look at `python -m export verify`, or assemble with --refused-too to serve it anyway"
+        f"the parity gate did not pass the {tower} tower by {runner} "
+        f"({measured[0] if measured else 'no verdict'}); look at `python -m export verify`, choose "
+        "another runner, or assemble with --refused-too to serve it anyway"
     )
 
 

@@ -1,10 +1,11 @@
 """JSON documents -> frozen dataclasses, checked against their annotations.
 
-Small on purpose: what manifests hold (scalars, tuples, string-keyed dictionaries, literals, nested
-dataclasses), and errors that say where in the document something else stood.
+Small on purpose: what manifests hold (scalars, tuples, string-keyed dictionaries, literals,
+`X | None`, nested dataclasses), and errors that say where in the document something else stood.
 """
 
 import dataclasses
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -43,6 +44,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _misfit(where, "an object", value)
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is UnionType:
+        optional = next(argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _convert(optional, value, where)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

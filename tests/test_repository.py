@@ -9,8 +9,8 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from serving.bundle import Bundle
-from serving.errors import BundleError
-from serving.repository import SOURCE, assemble, model_config
+from serving.errors import BundleError, RunnerError
+from serving.repository import SOURCE, assemble, assembled_latencies, model_config
 
 MODELS = {
     "clip_image",
@@ -59,7 +59,9 @@ def test_every_committed_configuration_is_complete():
 
 
 def test_assembled_facts(tiny_bundle, tmp_path):
-    target = assemble(tiny_bundle, tmp_path / "repository", max_batch_size=16)
+    target = assemble(
+        tiny_bundle, tmp_path / "repository", runner="onnxruntime:fp32", max_batch_size=16
+    )
     configs = {path.parent.name: read(path) for path in target.glob("*/config.pbtxt")}
     assert configs.keys() == MODELS
     assert all(config.max_batch_size == 16 for config in configs.values())
@@ -114,8 +116,12 @@ def test_tensorrt_without_plans_is_refused(tiny_bundle, tmp_path):
 
 def test_what_the_gate_refused_is_not_assembled(tiny_bundle, tmp_path):
     bundle = bundle_with(tiny_bundle, tmp_path, refused)
-    with pytest.raises(BundleError, match=r"did not pass the fp32 text graph.*cosine 0\.5"):
+    with pytest.raises(
+        BundleError, match=r"no runner for the text tower: the gate let none through"
+    ):
         assemble(bundle, tmp_path / "repository")
+    with pytest.raises(BundleError, match=r"text tower by openvino:fp32 .*cosine 0\.5"):
+        assemble(bundle, tmp_path / "repository", runner="openvino:fp32")
     assert not (tmp_path / "repository").exists()
     assert assemble(bundle, tmp_path / "repository", refused_too=True).is_dir()
 
@@ -126,8 +132,11 @@ def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
             artifact["verdicts"] = []
         return manifest
 
-    with pytest.raises(BundleError, match="no verdict"):
-        assemble(bundle_with(tiny_bundle, tmp_path, unjudged), tmp_path / "repository")
+    bundle = bundle_with(tiny_bundle, tmp_path, unjudged)
+    with pytest.raises(BundleError, match=r"image tower by openvino:int8 \(no verdict\)"):
+        assemble(bundle, tmp_path / "repository", runner="openvino:int8")
+    with pytest.raises(BundleError, match=r"image tower by onnxruntime:fp16 \(no verdict\)"):
+        assemble(bundle, tmp_path / "repository", backend="onnxruntime", precision="fp16")
 
 
 def test_a_failed_assembly_leaves_the_old_repository_whole(tiny_bundle, tmp_path):
@@ -140,15 +149,39 @@ def test_a_failed_assembly_leaves_the_old_repository_whole(tiny_bundle, tmp_path
     graph.unlink()
     graph.write_bytes(content)
     with pytest.raises(BundleError, match="not the file that was exported"):
-        assemble(bundle, target)
+        assemble(bundle, target, runner="onnxruntime:fp32")
     after = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
     assert after == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "repository"]
 
 
 def test_a_precision_that_is_not_there(tiny_bundle, tmp_path):
-    with pytest.raises(BundleError, match=r"no int7 image graph, only fp32.*--precision int7"):
-        assemble(tiny_bundle, tmp_path / "repository", precision="int7")
+    with pytest.raises(RunnerError, match=r"unknown runner 'openvino:int7'; expected one of"):
+        assemble(tiny_bundle, tmp_path / "repository", backend="openvino", precision="int7")
+    with pytest.raises(BundleError, match=r"no int8-dynamic image graph, only fp16, fp32, int8"):
+        assemble(tiny_bundle, tmp_path / "repository", runner="onnxruntime:int8-dynamic")
+
+
+def test_auto_takes_the_fastest_that_passed(tiny_bundle, tmp_path):
+    target = assemble(tiny_bundle, tmp_path / "repository")
+    latencies = assembled_latencies(target)
+    for tower in ("image", "text"):
+        timed = [latency for latency in latencies if latency.tower == tower]
+        assert [t.milliseconds for t in timed] == sorted(t.milliseconds for t in timed)
+        assert {t.runner for t in timed} >= {"onnxruntime:fp32", "openvino:fp32"}
+        config = read(target / f"{tower}_tower" / "config.pbtxt")
+        assert config.parameters["runner"].string_value == timed[0].runner
+
+
+def test_auto_does_not_time_what_was_refused(tiny_bundle, tmp_path):
+    def only_one_passed(manifest: dict) -> dict:
+        for artifact in manifest["artifacts"]:
+            for verdict in artifact["verdicts"]:
+                verdict["passed"] = verdict["runner"] == "onnxruntime:fp16"
+        return manifest
+
+    target = assemble(bundle_with(tiny_bundle, tmp_path, only_one_passed), tmp_path / "repository")
+    assert {latency.runner for latency in assembled_latencies(target)} == {"onnxruntime:fp16"}
 
 
 def test_specs_of_the_manifest_are_frozen(tiny_bundle):

@@ -29,7 +29,7 @@ PROTOCOLS = ("grpc", "http")
 @pytest.fixture(scope="module")
 def server(tiny_bundle, tmp_path_factory):
     repository = tmp_path_factory.mktemp("served") / "repository"
-    assemble(tiny_bundle, repository, max_batch_size=16)
+    assemble(tiny_bundle, repository, runner="onnxruntime:fp32", max_batch_size=16)
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as running:
         yield running
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers.models.clip.modeling_clip import clip_loss
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from export.checkpoint import load_checkpoint
 from export.resnet import ResNetConfig
 from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
 from serving.errors import CheckpointError, ImageError, InputError
-from training import contrastive, dataset, shapes
-from training.contrastive import Kind, MixedBatches, Pairs, Settings
+from training import contrastive, dataset, demo, shapes
+from training.batches import Kind, MixedBatches, Pairs
+from training.contrastive import Settings
 from training.demo import IMAGE, TEMPLATES
 from training.folder import Sizes, train_folder
 from training.initialise import initialise
@@ -102,7 +103,7 @@ def test_the_loss_and_its_gradients_are_those_of_transformers() -> None:
     )
     loss = contrastive.info_nce(*ours)
     image, text, scale = theirs
-    reference = clip_loss(text @ image.T * scale.exp())
+    reference = image_text_contrastive_loss(text @ image.T * scale.exp())
     torch.testing.assert_close(loss, reference)
     loss.backward()
     reference.backward()
@@ -164,9 +165,10 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unstopped_one(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return step(*arguments)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(contrastive, "_step", stop_at_four)
+    monkeypatch.setattr(contrastive, "_step", stop_at_four)
+    with pytest.raises(KeyboardInterrupt):
         contrastive.train(stopped, tiny_pairs(), settings(), tmp_path / "s")
+    monkeypatch.setattr(contrastive, "_step", step)
     again = contrastive.train(resumed, tiny_pairs(), settings(), tmp_path / "s", resume=True)
     assert again == losses
     assert same(resumed, whole)
@@ -315,8 +317,8 @@ def test_a_corrupt_picture_is_named(tmp_path) -> None:
 )
 def test_sizes_have_to_fit(tmp_path, changes, message) -> None:
     folder = write_pairs(tmp_path / "pairs")
+    sizes = Sizes(**{"layers": 1, **changes})
     with pytest.raises(InputError, match=message):
-        sizes = Sizes(**{"layers": 1, **changes})
         train_folder(folder, tmp_path / "out", tmp_path / "s", settings(), sizes)
 
 
@@ -335,6 +337,23 @@ def test_the_command_prints_one_json_document(tmp_path) -> None:
     )
     assert ended.returncode == 2
     assert "found neither" in ended.stderr
+
+
+def test_the_demo_checkpoint_is_the_same_each_time_and_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "TEST_SIZE", 64)
+    monkeypatch.setattr(demo, "TEST_PICTURES", (87, 13))
+    short = demo.default_settings(steps=2, seed=3)
+    reports = [
+        demo.make_demo(tmp_path / name, tmp_path / "s", short, 300, workers, resume=False)
+        for name, workers in (("one", 1), ("two", 2))
+    ]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert f"| pairs held out | 13 | {reports[0].held_out:.1%} |" in card
+    assert "a green star" in card
+    assert reports[0].parameters < 1_400_000
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.fixture(scope="module")

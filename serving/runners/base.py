@@ -1,5 +1,6 @@
 """The one interface everything that computes embeddings is run, compared and timed through."""
 
+import importlib.util
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -44,25 +45,55 @@ class Runner(Protocol):
         """
 
 
-RUNTIMES = ("onnxruntime",)
-"""Runtimes of exported graphs. Their libraries are imported only when one is asked for."""
+RUNNERS = {
+    "onnxruntime:fp32": "fp32",
+    "onnxruntime:fp16": "fp16",
+    "onnxruntime:int8": "int8",
+    "onnxruntime:int8-dynamic": "int8-dynamic",
+    "openvino:fp32": "fp32",
+    "openvino:bf16": "fp32",
+    "openvino:fp16": "fp16",
+    "openvino:int8": "int8",
+}
+"""Runners of exported graphs, `<runtime>:<precision>`, and the graph each of them runs."""
+
+_LIBRARIES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+
+
+def missing(name: str) -> str | None:
+    """Why the runner `name` cannot be had in this environment, or None."""
+    library = _LIBRARIES[name.partition(":")[0]]
+    if importlib.util.find_spec(library) is None:
+        return f"the package {library} is not installed; pip install 'clip-deploy[embedded]'"
+    return None
+
+
+def graph_of(name: str) -> str:
+    """The precision of the graph that runner `name` runs.
+
+    Raises:
+        RunnerError: there is no such runner.
+    """
+    if name not in RUNNERS:
+        raise RunnerError(f"unknown runner {name!r}; expected one of {', '.join(RUNNERS)}")
+    return RUNNERS[name]
 
 
 def open_runner(bundle: Bundle, tower: Tower, name: str) -> Runner:
     """The runner called `name`, `<runtime>:<precision>`, of one tower of `bundle`; not yet entered.
 
     Raises:
-        RunnerError: there is no such runtime.
+        RunnerError: there is no such runner, or not in this environment.
         BundleError: the bundle has no such precision, or its file is not the exported one.
     """
+    graph_of(name)
+    if reason := missing(name):
+        raise RunnerError(f"{name}: {reason}")
     runtime, _, precision = name.partition(":")
-    match runtime:
-        case "onnxruntime":
-            from serving.runners.onnx_runtime import OnnxRuntimeRunner
+    if runtime == "openvino":
+        from serving.runners.open_vino import OpenVinoRunner
 
-            return OnnxRuntimeRunner(bundle, tower, precision)
-        case _:
-            raise RunnerError(
-                f"unknown runner {name!r}; expected <runtime>:<precision> with a runtime of "
-                f"{', '.join(RUNTIMES)}, such as onnxruntime:fp32"
-            )
+        return OpenVinoRunner(bundle, tower, precision)
+    from serving.runners.onnx_runtime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(bundle, tower, precision)

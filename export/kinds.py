@@ -1,0 +1,21 @@
+"""What an export can be asked for; free of heavy imports, for the command line."""
+
+from enum import StrEnum
+from typing import Literal
+
+
+class Kind(StrEnum):
+    """An artifact of each tower."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT8_DYNAMIC = "int8-dynamic"
+    TORCHSCRIPT = "torchscript"
+
+
+DEFAULT_KINDS = (Kind.FP32, Kind.FP16, Kind.INT8)
+"""fp32 is always made."""
+
+Method = Literal["minmax", "percentile", "entropy"]
+"""How the range of an activation is chosen for INT8."""

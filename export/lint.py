@@ -1,0 +1,130 @@
+"""What is known to ruin a CLIP graph quietly, looked for in the graph itself.
+
+Each rule is a failure that somebody shipped: a LayerNorm taken apart and computed in half precision,
+token ids compared as floats (in float16, 49406 and 49407 are the same number), a mask of infinities
+that becomes NaN, a client that was expected to normalise, a batch axis that is 1 for ever.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from serving.bundle import Tower
+
+_BOUNDARY = {
+    "image": ("pixels", TensorProto.UINT8, 4, "image_embeds"),
+    "text": ("input_ids", TensorProto.INT32, 2, "text_embeds"),
+}
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+_MIN_OPSET = 17
+
+
+def lint(path: Path, tower: Tower) -> list[str]:
+    """What is wrong with the graph at `path`, in words; empty when nothing is."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True)
+    graph = _Graph(model)
+    rules = [_boundary(graph, tower), _layer_norm(graph), _constants(graph), _softmax(graph)]
+    rules.append(_pooling(graph) if tower == "text" else _pixels(graph))
+    return [f"{path.name}: {problem}" for rule in rules for problem in rule]
+
+
+class _Graph:
+    """A graph with the look-ups that rules need."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.producer = {out: node for node in model.graph.node for out in node.output}
+        self.types = {
+            value.name: value.type.tensor_type.elem_type
+            for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+        }
+        self.types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        self.constants = {t.name: t for t in model.graph.initializer}
+
+    def of(self, *kinds: str) -> list[onnx.NodeProto]:
+        return [node for node in self.graph.node if node.op_type in kinds]
+
+
+def _boundary(graph: _Graph, tower: Tower) -> Iterator[str]:
+    name, kind, rank, output = _BOUNDARY[tower]
+    inputs, outputs = list(graph.graph.input), list(graph.graph.output)
+    if [i.name for i in inputs] != [name] or [o.name for o in outputs] != [output]:
+        yield (
+            f"inputs {[i.name for i in inputs]} and outputs {[o.name for o in outputs]}; expected "
+            f"[{name!r}] and [{output!r}]"
+        )
+        return
+    if inputs[0].type.tensor_type.elem_type != kind:
+        yield f"{name} is not {TensorProto.DataType.Name(kind)}"
+    if outputs[0].type.tensor_type.elem_type != TensorProto.FLOAT:
+        yield f"{output} is not FLOAT"
+    dims = inputs[0].type.tensor_type.shape.dim
+    dynamic = {"image": 1, "text": 2}[tower]
+    if len(dims) != rank or not all(dim.dim_param for dim in dims[:dynamic]):
+        shape = [dim.dim_param or dim.dim_value for dim in dims]
+        yield f"{name} has shape {shape}; its first {dynamic} of {rank} axes must be dynamic"
+
+
+def _layer_norm(graph: _Graph) -> Iterator[str]:
+    if graph.opset < _MIN_OPSET:
+        yield f"opset {graph.opset}; LayerNormalization is a node from {_MIN_OPSET} on"
+    for node in graph.of("ReduceMean"):
+        taken_apart = any(
+            other.op_type == "Sub" and set(other.input) == {node.input[0], node.output[0]}
+            for other in graph.graph.node
+        )
+        if taken_apart:
+            yield f"{node.name}: a LayerNorm taken apart into ReduceMean, Sub, ..."
+    for node in graph.of("LayerNormalization"):
+        if graph.types.get(node.input[0]) not in (None, TensorProto.FLOAT):
+            yield f"{node.name}: LayerNorm in half precision"
+
+
+def _softmax(graph: _Graph) -> Iterator[str]:
+    for node in graph.of("Softmax"):
+        if graph.types.get(node.input[0]) not in (None, TensorProto.FLOAT):
+            yield f"{node.name}: softmax in half precision"
+
+
+def _constants(graph: _Graph) -> Iterator[str]:
+    tensors = list(graph.graph.initializer)
+    tensors += [node.attribute[0].t for node in graph.of("Constant") if node.attribute[0].t.dims]
+    for tensor in tensors:
+        if tensor.data_type in _FLOATS and not np.isfinite(numpy_helper.to_array(tensor)).all():
+            yield f"constant {tensor.name!r} is not finite; a mask must be a large finite number"
+
+
+def _pooling(graph: _Graph) -> Iterator[str]:
+    """From ArgMax up to the token ids, nothing may be a float."""
+    pooled = graph.of("ArgMax")
+    if len(pooled) != 1:
+        yield f"{len(pooled)} ArgMax nodes; expected the one that finds the end-of-text token"
+    waiting = [name for node in pooled for name in node.input]
+    while waiting:
+        node = graph.producer.get(waiting.pop())
+        if node is None:
+            continue
+        if node.op_type == "Cast" and helper.get_node_attr_value(node, "to") in _FLOATS:
+            yield f"{node.name}: token ids become floats before the end-of-text ArgMax"
+        waiting += node.input
+
+
+def _pixels(graph: _Graph) -> Iterator[str]:
+    """uint8 -> Cast -> minus a mean a channel -> ... inside the graph."""
+    casts = [node for node in graph.of("Cast") if node.input[0] == "pixels"]
+    centred = [
+        node
+        for node in graph.of("Sub")
+        if casts and node.input[0] == casts[0].output[0] and _size(graph, node.input[1]) == 3
+    ]
+    if not centred:
+        yield "pixels are not normalised inside the graph (Cast, then a mean a channel)"
+
+
+def _size(graph: _Graph, name: str) -> int:
+    tensor = graph.constants.get(name)
+    return int(np.prod(tensor.dims)) if tensor is not None else 0

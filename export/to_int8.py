@@ -1,0 +1,136 @@
+"""A floating-point graph -> the same graph with explicit INT8 Q/DQ, as TensorRT's parser takes it.
+
+Quantised are matrix products (and convolutions) with constant weights: the activation gets a
+QuantizeLinear/DequantizeLinear pair with one scale a tensor, the weight becomes an INT8 initializer
+behind a DequantizeLinear with one scale an output channel. All symmetric, zero points 0. Left
+alone are the patch embedding (or stem), LayerNorm, softmax, attention products, biases and the
+final projection. The same file is what ONNX Runtime, OpenVINO and TensorRT fuse into INT8 kernels.
+
+Does not know: where ranges come from (`ranges.py`), whether the result is any good (`parity.py`).
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+_QUANTISED = ("MatMul", "Conv")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A node that can be quantised."""
+
+    name: str
+    activation: str
+    """Tensor that gets the Q/DQ pair."""
+    weight: str
+    """Initializer that becomes INT8."""
+    channel_axis: int
+    """The weight's output channels: one scale each."""
+
+
+def layers(model: onnx.ModelProto) -> list[Layer]:
+    """What can be quantised in `model`, in graph order.
+
+    The first convolution reads the picture itself, and the last product is the projection into the
+    shared space: both are small, and their errors reach every embedding unaveraged.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = [
+        Layer(node.name, node.input[0], node.input[1], 1 if node.op_type == "MatMul" else 0)
+        for node in model.graph.node
+        if node.op_type in _QUANTISED and node.input[1] in weights
+    ]
+    stem = next((n.name for n in model.graph.node if n.op_type == "Conv"), None)
+    return [layer for layer in found if layer.name != stem]
+
+
+def quantise(
+    model: onnx.ModelProto, ranges: Mapping[str, float], exclude: Collection[str] = ()
+) -> onnx.ModelProto:
+    """A copy of `model` with every layer but those in `exclude` in INT8.
+
+    Args:
+        ranges: for each layer's activation, the magnitude that becomes 127.
+        exclude: names of layers that stay as they are.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    chosen = {layer.name: layer for layer in layers(model) if layer.name not in exclude}
+    values = {tensor.name: tensor for tensor in out.graph.initializer}
+    pairs: dict[str, str] = {}  # activation -> its dequantised twin
+    nodes: list[onnx.NodeProto] = []
+    for node in out.graph.node:
+        layer = chosen.get(node.name)
+        if layer is not None:
+            if layer.activation not in pairs:
+                scale_type = values[layer.weight].data_type
+                scale = max(ranges[layer.activation], 1e-9) / 127
+                nodes += _activation_pair(out, layer.activation, scale, scale_type)
+                pairs[layer.activation] = f"{layer.activation}_dq"
+            nodes.append(_weight(out, values[layer.weight], layer))
+            node.input[0], node.input[1] = pairs[layer.activation], f"{layer.weight}_dq"
+        nodes.append(node)
+    del out.graph.node[:]
+    out.graph.node.extend(_once(nodes))
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in out.graph.initializer if tensor.name in used]
+    del out.graph.initializer[:]
+    out.graph.initializer.extend(kept)
+    return out
+
+
+def _activation_pair(
+    model: onnx.ModelProto, name: str, scale: float, scale_type: int
+) -> list[onnx.NodeProto]:
+    _constant(model, f"{name}_scale", np.array(scale, _numpy(scale_type)))
+    _constant(model, f"{name}_zero", np.array(0, np.int8))
+    parameters = [f"{name}_scale", f"{name}_zero"]
+    return [
+        helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_q"], f"{name}_quantize"),
+        helper.make_node(
+            "DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], f"{name}_dequantize"
+        ),
+    ]
+
+
+def _weight(model: onnx.ModelProto, tensor: onnx.TensorProto, layer: Layer) -> onnx.NodeProto:
+    values = numpy_helper.to_array(tensor)
+    others = tuple(axis for axis in range(values.ndim) if axis != layer.channel_axis)
+    scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), 1e-9) / 127
+    scales = scales.astype(values.dtype)
+    shape = [-1 if axis == layer.channel_axis else 1 for axis in range(values.ndim)]
+    levels = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape))
+    name = layer.weight
+    if f"{name}_int8" not in {tensor.name for tensor in model.graph.initializer}:
+        _constant(model, f"{name}_int8", np.clip(levels, -127, 127).astype(np.int8))
+        _constant(model, f"{name}_scale", scales)
+        _constant(model, f"{name}_zero", np.zeros(len(scales), np.int8))
+    return helper.make_node(
+        "DequantizeLinear",
+        [f"{name}_int8", f"{name}_scale", f"{name}_zero"],
+        [f"{name}_dq"],
+        f"{name}_dequantize",
+        axis=layer.channel_axis,
+    )
+
+
+def _once(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Without the repeats that a weight shared by two layers makes."""
+    seen: set[str] = set()
+    for node in nodes:
+        if node.output[0] not in seen:
+            seen.add(node.output[0])
+            yield node
+
+
+def _constant(model: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def _numpy(data_type: int) -> np.dtype[np.generic]:
+    return helper.tensor_dtype_to_np_dtype(data_type)

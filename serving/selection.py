@@ -1,0 +1,80 @@
+"""Which runner of a tower is the fastest here, of those that passed the gate?"""
+
+import statistics
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from serving.bundle import Bundle, Latency, Tower
+from serving.errors import BundleError, RunnerError
+from serving.machine import describe
+from serving.runners.base import RUNNERS, Batch, Runner, missing, open_runner
+
+BATCH, LENGTH = 8, 16
+"""What is timed: about what dynamic batching makes of a few clients, and a text of usual length."""
+_WARM_UPS, _RUNS = 2, 7
+
+
+def passed(bundle: Bundle, tower: Tower) -> list[str]:
+    """Runners of `tower` that the gate let through and that this environment has."""
+    names = []
+    for name, precision in RUNNERS.items():
+        graphs = [a for a in bundle.manifest.artifacts if (a.tower, a.kind) == (tower, "onnx")]
+        judged = [a for a in graphs if a.precision == precision and a.passed(name)]
+        if judged and missing(name) is None:
+            names.append(name)
+    return names
+
+
+def time_runners(bundle: Bundle, tower: Tower, names: Iterable[str]) -> list[Latency]:
+    """Median milliseconds of each runner, fastest first; one that cannot run here is left out.
+
+    Raises:
+        BundleError: none of them can.
+    """
+    batch, reasons = _batch(bundle, tower), []
+    timed = []
+    for name in names:
+        try:
+            with open_runner(bundle, tower, name) as runner:
+                milliseconds = _median_ms(runner, batch)
+        except RunnerError as error:
+            reasons.append(str(error))
+            continue
+        timed.append(
+            Latency(
+                tower=tower,
+                runner=name,
+                batch=BATCH,
+                milliseconds=milliseconds,
+                machine=describe(),
+            )
+        )
+    if not timed:
+        why = "; ".join(reasons) or "the gate let none through"
+        raise BundleError(f"{bundle.path}: no runner for the {tower} tower: {why}")
+    return sorted(timed, key=lambda latency: latency.milliseconds)
+
+
+def _batch(bundle: Bundle, tower: Tower) -> Batch:
+    rng = np.random.default_rng(0)
+    if tower == "image":
+        size = bundle.manifest.image.size
+        return rng.integers(0, 256, (BATCH, 3, size, size), np.uint8)
+    text = bundle.manifest.text
+    length = next(bucket for bucket in text.buckets if bucket >= min(LENGTH, text.context_length))
+    ids = rng.integers(0, text.vocab_size - 2, (BATCH, length), np.int32)
+    ids[:, 0], ids[:, -1] = text.start_id, text.end_id
+    return ids
+
+
+def _median_ms(runner: Runner, batch: Batch) -> float:
+    for _ in range(_WARM_UPS):
+        runner.run(batch)
+    seconds = []
+    for _ in range(_RUNS):
+        start = time.perf_counter()
+        runner.run(batch)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e3

@@ -1,0 +1,90 @@
+"""What many tests share: a tiny checkpoint made by transformers, its bundle, pictures."""
+
+import os
+
+# Before torch, transformers and huggingface_hub are imported: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from references import VOCABULARY, randomise
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Path:
+    """OpenAI's BPE vocabulary, from the installed openai-clip."""
+    return VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, vocabulary) -> Path:
+    """A Hugging Face CLIP directory: 32 px in 8 px patches, two layers and heads a tower."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    from export.vocabulary import openai_tokenizer
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-clip"
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config=sizes | {"vocab_size": 49408, "max_position_embeddings": 77},
+        vision_config=sizes | {"image_size": 32, "patch_size": 8},
+        projection_dim=32,
+    )
+    model = randomise(CLIPModel(config), seed=0)
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(20.0))
+    model.save_pretrained(path)
+    side = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side).save_pretrained(path)
+    openai_tokenizer(vocabulary).save(str(path / "tokenizer.json"))
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
+    assert {file.name for file in path.iterdir()} == expected
+    assert json.loads((path / "config.json").read_text())["model_type"] == "clip"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, tmp_path_factory):
+    """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
+    from export.build import build
+    from export.checkpoint import load_checkpoint
+
+    output = tmp_path_factory.mktemp("artifacts") / "tiny-clip"
+    checkpoint = load_checkpoint(str(tiny_checkpoint))
+    return build(checkpoint, output, lambda step, done=0, total=0: None)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of real picture files of different sizes, formats and modes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, size, mode in (
+        ("wide.jpg", (97, 41), "RGB"),
+        ("tall.jpg", (40, 111), "RGB"),
+        ("grey.jpg", (64, 64), "L"),
+        ("print.jpg", (50, 36), "CMYK"),
+        ("small.png", (7, 5), "RGB"),
+        ("palette.png", (45, 60), "P"),
+        ("alpha.png", (80, 33), "RGBA"),
+        ("stencil.png", (35, 35), "1"),
+    ):
+        grid = Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8))
+        picture = grid.resize(size, Image.Resampling.BICUBIC)
+        if mode == "RGBA":
+            picture.putalpha(Image.linear_gradient("L").resize(size))
+        picture.convert(mode).save(folder / name)
+    return folder

@@ -98,7 +98,8 @@ def list_models(as_json: Json = False) -> None:
     from export.build import count_parameters
 
     table = Table(title="Known checkpoints")
-    for column in ("checkpoint", "image", "parameters", "embedding", "source"):
+    table.add_column("checkpoint", no_wrap=True)  # whole, to be copied
+    for column in ("image", "parameters", "embedding", "source"):
         table.add_column(
             column, justify="right" if column in ("parameters", "embedding") else "left"
         )

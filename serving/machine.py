@@ -1,5 +1,6 @@
 """What this machine is: how many CPUs we may use, and a name for it beside measured numbers."""
 
+import contextlib
 import functools
 import math
 import os
@@ -20,15 +21,14 @@ def cpu_count() -> int:
 
 
 def _cgroup_quota(root: Path) -> float:
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (root / "cpu" / "cpu.cfs_period_us").read_text()
-        except OSError:
-            return math.inf
-    return math.inf if quota.strip() in ("max", "-1") else int(quota) / int(period)
+    v2, v1 = root / "cpu.max", root / "cpu"
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = v2.read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((v1 / "cpu.cfs_quota_us").read_text())
+        return math.inf if limit < 0 else limit / int((v1 / "cpu.cfs_period_us").read_text())
+    return math.inf
 
 
 @functools.cache

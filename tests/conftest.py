@@ -61,10 +61,11 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
     """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
     from export.build import build
     from export.checkpoint import load_checkpoint
+    from serving.commands import silent
 
     output = tmp_path_factory.mktemp("artifacts") / "tiny-clip"
     checkpoint = load_checkpoint(str(tiny_checkpoint))
-    return build(checkpoint, output, lambda step, done=0, total=0: None)
+    return build(checkpoint, output, silent)
 
 
 @pytest.fixture(scope="session")

@@ -99,10 +99,8 @@ def list_models(as_json: Json = False) -> None:
 
     table = Table(title="Known checkpoints")
     table.add_column("checkpoint", no_wrap=True)  # whole, to be copied
-    for column in ("image", "parameters", "embedding", "source"):
-        table.add_column(
-            column, justify="right" if column in ("parameters", "embedding") else "left"
-        )
+    for column in ("image", "parameters", "dim", "source"):
+        table.add_column(column, justify="right" if column in ("parameters", "dim") else "left")
     for model in KNOWN_MODELS:
         config = ARCHITECTURES[model.architecture]
         source = "hub" if model.source == model.name else model.source.split("/")[2]

@@ -7,12 +7,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from references import VOCABULARY, randomise
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -66,6 +68,22 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("artifacts") / "tiny-clip"
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     return build(checkpoint, output, silent)
+
+
+@pytest.fixture(scope="session")
+def fp32_bundle(tiny_bundle, tmp_path_factory):
+    """The tiny bundle's float32 graphs only, which are judged in a moment; do not change it."""
+    from serving.bundle import Bundle
+
+    path = tmp_path_factory.mktemp("fp32") / "tiny-clip"
+    artifacts = tuple(a for a in tiny_bundle.manifest.artifacts if a.precision == "fp32")
+    names = {file.name for artifact in artifacts for file in artifact.files}
+    path.mkdir()
+    for name in (*names, "tokenizer.json"):
+        (path / name).hardlink_to(tiny_bundle.path / name)
+    manifest = replace(tiny_bundle.manifest, artifacts=artifacts)
+    (path / "manifest.json").write_text(manifest.to_json())
+    return Bundle.open(path)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTokenizer
+
+import export.checkpoint
+from export.architectures import ARCHITECTURES, KNOWN_MODELS, KnownModel
+from export.checkpoint import load_checkpoint
+from export.formats import save_checkpoint, to_layout
+from export.vocabulary import byte_tokenizer
 from references import (
     MEAN,
     STD,
@@ -24,14 +32,6 @@ from references import (
     some_pixels,
     unit,
 )
-from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPTokenizer
-
-import export.checkpoint
-from export.architectures import ARCHITECTURES, KNOWN_MODELS, KnownModel
-from export.checkpoint import load_checkpoint
-from export.formats import save_checkpoint, to_layout
-from export.vocabulary import byte_tokenizer
 from serving.bundle import DEFAULT_TEMPLATES
 from serving.errors import CheckpointError
 

@@ -59,8 +59,8 @@ def test_a_checkpoint_becomes_a_bundle(tiny_checkpoint, tmp_path):
     assert [p.name for p in (tmp_path / "artifacts").iterdir()] == ["tiny-clip"]
 
 
-def test_a_table_of_verdicts(command, tiny_bundle):
-    code, out, _ = command("verify", tiny_bundle.path)
+def test_a_table_of_verdicts(command, fp32_bundle):
+    code, out, _ = command("verify", fp32_bundle.path)
     assert code == 0
     assert "image.fp32.onnx" in out
     assert "onnxruntime:fp32" in out
@@ -68,17 +68,17 @@ def test_a_table_of_verdicts(command, tiny_bundle):
     assert "refused" not in out
 
 
-def test_verify_as_json(command, tiny_bundle):
-    code, out, _ = command("verify", tiny_bundle.path, "--json")
+def test_verify_as_json(command, fp32_bundle):
+    code, out, _ = command("verify", fp32_bundle.path, "--json")
     assert code == 0
     document = json.loads(out)
-    assert document["path"] == str(tiny_bundle.path)
+    assert document["path"] == str(fp32_bundle.path)
     assert {a["tower"] for a in document["artifacts"]} == {"image", "text"}
     assert all(a["verdicts"] for a in document["artifacts"])
 
 
-def test_verify_of_a_tampered_bundle(command, tiny_bundle, tmp_path):
-    path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
+    path = Path(shutil.copytree(fp32_bundle.path, tmp_path / "bundle"))
     with (path / "text.fp32.onnx").open("r+b") as file:
         file.seek(3000)
         file.write(b"tampered")
@@ -89,14 +89,14 @@ def test_verify_of_a_tampered_bundle(command, tiny_bundle, tmp_path):
     assert "Traceback" not in err
 
 
-def test_verify_when_the_gate_refuses(command, tiny_bundle, monkeypatch):
+def test_verify_when_the_gate_refuses(command, fp32_bundle, monkeypatch):
     """The numbers are shown all the same, and scripts see exit code 1."""
     from serving import bundle
 
     for precision, tolerance in bundle.TOLERANCES.items():
         strict = replace(tolerance, min_cosine=1.1)
         monkeypatch.setitem(bundle.TOLERANCES, precision, strict)
-    code, out, err = command("verify", tiny_bundle.path, "--json")
+    code, out, err = command("verify", fp32_bundle.path, "--json")
     assert code == 1
     verdicts = [v for a in json.loads(out)["artifacts"] for v in a["verdicts"]]
     assert not any(v["passed"] for v in verdicts)

@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from references import MEAN, STD, openai_clip, some_ids, some_pixels
 
 import export.build
 import export.to_onnx
@@ -22,6 +21,7 @@ from export.formats import load_state
 from export.kinds import Kind
 from export.to_onnx import example_batch, export_onnx
 from export.towers import Clip
+from references import MEAN, STD, openai_clip, some_ids, some_pixels
 from serving.bundle import Bundle
 from serving.errors import BundleError
 from serving.runners.base import open_runner

@@ -190,21 +190,21 @@ def test_a_refusal_does_not_stop_the_build_and_stands_in_the_manifest(
     assert Bundle.open(tmp_path / "bundle").manifest == bundle.manifest
 
 
-def test_verify_measures_again(tiny_bundle):
-    manifest = (tiny_bundle.path / "manifest.json").read_bytes()
-    again = measured(tiny_bundle)
+def test_verify_measures_again(fp32_bundle):
+    manifest = (fp32_bundle.path / "manifest.json").read_bytes()
+    again = measured(fp32_bundle)
     assert verdict(again, "image").passed
     assert verdict(again, "text").passed
-    assert (tiny_bundle.path / "manifest.json").read_bytes() == manifest
+    assert (fp32_bundle.path / "manifest.json").read_bytes() == manifest
 
 
-def test_verify_uses_the_bundles_own_tokenizer(tiny_bundle, tiny_checkpoint, tmp_path):
+def test_verify_uses_the_bundles_own_tokenizer(fp32_bundle, tiny_checkpoint, tmp_path):
     """The checkpoint may have moved, and its vocabulary may have been given by hand."""
     moved = Path(shutil.copytree(tiny_checkpoint, tmp_path / "moved"))
-    assert verdict(measured(tiny_bundle, str(moved)), "text").passed
+    assert verdict(measured(fp32_bundle, str(moved)), "text").passed
 
 
-def test_verify_refuses_other_weights(tiny_bundle, tiny_checkpoint, tmp_path):
+def test_verify_refuses_other_weights(fp32_bundle, tiny_checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
@@ -212,7 +212,7 @@ def test_verify_refuses_other_weights(tiny_bundle, tiny_checkpoint, tmp_path):
     state["logit_scale"] += 1e-6
     save_file(state, other / "model.safetensors")
     with pytest.raises(BundleError, match=r"the bundle was made of [0-9a-f]{16}.*--checkpoint"):
-        measured(tiny_bundle, str(other))
+        measured(fp32_bundle, str(other))
 
 
 def test_eager_against_itself(checkpoint):

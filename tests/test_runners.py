@@ -9,10 +9,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from references import some_ids, some_pixels
 
 from export.checkpoint import load_checkpoint
 from export.torch_runners import EagerRunner
+from references import some_ids, some_pixels
 from serving.bundle import Bundle, describe_file
 from serving.errors import BundleError, RunnerError
 from serving.machine import cpu_count

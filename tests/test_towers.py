@@ -5,6 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
+
+from export.configs import config_from_hugging_face, config_from_openai
+from export.formats import load_state
+from export.towers import Clip
+from export.transformer import LayerNorm
 from references import (
     MEAN,
     STD,
@@ -15,12 +21,6 @@ from references import (
     some_pixels,
     unit,
 )
-from transformers import CLIPConfig, CLIPModel
-
-from export.configs import config_from_hugging_face, config_from_openai
-from export.formats import load_state
-from export.towers import Clip
-from export.transformer import LayerNorm
 
 ENDS = [1, 4, 30, 76]
 

@@ -249,7 +249,8 @@ def test_a_folder_becomes_a_checkpoint(tmp_path, sizes) -> None:
     assert (report.pictures, report.captions) == (12, 12)
     assert report.last_loss < report.first_loss
     assert not (tmp_path / "s").exists()
-    assert Image.open(tmp_path / "out" / "loss.png").size[0] > 300
+    with Image.open(tmp_path / "out" / "loss.png") as curve:
+        assert curve.size[0] > 300
     loaded = load_checkpoint(str(tmp_path / "out"))
     assert loaded.weights == "trained"
     model = Model(loaded.clip, loaded.image, loaded.tokenizer, loaded.text)

@@ -1,0 +1,1 @@
+"""Captioned pictures -> checkpoint: our own demo data, or a folder of yours."""

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from export.build import tower_of
+from export.build import checkpoint_of, tower_of
 from export.calibration import probe_images, probe_texts
-from export.checkpoint import load_checkpoint
 from export.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from serving.bundle import Bundle, Tower
 from serving.commands import Steps
@@ -54,7 +53,7 @@ def latency(
     compiled: bool = False,
 ) -> list[Timing]:
     """Time all runners that this environment has and whose artifacts are in the bundle."""
-    checkpoint = load_checkpoint(bundle.manifest.provenance.source, vocabulary=bundle.tokenizer)
+    checkpoint = checkpoint_of(bundle)
     timings = []
     for work in works:
         with ExitStack() as stack:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from export.build import checkpoint_of
 from export.calibration import probe_images
-from export.checkpoint import load_checkpoint
 from export.torch_runners import EagerRunner
 from serving.bundle import Bundle
 from serving.client import ClipClient
@@ -67,7 +67,7 @@ def served(
     in_flight: int = 4,
 ) -> Served:
     """Measure both ways over `count` pictures of 640x480."""
-    checkpoint = load_checkpoint(bundle.manifest.provenance.source, vocabulary=bundle.tokenizer)
+    checkpoint = checkpoint_of(bundle)
     progress("assembling", 0, 0)
     assemble(bundle, repository, runner=runner)
     chosen = runner

@@ -4,8 +4,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency import Work, batch_of
-from export.build import tower_of
-from export.checkpoint import load_checkpoint
+from export.build import checkpoint_of, tower_of
 from export.torch_runners import EagerRunner
 from serving.bundle import Bundle
 from serving.runners.base import RUNNERS, Runner, open_runner
@@ -28,9 +27,7 @@ def test_latency(benchmark: BenchmarkFixture, bundle: Bundle, work: Work, name: 
     if name in RUNNERS:
         runner = open_runner(bundle, work.tower, name)
     else:
-        source = bundle.manifest.provenance.source
-        checkpoint = load_checkpoint(source, vocabulary=bundle.tokenizer)
-        runner = EagerRunner(tower_of(checkpoint, work.tower))
+        runner = EagerRunner(tower_of(checkpoint_of(bundle), work.tower))
     benchmark.group = str(work)
     with runner:
         batch = batch_of(bundle, work)

@@ -232,6 +232,7 @@ def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> 
         name=checkpoint.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         architecture=_architecture(checkpoint),
+        activation=checkpoint.clip.config.text.activation,
         embed_dim=checkpoint.clip.config.embed_dim,
         logit_scale=checkpoint.clip.logit_scale.exp().item(),
         templates=checkpoint.templates,
@@ -263,23 +264,35 @@ def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: 
     Raises:
         BundleError: a file is not the exported one, or `source` has other weights.
     """
-    manifest = bundle.manifest
-    checkpoint = load_checkpoint(
-        source or manifest.provenance.source,
-        vocabulary=bundle.tokenizer,
-    )
-    if checkpoint.weights_sha256 != manifest.provenance.weights_sha256:
-        raise BundleError(
-            f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., the bundle was "
-            f"made of {manifest.provenance.weights_sha256[:16]}...; give its --checkpoint"
-        )
+    checkpoint = checkpoint_of(bundle, source)
     data = _load_data(checkpoint, bundle.path, Options(labelled=labelled), progress)
     expected = references(checkpoint, data, progress)
     artifacts = []
-    for artifact in manifest.artifacts:
+    for artifact in bundle.manifest.artifacts:
         progress(f"parity of {artifact.file}")
         artifacts.append(judged(bundle, artifact, expected[artifact.tower]))
-    return Bundle(bundle.path, replace(manifest, artifacts=tuple(artifacts)))
+    return Bundle(bundle.path, replace(bundle.manifest, artifacts=tuple(artifacts)))
+
+
+def checkpoint_of(bundle: Bundle, source: str | None = None) -> Checkpoint:
+    """The checkpoint that `bundle` was made of, from `source` or from where it was then.
+
+    Raises:
+        CheckpointError: it is not there any more.
+        BundleError: `source` has other weights.
+    """
+    provenance = bundle.manifest.provenance
+    checkpoint = load_checkpoint(
+        source or provenance.source,
+        vocabulary=bundle.tokenizer,
+        activation=bundle.manifest.activation,
+    )
+    if checkpoint.weights_sha256 != provenance.weights_sha256:
+        raise BundleError(
+            f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., the bundle was "
+            f"made of {provenance.weights_sha256[:16]}...; give its --checkpoint"
+        )
+    return checkpoint
 
 
 def count_parameters(config: ClipConfig) -> int:

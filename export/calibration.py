@@ -13,7 +13,7 @@ from PIL import Image
 
 from serving.bundle import ImageSpec, TextSpec, Tower
 from serving.errors import ImageError, InputError
-from serving.folders import find_pictures, read_captions, read_lines
+from serving.folders import SUFFIXES, find_pictures, read_captions, read_lines
 from serving.preprocess import preprocess
 from serving.runners.base import Batch
 from serving.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def load_data(
 def _caption(line: str) -> str:
     """The caption of a line, which may start with a picture's file name and a comma."""
     name, comma, caption = line.partition(",")
-    return caption.strip() if comma and Path(name).suffix and " " not in name else line
+    return caption.strip() if comma and Path(name).suffix.lower() in SUFFIXES else line
 
 
 def _batches(
@@ -141,6 +141,10 @@ def _read_labelled(
         )
     kept: list[Path] = []
     images = _batches(spec, files, skipped, kept)
+    if not images:
+        raise InputError(
+            f"{folder}: none of its pictures can be read; first {skipped[-len(files)]}"
+        )
     texts = [template.replace("{}", label) for label in labels for template in templates]
     ids = tokenizer(texts, truncate=True)
     return Labelled(

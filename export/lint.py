@@ -99,7 +99,15 @@ def _softmax(graph: _Graph) -> Iterator[str]:
 
 def _constants(graph: _Graph, folder: Path) -> Iterator[str]:
     tensors = list(graph.graph.initializer)
-    tensors += [node.attribute[0].t for node in graph.of("Constant") if node.attribute[0].t.dims]
+    for node in graph.of("Constant", "ConstantOfShape"):
+        for attribute in node.attribute:
+            value = helper.get_attribute_value(attribute)
+            if attribute.name.startswith("value_float"):
+                value = numpy_helper.from_array(np.array(value, np.float32))
+            if isinstance(value, onnx.TensorProto):
+                tensors.append(onnx.TensorProto())
+                tensors[-1].CopyFrom(value)
+                tensors[-1].name = node.output[0]
     for tensor in tensors:
         if (
             tensor.data_type in _FLOATS

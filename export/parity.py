@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.calibration import Labelled
 from serving.bundle import TOLERANCES, Tower, Verdict
+from serving.errors import RunnerError
 from serving.machine import describe
 from serving.runners.base import Batch, Embeddings, Runner
 
@@ -86,13 +87,13 @@ def top1(images: Embeddings, labels: Embeddings) -> NDArray[np.intp]:
 def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     """Run `runner` (entered) over the batches of `expected` and compare.
 
-    A batch that comes back in another shape, or with a number that is not finite, fails with a
-    cosine of -1: there is no such thing as nearly right there.
+    A batch that cannot be run, comes back in another shape, or with a number that is not finite,
+    fails with a cosine of -1: there is no such thing as nearly right there.
     """
     cosines, differences = [], []
     for batch, want in expected.probes:
-        got = runner.run(batch)
-        if got.shape != want.shape or not np.isfinite(got).all():
+        got = _run(runner, batch)
+        if got is None or got.shape != want.shape or not np.isfinite(got).all():
             cosines.append(np.full(len(want), -1.0))
             differences.append(2.0)
             continue
@@ -102,9 +103,11 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
         differences.append(float(np.abs(got - want).max()))
     every = np.concatenate(cosines)
     agreement = accuracy = relative = None
-    if expected.labelled is not None:
+    if expected.labelled is not None and every.min() > -1:
         agreement, accuracy = expected.labelled.scores(runner, tower)
-        relative = accuracy / max(expected.labelled.accuracy, 1e-9)
+        # Where float32 is never right there is nothing to lose.
+        fp32 = expected.labelled.accuracy
+        relative = accuracy / fp32 if fp32 else 1.0
     tolerance = TOLERANCES[runner.name.partition(":")[2]]
     passed = (
         every.min() >= tolerance.min_cosine
@@ -124,3 +127,10 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
         runtime_version=runner.runtime_version,
         machine=describe(),
     )
+
+
+def _run(runner: Runner, batch: Batch) -> Embeddings | None:
+    try:
+        return runner.run(batch)
+    except RunnerError:
+        return None

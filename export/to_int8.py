@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 _QUANTISED = ("MatMul", "Conv")
+_LEAST = 1e-5
+"""The smallest magnitude that becomes 127, of dead channels; its step is not yet 0 in float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,9 @@ def layers(model: onnx.ModelProto) -> list[Layer]:
         if node.op_type in _QUANTISED and node.input[1] in weights
     ]
     stem = next((n.name for n in model.graph.node if n.op_type == "Conv"), None)
-    return [layer for layer in found if layer.name != stem]
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    projection = [node.name for node in products if node.input[1] in weights][-1:]
+    return [layer for layer in found if layer.name not in (stem, *projection)]
 
 
 def quantise(
@@ -69,7 +73,7 @@ def quantise(
         if layer is not None:
             if layer.activation not in pairs:
                 scale_type = values[layer.weight].data_type
-                scale = max(ranges[layer.activation], 1e-9) / 127
+                scale = max(ranges[layer.activation], _LEAST) / 127
                 nodes += _activation_pair(out, layer.activation, scale, scale_type)
                 pairs[layer.activation] = f"{layer.activation}_dq"
             nodes.append(_weight(out, values[layer.weight], layer))
@@ -101,7 +105,7 @@ def _activation_pair(
 def _weight(model: onnx.ModelProto, tensor: onnx.TensorProto, layer: Layer) -> onnx.NodeProto:
     values = numpy_helper.to_array(tensor)
     others = tuple(axis for axis in range(values.ndim) if axis != layer.channel_axis)
-    scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), 1e-9) / 127
+    scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), _LEAST) / 127
     scales = scales.astype(values.dtype)
     shape = [-1 if axis == layer.channel_axis else 1 for axis in range(values.ndim)]
     levels = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape))

@@ -197,6 +197,7 @@ class Manifest:
     """UTC, ISO 8601."""
     architecture: str
     """For people: tower kinds and sizes."""
+    activation: Literal["quick_gelu", "gelu"]
     embed_dim: int
     logit_scale: float
     """What cosines are multiplied with before the softmax of zero-shot classification."""

@@ -405,7 +405,8 @@ def publish(monkeypatch, tmp_path: Path, *, contents: bytes | None = None) -> Pa
         source=f"https://example.invalid/{sha256}/ViT-T-8.pt",
         sha256=sha256,
     )
-    monkeypatch.setattr(export.checkpoint, "KNOWN_MODELS", (*KNOWN_MODELS, known))
+    for module in (export.checkpoint, export.sources):
+        monkeypatch.setattr(module, "KNOWN_MODELS", (*KNOWN_MODELS, known))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     cached = tmp_path / "home" / "clip-deploy" / sha256[:12] / "ViT-T-8.pt"
     cached.parent.mkdir(parents=True)

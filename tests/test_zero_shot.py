@@ -125,10 +125,14 @@ def test_nearest_equals_brute_force():
 
 
 def test_of_equals_the_first_comes_first():
-    rows = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [-1, 0], [1, 0]], np.float32)
-    indices, cosines = nearest(np.array([[1, 0]], np.float32), rows, 5)
-    assert indices.tolist() == [[1, 3, 5, 0, 2]]
-    assert cosines.tolist() == [[1, 1, 1, 0, 0]]
+    kinds = np.array([[0, 1], [1, 0], [-1, 0]], np.float32)
+    rows = kinds[
+        np.random.default_rng(2).integers(0, 3, 300)
+    ]  # a short list is sorted stably anyway
+    indices, cosines = nearest(kinds[1:2], rows, 250)
+    expected = sorted(range(300), key=lambda index: (-rows[index, 0], index))[:250]
+    assert indices[0].tolist() == expected
+    assert cosines[0].tolist() == [rows[index, 0] for index in expected]
 
 
 def test_no_more_hits_than_there_are():

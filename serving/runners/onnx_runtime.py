@@ -51,5 +51,10 @@ class OnnxRuntimeRunner:
         """See `Runner.run`."""
         if self._session is None:
             raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
-        output: Embeddings = self._session.run(None, {self._input: batch})[0]
+        try:
+            output: Embeddings = self._session.run(None, {self._input: batch})[0]
+        except Exception as error:  # see __enter__
+            raise RunnerError(
+                f"{self.name} cannot run {batch.dtype} {batch.shape}: {error}"
+            ) from error
         return output

@@ -65,7 +65,12 @@ class OpenVinoRunner:
         """See `Runner.run`."""
         if self._request is None:
             raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
-        output: Embeddings = np.array(self._request.infer([batch], share_inputs=True)[0])
+        try:
+            output: Embeddings = np.array(self._request.infer([batch], share_inputs=True)[0])
+        except RuntimeError as error:
+            raise RunnerError(
+                f"{self.name} cannot run {batch.dtype} {batch.shape}: {error}"
+            ) from error
         return output
 
     def _hint(self, core: Any) -> str:

@@ -18,12 +18,23 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: setup
-	$(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip
-	$(BIN)/python -m training pictures $(DEMO)/pictures --count 240
+$(DEMO)/%/labels.txt: | setup
+	rm -rf $(DEMO)/$*
+	$(BIN)/python -m training pictures $(DEMO)/$* --count $(COUNT) --seed $(SEED)
+
+$(DEMO)/calibration/labels.txt: COUNT = 900
+$(DEMO)/calibration/labels.txt: SEED = 1
+$(DEMO)/pictures/labels.txt: COUNT = 240
+$(DEMO)/pictures/labels.txt: SEED = 2
+
+demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
+	$(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip \
+	  --calibration $(DEMO)/calibration --captions $(DEMO)/calibration/captions.txt \
+	  --labelled $(DEMO)/calibration
 	$(BIN)/python -m serving demo artifacts/shapes-clip $(DEMO)/pictures \
 	  --labels $(DEMO)/pictures/labels.txt --sheet $(DEMO)/contact_sheet.png \
-	  --query 'a red circle' --query 'a small blue star' --query 'a green heart on a yellow background' \
+	  --query 'a red circle' --query 'a small blue star' \
+	  --query 'a green heart on a yellow background' \
 	  --query 'a white cross to the left of a black ring'
 
 test: setup

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
@@ -123,11 +124,12 @@ def references(checkpoint: Checkpoint, data: Data, progress: Steps) -> dict[Towe
         labelled: LabelledReference | None = None
         if data.labelled is not None:
             labelled = refer(images, texts, data.labelled)
-        eager: dict[Tower, Runner] = {"image": images, "text": texts}
-        return {
-            tower: expect(eager[tower], probes(tower, checkpoint.image, checkpoint.text), labelled)
-            for tower in TOWERS
-        }
+        image = expect(images, probes("image", checkpoint.image, checkpoint.text), labelled)
+        text = expect(texts, probes("text", checkpoint.image, checkpoint.text), labelled)
+    return {
+        "image": replace(image, candidates=np.concatenate([e for _, e in text.probes])),
+        "text": replace(text, candidates=np.concatenate([e for _, e in image.probes])),
+    }
 
 
 def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:

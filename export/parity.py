@@ -23,6 +23,8 @@ class Expected:
 
     probes: list[tuple[Batch, Embeddings]]
     labelled: "LabelledReference | None"
+    candidates: Embeddings | None = None
+    """The other tower's probe embeddings: what top-1 is chosen from without labelled data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     A batch that cannot be run, comes back in another shape, or with a number that is not finite,
     fails with a cosine of -1: there is no such thing as nearly right there.
     """
-    cosines, differences = [], []
+    cosines, differences, same = [], [], []
     for batch, want in expected.probes:
         got = _run(runner, batch)
         if got is None or got.shape != want.shape or not np.isfinite(got).all():
@@ -101,8 +103,11 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
         products = (got.astype(np.float64) * want).sum(axis=1)
         cosines.append(np.where(norms > 0, products / np.maximum(norms, 1e-12), -1.0))
         differences.append(float(np.abs(got - want).max()))
+        if expected.candidates is not None:
+            same.append(top1(got, expected.candidates) == top1(want, expected.candidates))
     every = np.concatenate(cosines)
-    agreement = accuracy = relative = None
+    agreement = float(np.concatenate(same).mean()) if same else None
+    accuracy = relative = None
     if expected.labelled is not None and every.min() > -1:
         agreement, accuracy = expected.labelled.scores(runner, tower)
         # Where float32 is never right there is nothing to lose.

@@ -66,7 +66,9 @@ class CompiledRunner(EagerRunner):
     name = "compiled:fp32"
 
     def _open(self) -> Any:
-        return torch.compile(super()._open(), dynamic=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it imports uses torch.jit, which is deprecated
+            return torch.compile(super()._open(), dynamic=True)
 
 
 class TorchScriptRunner(TorchRunner):

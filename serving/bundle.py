@@ -99,7 +99,8 @@ class Verdict:
     mean_cosine: float
     max_abs_difference: float
     top1_agreement: float | None = None
-    """Share of labelled pictures that get the label eager float32 gives them."""
+    """Share of labelled pictures that get the label eager float32 gives them; without labelled
+    data, share of probes whose nearest neighbour among the other tower's probes is the same."""
     accuracy: float | None = None
     """Zero-shot top-1 on the labelled pictures, the other tower being eager float32's."""
     relative_accuracy: float | None = None

@@ -33,9 +33,8 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 	  --labelled $(DEMO)/calibration
 	$(BIN)/python -m serving demo artifacts/shapes-clip $(DEMO)/pictures \
 	  --labels $(DEMO)/pictures/labels.txt --sheet $(DEMO)/contact_sheet.png \
-	  --query 'a red circle' --query 'a small blue star' \
-	  --query 'a green heart on a yellow background' \
-	  --query 'a white cross to the left of a black ring'
+	  --query 'a red circle' --query 'a green heart' --query 'a blue arrow' \
+	  --query 'a white star next to a purple moon'
 
 test: setup
 	$(BIN)/python -m pytest

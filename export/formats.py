@@ -226,6 +226,7 @@ def save_checkpoint(
         }
     temporary = directory / f".{weights}.tmp"
     save_file(to_layout(clip, layout), temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
     temporary.replace(directory / weights)
     for name, document in {**documents, "tokenizer.json": json.loads(tokenizer.to_str())}.items():
         temporary = directory / f".{name}.tmp"

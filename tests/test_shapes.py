@@ -18,7 +18,7 @@ from training.scenes import Scene, couple, portraits, single
 
 def scenes(kind: str, count: int, seed: int = 0) -> list[Scene]:
     rng = np.random.default_rng(seed)
-    return [scene for _ in range(count) for scene in KINDS[kind][0](rng)]
+    return [scene for _ in range(count) for scene in KINDS[kind].scenes(rng)]
 
 
 def test_held_out_pairs_are_few_enough_to_learn_every_word() -> None:
@@ -36,7 +36,7 @@ def test_held_out_pairs_are_neither_drawn_nor_described(kind: str) -> None:
     drawn = set()
     for scene in scenes(kind, 1500):
         drawn |= {(thing.colour, thing.shape) for thing in scene.things}
-        text = shapes.caption(scene, rng)
+        text = KINDS[kind].describe(scene, rng)
         assert not any(name in text for name in names), text
     assert drawn == set(shapes.SEEN)
 

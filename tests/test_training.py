@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import typer.testing
 from PIL import Image
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
@@ -18,6 +19,7 @@ from export.resnet import ResNetConfig
 from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
 from serving.errors import CheckpointError, ImageError, InputError
 from training import contrastive, dataset, demo, shapes
+from training.__main__ import app
 from training.batches import Kind, MixedBatches, Pairs
 from training.contrastive import Settings
 from training.demo import IMAGE, TEMPLATES
@@ -150,6 +152,9 @@ def test_batches_mix_kinds_and_visit_every_pair_once_an_epoch() -> None:
     assert torch.cat(epoch).sort().values.tolist() == list(range(40))
     assert torch.equal(MixedBatches(kinds, 8, seed=3)(7), batches(7))
     assert not torch.equal(MixedBatches(kinds, 8, seed=4)(7), batches(7))
+    late = {"one": kinds["one"], "two": Kind(kinds["two"].groups, 0.5, from_step=1)}
+    assert (MixedBatches(late, 8, seed=3)(0) < 20).all()
+    assert torch.equal(MixedBatches(late, 8, seed=3)(1), batches(1))
     with pytest.raises(InputError, match=r"a batch of 100 takes 50 groups of kind 'one'.* 20"):
         MixedBatches(kinds, 100, seed=0)
 
@@ -355,6 +360,16 @@ def test_the_demo_checkpoint_is_the_same_each_time_and_measured(tmp_path, monkey
     assert "a green star" in card
     assert reports[0].parameters < 1_400_000
     assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_of_pictures_is_drawn_with_its_labels(tmp_path) -> None:
+    drawn = typer.testing.CliRunner().invoke(
+        app, ["pictures", str(tmp_path / "drawn"), "--count", "5", "--size", "32", "--json"]
+    )
+    assert json.loads(drawn.stdout)["pictures"] == 5
+    assert len(dataset.read_folder(tmp_path / "drawn")) == 5
+    labels = (tmp_path / "drawn" / "labels.txt").read_text().splitlines()
+    assert labels == [shapes.label(pair) for pair in shapes.PAIRS]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,289 @@
+"""The contrastive training loop: pictures and captions of one batch have to find each other.
+
+Symmetric InfoNCE with a learnable temperature, AdamW, warm-up and cosine, clipped gradients, mixed
+batches. The loop draws no random numbers: which captions are in a step follows from the seed and
+the step's number alone. So a run that was stopped continues bit for bit from its last checkpoint,
+and the same settings on the same machine give the same weights.
+
+Does not know where pictures and captions come from, nor how a finished model is saved.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from export.resnet import ResNetConfig
+from export.towers import Clip
+from serving.commands import log
+from serving.errors import CheckpointError
+from training.batches import MixedBatches, Pairs
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Radford et al. 2021, 2.5: a scale above 100 made training unstable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run does; a checkpoint continues only under the settings it was made with."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    seed: int = 0
+    threads: int = 2
+    """Of torch: sums in another order would round differently."""
+    projections_only: bool = False
+    """Freezes both towers; their projections and the temperature are trained."""
+    checkpoint_every: int = 500
+
+
+def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE: row i of `image` belongs to row i of `text`.
+
+    Args:
+        image: unit vectors, float32 [batch, dim].
+        text: unit vectors, float32 [batch, dim].
+        logit_scale: logarithm of the inverse temperature, a scalar.
+
+    Returns:
+        The mean of both cross entropies, in nats, a scalar.
+    """
+    logits = logit_scale.exp() * image @ text.T
+    targets = torch.arange(len(logits))
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Rises linearly over the warm-up, then falls along a cosine to nought at the last step."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def trainable(clip: Clip, projections_only: bool) -> dict[str, nn.Parameter]:
+    """Parameters to train, by name; all others stop taking gradients."""
+    encoder = clip.image.encoder
+    last = getattr(encoder, "projection", None) or encoder.get_submodule("attention.output")
+    kept = {id(p) for m in (last, clip.text.projection) for p in m.parameters()}
+    kept.add(id(clip.logit_scale))
+    for parameter in clip.parameters():
+        parameter.requires_grad_(not projections_only or id(parameter) in kept)
+    return {name: p for name, p in clip.named_parameters() if p.requires_grad}
+
+
+def make_optimizer(clip: Clip, settings: Settings) -> torch.optim.AdamW:
+    """AdamW that decays matrices and kernels only: no norms, biases, temperature, embeddings."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in trainable(clip, settings.projections_only).items():
+        embedding = name.endswith(("position_embedding", "token_embedding.weight"))
+        (free if embedding or parameter.ndim < 2 else decayed).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+        eps=1e-6,
+    )
+
+
+def train(
+    clip: Clip, pairs: Pairs, settings: Settings, state: Path, resume: bool = False
+) -> list[float]:
+    """Train `clip` in place; returns the loss of every step, in nats.
+
+    Every `checkpoint_every` steps the run's state is written to the file `state`; with `resume` the
+    run continues from there and ends with the very weights it would have ended with unstopped.
+
+    Raises:
+        InputError: fewer pairs than one batch takes.
+        CheckpointError: `resume`, and `state` is missing or of a run with other settings.
+    """
+    batches = MixedBatches(pairs.kinds, settings.batch_size, settings.seed)
+    optimizer = make_optimizer(clip, settings)
+    losses = load_state(state, clip, optimizer, settings) if resume else []
+    # Frozen towers stay in evaluation mode: batch norms would go on averaging.
+    clip.train(not settings.projections_only)
+    started, first = time.monotonic(), len(losses)
+    with reproducible(settings.threads // _parts(clip, settings)), _progress() as progress:
+        task = progress.add_task("training", total=settings.steps, completed=first, figures="")
+        for step in range(first, settings.steps):
+            losses.append(_step(clip, optimizer, pairs, batches(step), step, settings))
+            if (step + 1) % settings.checkpoint_every == 0:
+                save_state(state, clip, optimizer, settings, losses)
+            speed = (step + 1 - first) * settings.batch_size / (time.monotonic() - started)
+            rate = optimizer.param_groups[0]["lr"]
+            figures = f"loss {losses[-1]:.3f}  lr {rate:.1e}  {speed:.0f} pairs/s"
+            progress.update(task, advance=1, figures=figures)
+    clip.eval()
+    return losses
+
+
+def _step(
+    clip: Clip,
+    optimizer: torch.optim.Optimizer,
+    pairs: Pairs,
+    chosen: Tensor,
+    step: int,
+    settings: Settings,
+) -> float:
+    """One update; returns the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, settings)
+    input_ids = pairs.input_ids[chosen]
+    # The longest text of the batch: behind its end, padding would be computed and never read.
+    ends = (input_ids == clip.text.config.end_id).int().argmax(dim=1)
+    pixels = pairs.pixels[pairs.picture_of[chosen]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = _backward(clip, parameters, pixels, input_ids[:, : int(ends.max()) + 1], settings)
+    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    optimizer.step()
+    with torch.no_grad():
+        clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    return loss.item()
+
+
+def _backward(
+    clip: Clip,
+    parameters: list[nn.Parameter],
+    pixels: Tensor,
+    input_ids: Tensor,
+    settings: Settings,
+) -> Tensor:
+    """Set the gradient of `parameters`; returns the loss.
+
+    The batch goes through the towers in one part a thread, which on two cores is faster by a
+    quarter than two threads in every operation. The loss is over the whole batch all the same: its
+    gradient by the embeddings is taken first, then each part goes back through the towers.
+    """
+    parts = _parts(clip, settings)
+    size = -(-len(pixels) // parts)
+    weights = [p for p in parameters if p is not clip.logit_scale]
+
+    def embed(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return clip.image(part[0]), clip.text(part[1])
+
+    def pull_back(job: tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(job[0], weights, job[1])
+
+    with ThreadPoolExecutor(parts) as threads:
+        split = zip(torch.split(pixels, size), torch.split(input_ids, size), strict=True)
+        embedded = list(threads.map(embed, split))
+        images, texts = (
+            torch.cat([part[i].detach() for part in embedded]).requires_grad_() for i in range(2)
+        )
+        loss = info_nce(images, texts, clip.logit_scale)
+        by_image, by_text, by_scale = torch.autograd.grad(loss, (images, texts, clip.logit_scale))
+        pulls = zip(torch.split(by_image, size), torch.split(by_text, size), strict=True)
+        parted = list(threads.map(pull_back, zip(embedded, pulls, strict=True)))
+    for parameter, *gradients in zip(weights, *parted, strict=True):
+        parameter.grad = sum(gradients[1:], gradients[0])
+    clip.logit_scale.grad = by_scale
+    return loss.detach()
+
+
+def _parts(clip: Clip, settings: Settings) -> int:
+    """How many parts a batch is computed in; a ResNet's batch norms need all of it at once."""
+    return 1 if isinstance(clip.image.config, ResNetConfig) else settings.threads
+
+
+@contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """Deterministic algorithms on a fixed number of threads, then as it was before."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def save_state(
+    path: Path,
+    clip: Clip,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    losses: list[float],
+) -> None:
+    """Write everything a run needs to continue; the file is whole or not there at all."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "clip": clip.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "settings": asdict(settings),
+        "losses": losses,
+    }
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def load_state(
+    path: Path, clip: Clip, optimizer: torch.optim.Optimizer, settings: Settings
+) -> list[float]:
+    """Put a run's state back into `clip` and `optimizer`; returns the losses so far.
+
+    Raises:
+        CheckpointError: the file is missing, or was written under other settings.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: there is no run to resume; leave out --resume")
+    content = torch.load(path, weights_only=True)
+    expected, found = asdict(settings), content["settings"]
+    other = [f"{k} {found.get(k)} (now {v})" for k, v in expected.items() if found.get(k) != v]
+    if other:
+        raise CheckpointError(
+            f"{path} was written with other settings: {', '.join(other)}; resume with the same "
+            "settings, or leave out --resume"
+        )
+    clip.load_state_dict(content["clip"])
+    optimizer.load_state_dict(content["optimizer"])
+    losses: list[float] = content["losses"]
+    return losses
+
+
+def plot_losses(losses: list[float], path: Path) -> None:
+    """Draw the loss of every step, and its running mean, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(losses, color="0.8", linewidth=0.5, label="one step")
+    mean, means = losses[0], []
+    for loss in losses:
+        mean += 0.02 * (loss - mean)
+        means.append(mean)
+    axes.plot(means, color="C0", label="running mean")
+    axes.set(xlabel="step", ylabel="InfoNCE loss (nats)")
+    axes.legend()
+    figure.savefig(path, dpi=80)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=log,
+    )

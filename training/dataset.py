@@ -1,0 +1,213 @@
+"""Captioned pictures from files, and the tokenizer trained on their captions.
+
+A folder holds `captions.txt` (`file, caption` a line) or `dataset.json`
+(`[{"image_path": ..., "text": ...}]`), paths relative to it; a picture may have several captions.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from serving.bundle import ImageSpec, TextSpec
+from serving.commands import log
+from serving.errors import InputError
+from serving.preprocess import preprocess
+from serving.tokenizer import END, START
+from serving.tokenizer import Tokenizer as ServingTokenizer
+
+END_OF_WORD = "</w>"
+# As in OpenAI's clip/simple_tokenizer.py, where the pattern ignores case: texts are lower case.
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+MIN_VOCABULARY = 514
+"""256 bytes, 256 bytes that end a word, two special tokens."""
+
+
+def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer in CLIP's format; it can write any text, seen or not.
+
+    Args:
+        captions: texts to learn words from.
+        vocabulary: most tokens it may have, special ones included.
+
+    Raises:
+        InputError: `vocabulary` is too small for all bytes and the special tokens.
+
+    """
+    if vocabulary < MIN_VOCABULARY:
+        raise InputError(f"expected a vocabulary of at least {MIN_VOCABULARY}, got {vocabulary}")
+    learner = _tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    # The vocabulary in OpenAI's order: bytes, bytes that end a word, merges, special tokens last.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
+    merges = merges[: vocabulary - MIN_VOCABULARY]
+    tokens += [left + right for left, right in merges]
+    tokens += [START, END]
+    numbered = {token: number for number, token in enumerate(tokens)}
+    tokenizer = _tokenizer(
+        models.BPE(
+            vocab=numbered,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=END_OF_WORD,
+            unk_token=END,
+        )
+    )
+    tokenizer.add_special_tokens([START, END])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (END, numbered[END]), (START, numbered[START]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def _tokenizer(model: models.BPE) -> Tokenizer:
+    """`model` with CLIP's normalisation, splitting into words, and decoding."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def text_spec(tokenizer: Tokenizer, context_length: int) -> TextSpec:
+    """The facts of `tokenizer`; pads with the end-of-text token, as transformers does."""
+    vocabulary = tokenizer.get_vocab()
+    end = vocabulary[END]
+    return TextSpec(
+        context_length=context_length,
+        vocab_size=len(vocabulary),
+        start_id=vocabulary[START],
+        end_id=end,
+        pad_id=end,
+    )
+
+
+def encode(
+    tokenizer: Tokenizer, spec: TextSpec, texts: Sequence[str], *, truncate: bool = False
+) -> torch.Tensor:
+    """Token ids exactly as a server makes them, int32 [texts, length].
+
+    Raises:
+        TextError: a text is empty, holds half a surrogate pair, or is too long without `truncate`.
+
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "tokenizer.json"
+        tokenizer.save(str(path))
+        return torch.from_numpy(ServingTokenizer(path, spec)(texts, truncate=truncate))
+
+
+def load_pixels(paths: Sequence[Path], image: ImageSpec) -> torch.Tensor:
+    """Decoded pictures, uint8 [paths, 3, size, size].
+
+    Raises:
+        ImageError: a picture cannot be decoded; the message names the file.
+
+    """
+    pictures = track(paths, "reading pictures", console=log)
+    return torch.from_numpy(np.stack([preprocess(path, image) for path in pictures]))
+
+
+def read_folder(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures and captions of a folder, in the order of its listing.
+
+    Raises:
+        InputError: no listing, one that cannot be read, or pictures that are missing.
+
+    """
+    text, table = folder / "captions.txt", folder / "dataset.json"
+    if text.is_file():
+        pairs = _read_captions(text)
+    elif table.is_file():
+        pairs = _read_table(table)
+    else:
+        raise InputError(
+            f"expected captions.txt (`file, caption` a line) or dataset.json "
+            f'([{{"image_path": ..., "text": ...}}]) in {folder}, found neither'
+        )
+    if not pairs:
+        raise InputError(f"the listing in {folder} holds no pairs; add a line for each caption")
+    missing = sorted({name for name, _ in pairs if not (folder / name).is_file()})
+    if missing:
+        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        raise InputError(
+            f"{len(missing)} of the pictures listed are not in {folder}: {names}; "
+            "add the files or remove their lines"
+        )
+    return [(folder / name, caption) for name, caption in pairs]
+
+
+def _read_captions(path: Path) -> list[tuple[str, str]]:
+    """`file, caption` a line, of which a caption may hold commas; skips Flickr8k's header line."""
+    pairs = []
+    for number, line in enumerate(_read_utf8(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, comma, caption = (part.strip() for part in line.partition(","))
+        if number == 1 and (name.lower(), caption.lower()) == ("image", "caption"):
+            continue
+        if not (name and comma and caption):
+            raise InputError(f"{path}, line {number}: expected `file, caption`, got {line!r}")
+        pairs.append((name, caption))
+    return pairs
+
+
+def _read_table(path: Path) -> list[tuple[str, str]]:
+    """A JSON list of objects with the strings `image_path` and `text`."""
+    try:
+        rows: Any = json.loads(_read_utf8(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of objects, got {type(rows).__name__}")
+    pairs = []
+    for number, row in enumerate(rows):
+        values = [row.get(key) for key in ("image_path", "text")] if isinstance(row, dict) else []
+        if not values or not all(isinstance(value, str) and value.strip() for value in values):
+            raise InputError(
+                f'{path}, item {number}: expected {{"image_path": "...", "text": "..."}}, '
+                f"got {json.dumps(row)[:100]}"
+            )
+        pairs.append((str(values[0]), str(values[1])))
+    return pairs
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: expected UTF-8, byte {error.start} is not; save the file as UTF-8"
+        ) from None

@@ -1,0 +1,178 @@
+"""The demo checkpoint `assets/shapes-clip`: from a seed to a measured model with its card."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.formats import save_checkpoint
+from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
+from serving.bundle import ImageSpec, TextSpec
+from serving.files import write_text
+from training.batches import Kind, Pairs
+from training.card import card
+from training.contrastive import Settings, plot_losses, train
+from training.dataset import encode, text_spec, train_tokenizer
+from training.initialise import initialise
+from training.measure import Model, binding_accuracy, zero_shot_accuracy
+from training.pool import CAPTIONS, KINDS, Drawn, draw_pool
+from training.shapes import HELD_OUT, SEEN
+
+IMAGE = ImageSpec(
+    size=64,
+    resize=64,
+    interpolation="bicubic",
+    mean=(0.48145466, 0.4578275, 0.40821073),  # OpenAI's, clip/clip.py:_transform
+    std=(0.26862954, 0.26130258, 0.27577711),
+    pipeline="huggingface",
+)
+CONTEXT_LENGTH = 32
+VOCABULARY = 700
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
+SHARES = {"portrait": 0.25, "single": 0.5, "couple": 0.25}
+"""Of every batch, by kind of picture."""
+PORTRAIT_STEPS = 600
+"""Steps at the start that see portraits only: in other pictures shapes are found much later."""
+FIRST_SCALE = 40.0
+"""Inverse temperature at the start. CLIP's own, 14, makes little of shapes beside colours."""
+TEST_SIZE = 256
+TEST_PICTURES = 2610, 1300
+"""Seen and held-out: 30 and 100 of each pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made and how good it is; accuracies 0..1."""
+
+    output: str
+    seed: int
+    steps: int
+    pictures: int
+    parameters: int
+    drawing_s: float
+    training_s: float
+    loss: float
+    test_seed: int
+    seen: float
+    held_out: float
+    binding: float
+
+    def to_json(self) -> str:
+        """One JSON document on one line."""
+        return json.dumps(asdict(self))
+
+
+def default_settings(steps: int, seed: int) -> Settings:
+    """The settings of the shipped checkpoint."""
+    return Settings(
+        steps=steps,
+        batch_size=64,
+        learning_rate=8e-4,
+        warmup_steps=min(100, steps // 10),
+        seed=seed,
+    )
+
+
+def build_clip(text: TextSpec) -> Clip:
+    """The shipped architecture, about 1.2 million parameters, freshly initialised."""
+    image = VisionTransformerConfig(
+        image_size=IMAGE.size,
+        patch_size=8,
+        width=128,
+        layers=4,
+        heads=4,
+        mlp_width=512,
+        activation="quick_gelu",
+    )
+    words = TextConfig(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        end_id=text.end_id,
+        width=96,
+        layers=3,
+        heads=4,
+        mlp_width=384,
+        activation="quick_gelu",
+    )
+    return Clip(ClipConfig(embed_dim=128, image=image, text=words), IMAGE.mean, IMAGE.std)
+
+
+def make_pairs(drawn: dict[str, Drawn], input_ids: Tensor) -> Pairs:
+    """Pictures of all kinds as training pairs; couples that differ by a swap share a batch.
+
+    Args:
+        drawn: pictures by kind.
+        input_ids: of the captions of `drawn`, in its order, int32 [captions, length].
+    """
+    kinds, first = {}, 0
+    for kind, part in drawn.items():
+        captions = torch.arange(first, first + len(part.captions) * CAPTIONS)
+        members = KINDS[kind].members
+        # [groups, members, captions of each] -> one row for each caption of all members.
+        groups = captions.view(-1, members, CAPTIONS).transpose(1, 2).reshape(-1, members)
+        kinds[kind] = Kind(groups, SHARES[kind], 0 if kind == "portrait" else PORTRAIT_STEPS)
+        first += len(captions)
+    pixels = torch.from_numpy(np.concatenate([part.pixels for part in drawn.values()]))
+    pictures = torch.arange(len(pixels)).repeat_interleave(CAPTIONS)
+    return Pairs(pixels=pixels, input_ids=input_ids, picture_of=pictures, kinds=kinds)
+
+
+def make_demo(
+    output: Path, state: Path, settings: Settings, pictures: int, workers: int, resume: bool
+) -> Report:
+    """Draw, train, measure, and write the checkpoint with its card and loss curve to `output`.
+
+    Args:
+        state: file that the run's state is kept in until it has ended.
+        pictures: how many to draw for training, of all kinds together.
+        workers: processes that draw; the pictures do not depend on it.
+    """
+    started = time.monotonic()
+    drawn = {
+        kind: draw_pool(kind, IMAGE, settings.seed, math.ceil(pictures * SHARES[kind]), workers)
+        for kind in KINDS
+    }
+    captions = [text for part in drawn.values() for texts in part.captions for text in texts]
+    tokenizer = train_tokenizer(captions, VOCABULARY)
+    spec = text_spec(tokenizer, CONTEXT_LENGTH)
+    pairs = make_pairs(drawn, encode(tokenizer, spec, captions))
+    drawing_s = time.monotonic() - started
+
+    torch.manual_seed(settings.seed)
+    clip = build_clip(spec)
+    initialise(clip.image, pairs.pixels[:: max(1, len(pairs.pixels) // 1000)])
+    torch.nn.init.constant_(clip.logit_scale, math.log(FIRST_SCALE))
+    losses = train(clip, pairs, settings, state, resume)
+    training_s = time.monotonic() - started - drawing_s
+
+    save_checkpoint(output, clip, IMAGE, tokenizer, TEMPLATES)
+    plot_losses(losses, output / "loss.png")
+    model = Model(clip, IMAGE, tokenizer, spec)
+    test_seed = settings.seed + 1_000_000
+    seen, held_out = (
+        zero_shot_accuracy(model, TEMPLATES, part, test_seed, count, TEST_SIZE)
+        for part, count in zip((SEEN, HELD_OUT), TEST_PICTURES, strict=True)
+    )
+    report = Report(
+        output=str(output),
+        seed=settings.seed,
+        steps=settings.steps,
+        pictures=len(pairs.pixels),
+        parameters=sum(parameter.numel() for parameter in clip.parameters()),
+        drawing_s=round(drawing_s, 1),
+        training_s=round(training_s, 1),
+        loss=sum(losses[-100:]) / len(losses[-100:]),
+        test_seed=test_seed,
+        seen=seen,
+        held_out=held_out,
+        binding=binding_accuracy(model, test_seed, 1000, TEST_SIZE),
+    )
+    text = card(report, settings, pictures, TEST_SIZE, TEST_PICTURES)
+    write_text(output / "README.md", text)
+    state.unlink(missing_ok=True)
+    return report

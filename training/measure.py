@@ -1,0 +1,96 @@
+"""How well a model names pictures it was not trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from export.towers import Clip
+from serving.bundle import ImageSpec, TextSpec
+from serving.commands import log
+from serving.preprocess import preprocess
+from training.dataset import encode
+from training.scenes import swapped_couples
+from training.shapes import PAIRS, SEEN, Pair, draw, draw_labelled, label
+
+BATCH = 250
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A trained model with what turns pictures and texts into its inputs."""
+
+    clip: Clip
+    image: ImageSpec
+    tokenizer: Tokenizer
+    text: TextSpec
+
+
+@torch.inference_mode()
+def embed_pixels(model: Model, pixels: Tensor) -> Tensor:
+    """uint8 [n, 3, size, size] -> float32 [n, dim], unit length."""
+    model.clip.eval()
+    return torch.cat([model.clip.image(batch) for batch in torch.split(pixels, BATCH)])
+
+
+@torch.inference_mode()
+def embed_texts(model: Model, texts: Sequence[str]) -> Tensor:
+    """float32 [texts, dim], unit length."""
+    model.clip.eval()
+    input_ids = encode(model.tokenizer, model.text, texts)
+    return torch.cat([model.clip.text(batch) for batch in torch.split(input_ids, BATCH)])
+
+
+def embed_labels(model: Model, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """One embedding a label, the mean over its prompts: float32 [labels, dim], unit length."""
+    prompts = [template.format(text) for text in labels for template in templates]
+    embeddings = embed_texts(model, prompts).view(len(labels), len(templates), -1)
+    return F.normalize(embeddings.mean(dim=1), dim=-1)
+
+
+def zero_shot_accuracy(
+    model: Model, templates: Sequence[str], pairs: Sequence[Pair], seed: int, count: int, size: int
+) -> float:
+    """Share, 0..1, of `count` fresh pictures of `pairs` that get the right one of all 100 labels.
+
+    Args:
+        seed: of the pictures.
+        size: pixels the pictures are drawn at, before the model's own preprocessing.
+    """
+    labels = [label(pair) for pair in PAIRS]
+    drawn = track(draw_labelled(seed, count, size, pairs), "measuring", total=count, console=log)
+    pixels, truth = [], []
+    for picture, text in drawn:
+        pixels.append(preprocess(picture, model.image))
+        truth.append(labels.index(text))
+    images = embed_pixels(model, torch.from_numpy(np.stack(pixels)))
+    scores = images @ embed_labels(model, labels, templates).T
+    return _share(scores.argmax(dim=1) == torch.tensor(truth))
+
+
+def binding_accuracy(model: Model, seed: int, count: int, size: int) -> float:
+    """Share, 0..1, of pictures of two things told from the same with colours swapped.
+
+    Each of `count` pictures, such as of a red star and a blue ring, has to be nearer to `a red star
+    and a blue ring` than to `a blue star and a red ring`: words alone, without their order, do not
+    tell.
+    """
+    rng = np.random.default_rng(seed)
+    scenes = [scene for _ in range(count // 2) for scene in swapped_couples(rng, SEEN)]
+    pixels = [preprocess(draw(scene, size), model.image) for scene in scenes]
+    pairs = [[(thing.colour, thing.shape) for thing in scene.things] for scene in scenes]
+    texts = [" and ".join(map(label, both)) for both in pairs]
+    images = embed_pixels(model, torch.from_numpy(np.stack(pixels)))
+    captions = embed_texts(model, texts)
+    # [couples, pictures, captions]
+    scores = images.view(count // 2, 2, -1) @ captions.view(count // 2, 2, -1).transpose(1, 2)
+    return _share(scores.argmax(dim=2) == torch.arange(2))
+
+
+def _share(right: Tensor) -> float:
+    return float(right.float().mean())

@@ -80,7 +80,10 @@ def load_data(
     images: list[Batch] = [probe_images(image, 8, _SEED + n) for n in range(4)]
     if pictures is not None:
         progress(f"reading pictures of {pictures}")
-        images = _batches(image, find_pictures(pictures)[:CALIBRATION_IMAGES], skipped)
+        found = find_pictures(pictures)
+        # Evenly spaced: folders are often sorted by what the pictures show.
+        spaced = found[:: -(-len(found) // CALIBRATION_IMAGES)]
+        images = _batches(image, spaced, skipped)
         if not images:
             raise InputError(f"{pictures}: none of its pictures can be read; first {skipped[0]}")
         sources.append(f"{sum(map(len, images))} pictures of {pictures.name}")

@@ -48,7 +48,7 @@ class ClipClient:
     def __init__(
         self, url: str, *, timeout: float = 60.0, batch_size: int = 8, in_flight: int = 4
     ) -> None:
-        attach(url, timeout=min(timeout, 10.0))
+        attach(url)
         scheme, _, self._address = url.partition("://")
         self._url, self._timeout, self._scheme = url, timeout, scheme
         self._protocol = _protocol(scheme)

@@ -45,7 +45,9 @@ def tiny_checkpoint(tmp_path_factory, vocabulary) -> Path:
         vision_config=sizes | {"image_size": 32, "patch_size": 8},
         projection_dim=32,
     )
-    model = randomise(CLIPModel(config), seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = randomise(CLIPModel(config), seed=0)
     with torch.no_grad():
         model.logit_scale.fill_(np.log(20.0))
     model.save_pretrained(path)

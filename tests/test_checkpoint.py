@@ -709,8 +709,16 @@ def test_random_weights_with_a_real_vocabulary(monkeypatch, tiny_checkpoint, voc
 @pytest.mark.parametrize(
     ("name", "millions"),
     # Radford et al. do not print totals; these are those of the published files.
-    [("ViT-B-32", 151.28), ("ViT-B-16", 149.62), ("ViT-L-14", 427.62), ("RN50", 102.01)]
-    + [("RN101", 119.69), ("RN50x4", 178.30), ("ViT-H-14", 986.11), ("ViT-bigG-14", 2539.57)],
+    [
+        ("ViT-B-32", 151.28),
+        ("ViT-B-16", 149.62),
+        ("ViT-L-14", 427.62),
+        ("RN50", 102.01),
+        ("RN101", 119.69),
+        ("RN50x4", 178.3),
+        ("ViT-H-14", 986.11),
+        ("ViT-bigG-14", 2539.57),
+    ],
 )
 def test_known_architectures_have_the_published_number_of_parameters(name, millions):
     from export.build import count_parameters

@@ -89,7 +89,7 @@ def test_a_thing_has_the_colour_of_its_name() -> None:
 
 
 def test_the_pool_does_not_depend_on_the_number_of_processes() -> None:
-    one, two = (draw_pool("couple", IMAGE, 5, CHUNK + 1, workers) for workers in (1, 2))
+    one, two = (draw_pool({"couple": CHUNK + 1}, IMAGE, 5, n)["couple"] for n in (1, 2))
     assert one.pixels.shape == (2 * CHUNK, 3, 64, 64)
     assert one.pixels.tobytes() == two.pixels.tobytes()
     assert one.captions == two.captions

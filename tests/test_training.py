@@ -345,21 +345,18 @@ def test_the_command_prints_one_json_document(tmp_path) -> None:
     assert "found neither" in ended.stderr
 
 
-def test_the_demo_checkpoint_is_the_same_each_time_and_measured(tmp_path, monkeypatch) -> None:
+def test_the_demo_checkpoint_comes_with_a_card_of_its_numbers(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(demo, "TEST_SIZE", 64)
-    monkeypatch.setattr(demo, "TEST_PICTURES", (87, 13))
+    monkeypatch.setattr(demo, "TEST_PICTURES", (87, 13, 10))
     short = demo.default_settings(steps=2, seed=3)
-    reports = [
-        demo.make_demo(tmp_path / name, tmp_path / "s", short, 300, workers, resume=False)
-        for name, workers in (("one", 1), ("two", 2))
-    ]
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
-    card = (tmp_path / "one" / "README.md").read_text()
-    assert f"| pairs held out | 13 | {reports[0].held_out:.1%} |" in card
+    output, state = tmp_path / "out", tmp_path / "s"
+    report = demo.make_demo(output, state, short, pictures=300, workers=2, resume=False)
+    card = (output / "README.md").read_text()
+    assert f"| pairs held out | 13 | {report.held_out:.1%} |" in card
     assert "a green star" in card
-    assert reports[0].parameters < 1_400_000
-    assert not (tmp_path / "s").exists()
+    assert report.parameters < 1_400_000
+    assert not state.exists()
+    assert load_checkpoint(str(output)).templates == TEMPLATES
 
 
 def test_a_folder_of_pictures_is_drawn_with_its_labels(tmp_path) -> None:
@@ -407,4 +404,4 @@ def test_the_shipped_checkpoint_equals_transformers(shipped) -> None:
     ("pairs", "count", "bar"), [(shapes.SEEN, 348, 0.95), (shapes.HELD_OUT, 156, 0.75)]
 )
 def test_the_shipped_checkpoint_names_fresh_pictures(shipped, pairs, count, bar) -> None:
-    assert zero_shot_accuracy(shipped, TEMPLATES, pairs, seed=77, count=count, size=256) >= bar
+    assert zero_shot_accuracy(shipped, TEMPLATES, pairs, seed=77, count=count, size=192) >= bar

@@ -31,7 +31,7 @@ Zero-shot top-1 over all {pairs} captions `a <colour> <shape>` (templates `{{}}`
 |---|---|---|
 | pairs seen in training | {seen_count} | {seen:.1%} |
 | pairs held out | {held_out_count} | {held_out:.1%} |
-| two things, told from the same with swapped colours | 1000 | {binding:.1%} |
+| two things, told from the same with swapped colours | {couple_count} | {binding:.1%} |
 
 Held out, neither drawn nor described in training: {held_out_names}.
 
@@ -55,7 +55,7 @@ def card(
     settings: Settings,
     pictures_asked: int,
     test_size: int,
-    counts: tuple[int, int],
+    counts: tuple[int, int, int],
 ) -> str:
     """The card as Markdown.
 
@@ -64,7 +64,7 @@ def card(
         settings: of the training run.
         pictures_asked: the number of pictures in the command, before rounding to whole chunks.
         test_size: pixels the test pictures were drawn at.
-        counts: test pictures of seen and of held-out pairs.
+        counts: test pictures of seen pairs, of held-out pairs, of couples.
     """
     return CARD.format(
         parameters=report.parameters,
@@ -79,6 +79,7 @@ def card(
         seen=report.seen,
         held_out_count=counts[1],
         held_out=report.held_out,
+        couple_count=counts[2],
         binding=report.binding,
         held_out_names=", ".join(label(pair) for pair in HELD_OUT),
         seed=report.seed,

@@ -5,7 +5,7 @@ only, not on how many processes drew them. Without torch: the processes start fa
 """
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +72,7 @@ KINDS = {
 }
 
 
-def draw_chunk(kind: str, image: ImageSpec, seed: int, chunk: int) -> Drawn:
+def draw_chunk(image: ImageSpec, seed: int, kind: str, chunk: int) -> Drawn:
     """Draw `CHUNK` pictures; the scenes of one group follow each other."""
     recipe = KINDS[kind]
     rng = np.random.default_rng([seed, list(KINDS).index(kind), chunk])
@@ -84,14 +84,19 @@ def draw_chunk(kind: str, image: ImageSpec, seed: int, chunk: int) -> Drawn:
     return Drawn(np.stack(pixels), captions)
 
 
-def draw_pool(kind: str, image: ImageSpec, seed: int, count: int, workers: int) -> Drawn:
-    """Draw `count` pictures of a kind, rounded up to whole chunks, on `workers` processes."""
-    chunks = range(-(-count // CHUNK))
-    job = partial(draw_chunk, kind, image, seed)
+def draw_pool(
+    counts: Mapping[str, int], image: ImageSpec, seed: int, workers: int
+) -> dict[str, Drawn]:
+    """Draw pictures on `workers` processes: of each kind its count, rounded up to whole chunks."""
+    jobs = [(kind, chunk) for kind in counts for chunk in range(-(-counts[kind] // CHUNK))]
+    job = partial(draw_chunk, image, seed)
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
-        drawn = list(track(executor.map(job, chunks), f"drawing {kind}", len(chunks), console=log))
-    return Drawn(
-        np.concatenate([part.pixels for part in drawn]),
-        [captions for part in drawn for captions in part.captions],
-    )
+        chunks = executor.map(job, *zip(*jobs, strict=True))
+        parts = list(track(chunks, "drawing", len(jobs), console=log))
+    drawn = {}
+    for kind in counts:
+        own = [part for part, (name, _) in zip(parts, jobs, strict=True) if name == kind]
+        captions = [texts for part in own for texts in part.captions]
+        drawn[kind] = Drawn(np.concatenate([part.pixels for part in own]), captions)
+    return drawn

@@ -16,7 +16,7 @@ from serving.bundle import ImageSpec, TextSpec
 from serving.files import write_text
 from training.batches import Kind, Pairs
 from training.card import card
-from training.contrastive import Settings, plot_losses, train
+from training.contrastive import Settings, plot_losses, reproducible, train
 from training.dataset import encode, text_spec, train_tokenizer
 from training.initialise import initialise
 from training.measure import Model, binding_accuracy, zero_shot_accuracy
@@ -143,7 +143,8 @@ def make_demo(
 
     torch.manual_seed(settings.seed)
     clip = build_clip(spec)
-    initialise(clip.image, pairs.pixels[:: max(1, len(pairs.pixels) // 1000)])
+    with reproducible(settings.threads):
+        initialise(clip.image, pairs.pixels[:: max(1, len(pairs.pixels) // 1000)])
     torch.nn.init.constant_(clip.logit_scale, math.log(FIRST_SCALE))
     losses = train(clip, pairs, settings, state, resume)
     training_s = time.monotonic() - started - drawing_s

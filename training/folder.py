@@ -14,7 +14,7 @@ from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
 from serving.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import InputError
 from training.batches import Kind, Pairs
-from training.contrastive import Settings, plot_losses, train
+from training.contrastive import Settings, plot_losses, reproducible, train
 from training.dataset import encode, load_pixels, read_folder, text_spec, train_tokenizer
 from training.demo import IMAGE
 from training.initialise import initialise
@@ -160,7 +160,8 @@ def train_folder(
         kinds={"pairs": Kind(torch.arange(len(listed))[:, None], 1.0)},
     )
     if start is None:
-        initialise(model.clip.image, pairs.pixels[:1000])
+        with reproducible(settings.threads):
+            initialise(model.clip.image, pairs.pixels[:1000])
     losses = train(model.clip, pairs, settings, state, resume)
     save_checkpoint(output, model.clip, model.image, model.tokenizer, templates)
     plot_losses(losses, output / "loss.png")

@@ -51,7 +51,7 @@ def wanted(tiny_checkpoint) -> dict[str, list[np.ndarray]]:
 
 def property_of(runner: OpenVinoRunner, name: str):
     """What the compiled model itself says."""
-    return runner._request.get_compiled_model().get_property(name)
+    return runner._loaded.get_compiled_model().get_property(name)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -93,7 +93,7 @@ def test_the_compiled_model_has_the_precision_that_was_asked_for(tiny_bundle, pr
 def test_int8_products_run_in_int8(tiny_bundle, tower):
     """OpenVINO fuses our Q/DQ pairs into INT8 kernels: what it says that it executes."""
     with open_runner(tiny_bundle, tower, "openvino:int8") as runner:
-        model = runner._request.get_compiled_model().get_runtime_model()
+        model = runner._loaded.get_compiled_model().get_runtime_model()
     kinds = [node.get_rt_info() for node in model.get_ops()]
     products = [k for k in kinds if k["layerType"].astype(str) in ("FullyConnected", "MatMul")]
     low = [k for k in products if k["runtimePrecision"].astype(str) in ("i8", "u8")]

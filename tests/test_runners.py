@@ -112,7 +112,7 @@ def test_a_graph_that_cannot_be_loaded(tiny_bundle, tmp_path):
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (3, 3), (None, cpu_count())])
 def test_threads_are_explicit(tiny_bundle, threads, expected):
     with OnnxRuntimeRunner(tiny_bundle, "image", "fp32", threads=threads) as runner:
-        options = runner._session.get_session_options()
+        options = runner._loaded.get_session_options()
         assert options.intra_op_num_threads == expected
         assert options.inter_op_num_threads == 1
-        assert runner._session.get_providers() == ["CPUExecutionProvider"]
+        assert runner._loaded.get_providers() == ["CPUExecutionProvider"]

@@ -1,8 +1,9 @@
 """The one interface everything that computes embeddings is run, compared and timed through."""
 
 import importlib.util
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,49 @@ class Runner(Protocol):
 
         Embeddings have unit length. Safe to call from one thread at a time.
         """
+
+
+class LoadedRunner(ABC):
+    """A `Runner` around one loaded object; what a runtime adds is how to load it and call it."""
+
+    name: str
+    runtime_version: str
+    _loaded: Any = None
+
+    @abstractmethod
+    def _load(self) -> Any:
+        """Allocate; raises `RunnerError` when device or precision are not to be had."""
+
+    @abstractmethod
+    def _infer(self, batch: Batch) -> Embeddings:
+        """Run `self._loaded`."""
+
+    def __enter__(self) -> Self:
+        self._loaded = self._load()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._loaded = None
+
+    def run(self, batch: Batch) -> Embeddings:
+        """See `Runner.run`.
+
+        Raises:
+            RunnerError: the runner is not open, or its runtime cannot run this batch.
+        """
+        if self._loaded is None:
+            raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
+        try:
+            return self._infer(batch)
+        except Exception as error:  # each runtime has classes of its own
+            raise RunnerError(
+                f"{self.name} cannot run {batch.dtype} {list(batch.shape)}: {error}"
+            ) from error
 
 
 RUNNERS = {

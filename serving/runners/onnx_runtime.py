@@ -1,17 +1,14 @@
 """ONNX Runtime on the CPU."""
 
-from types import TracebackType
-from typing import Self
-
 import onnxruntime
 
 from serving.bundle import Bundle, Tower
 from serving.errors import RunnerError
 from serving.machine import cpu_count
-from serving.runners.base import Batch, Embeddings
+from serving.runners.base import Batch, Embeddings, LoadedRunner
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(LoadedRunner):
     """One exported graph in an ONNX Runtime session with explicit threads."""
 
     def __init__(
@@ -22,39 +19,19 @@ class OnnxRuntimeRunner:
         self._bundle = bundle
         self._artifact = bundle.artifact(tower, precision)
         self._threads = threads or cpu_count()
-        self._session: onnxruntime.InferenceSession | None = None
 
-    def __enter__(self) -> Self:
+    def _load(self) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         path = self._bundle.verified(self._artifact)
         try:
-            self._session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             raise RunnerError(f"{self.name}: ONNX Runtime cannot load {path}: {error}") from error
-        self._input = self._session.get_inputs()[0].name
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._session = None
-
-    def run(self, batch: Batch) -> Embeddings:
-        """See `Runner.run`."""
-        if self._session is None:
-            raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
-        try:
-            output: Embeddings = self._session.run(None, {self._input: batch})[0]
-        except Exception as error:  # see __enter__
-            raise RunnerError(
-                f"{self.name} cannot run {batch.dtype} {batch.shape}: {error}"
-            ) from error
+    def _infer(self, batch: Batch) -> Embeddings:
+        feed = self._loaded.get_inputs()[0].name
+        output: Embeddings = self._loaded.run(None, {feed: batch})[0]
         return output

@@ -6,8 +6,7 @@ openvino:fp16   the fp16 graph; its weights are widened when it is compiled
 openvino:int8   the int8 graph; what is not quantised in bfloat16 where the CPU has it
 """
 
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import openvino
@@ -15,10 +14,10 @@ import openvino
 from serving.bundle import Bundle, Tower
 from serving.errors import RunnerError
 from serving.machine import cpu_count
-from serving.runners.base import RUNNERS, Batch, Embeddings
+from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(LoadedRunner):
     """One exported graph, compiled for this CPU with explicit threads and precision."""
 
     def __init__(
@@ -30,9 +29,8 @@ class OpenVinoRunner:
         self._artifact = bundle.artifact(tower, RUNNERS[self.name])
         self._precision = precision
         self._threads = threads or cpu_count()
-        self._request: Any = None
 
-    def __enter__(self) -> Self:
+    def _load(self) -> Any:
         path = self._bundle.verified(self._artifact)
         core = openvino.Core()
         hint = self._hint(core)
@@ -50,27 +48,11 @@ class OpenVinoRunner:
             raise RunnerError(f"{self.name}: OpenVINO cannot load {path}: {error}") from error
         if (got := compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) != hint:
             raise RunnerError(f"{self.name}: asked OpenVINO for {hint}, and got {got}")
-        self._request = compiled.create_infer_request()
-        return self
+        return compiled.create_infer_request()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._request = None
-
-    def run(self, batch: Batch) -> Embeddings:
-        """See `Runner.run`."""
-        if self._request is None:
-            raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
-        try:
-            output: Embeddings = np.array(self._request.infer([batch], share_inputs=True)[0])
-        except RuntimeError as error:
-            raise RunnerError(
-                f"{self.name} cannot run {batch.dtype} {batch.shape}: {error}"
-            ) from error
+    def _infer(self, batch: Batch) -> Embeddings:
+        # A copy: the request's own memory is overwritten by the next run.
+        output: Embeddings = np.array(self._loaded.infer([batch], share_inputs=True)[0])
         return output
 
     def _hint(self, core: Any) -> str:

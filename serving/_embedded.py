@@ -83,7 +83,7 @@ def find_wheel() -> Path:
     if spec is None or spec.origin is None:
         raise ServerError(
             "the embedded Triton server comes with nvidia-pytriton, which is not installed: "
-            "pip install 'clip-deploy[embedded]', or connect to a server that runs elsewhere"
+            "pip install -e '.[embedded]', or connect to a server that runs elsewhere"
         )
     return Path(spec.origin).parent / "tritonserver"
 
@@ -93,7 +93,7 @@ def check_numpy(version: str) -> None:
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
             f"the embedded Triton server needs NumPy 1, found NumPy {version}, with which its "
-            "Python backend dies of any text or image input: pip install 'clip-deploy[embedded]'"
+            "Python backend dies of any text or image input: pip install -e '.[embedded]'"
         )
 
 

@@ -23,7 +23,7 @@ from serving.errors import ServerError
 from serving.triton import Ports, TritonServer, attach
 
 if importlib.util.find_spec("pytriton") is None:
-    pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
+    pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -423,5 +423,5 @@ def test_numpy_2_is_refused():
 
 def test_missing_pytriton_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytriton", None)  # Python's own mark for "not importable"
-    with pytest.raises(ServerError, match=r"pip install 'clip-deploy\[embedded\]'"):
+    with pytest.raises(ServerError, match=r"pip install -e '.\[embedded\]'"):
         _embedded.find_wheel()

@@ -108,7 +108,7 @@ def missing(name: str) -> str | None:
     """Why the runner `name` cannot be had in this environment, or None."""
     library = _LIBRARIES[name.partition(":")[0]]
     if importlib.util.find_spec(library) is None:
-        return f"the package {library} is not installed; pip install 'clip-deploy[embedded]'"
+        return f"the package {library} is not installed; pip install -e '.[embedded]'"
     return None
 
 

@@ -417,7 +417,7 @@ def test_python_without_a_stub_lists_the_others():
 
 def test_numpy_2_is_refused():
     _embedded.check_numpy("1.26.4")
-    with pytest.raises(ServerError, match=r"found NumPy 2\.3\.1.*clip-deploy\[embedded\]"):
+    with pytest.raises(ServerError, match=r"found NumPy 2\.3\.1.*pip install .*\[embedded\]"):
         _embedded.check_numpy("2.3.1")
 
 

@@ -23,6 +23,12 @@ app = typer.Typer(
 )
 
 
+LabelledFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
+]
+
+
 @app.command()
 def bundle(
     checkpoint: Annotated[
@@ -59,10 +65,7 @@ def bundle(
         typer.Option(help="UTF-8 file of texts like those to come, a line each, likewise."),
     ] = None,
     method: Annotated[Method, typer.Option(help="How INT8 ranges are chosen.")] = "percentile",
-    labelled: Annotated[
-        Path | None,
-        typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
-    ] = None,
+    labelled: LabelledFolder = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
@@ -121,10 +124,7 @@ def verify(
         str | None,
         typer.Option(help="The checkpoint it was made from; default: what its manifest says."),
     ] = None,
-    labelled: Annotated[
-        Path | None,
-        typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
-    ] = None,
+    labelled: LabelledFolder = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle's files and graphs, and run the gate again on this machine."""

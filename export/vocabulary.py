@@ -48,7 +48,7 @@ def openai_tokenizer(bpe_path: Path) -> Tokenizer:
     if len(vocabulary) != len(entries):
         raise CheckpointError(f"{bpe_path} repeats an entry; {_EXPECTED}")
     try:
-        return _clip_tokenizer(vocabulary, merges)
+        return clip_tokenizer(vocabulary, merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(
             f"{bpe_path}: its merges do not build on one another ({error}); {_EXPECTED}"
@@ -63,7 +63,7 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
     symbols = _byte_symbols()
     entries = [*symbols, *(s + "</w>" for s in symbols)]
     vocabulary = {entry: number for number, entry in enumerate(entries)}
-    return _clip_tokenizer(vocabulary | {START: vocab_size - 2, END: vocab_size - 1}, [])
+    return clip_tokenizer(vocabulary | {START: vocab_size - 2, END: vocab_size - 1}, [])
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -79,20 +79,35 @@ def load_tokenizer(path: Path) -> Tokenizer:
             vocabulary = json.loads(path.read_text(encoding="utf-8"))
             lines = path.with_name("merges.txt").read_text(encoding="utf-8").splitlines()
             pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-            return _clip_tokenizer(vocabulary, [(first, second) for first, second in pairs])
+            return clip_tokenizer(vocabulary, [(first, second) for first, second in pairs])
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
         raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from error
 
 
-def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    model = BPE(
-        vocabulary,
-        merges,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-        unk_token=END,
+def clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """The tokenizer that CLIP's format makes of a vocabulary; it has START and END in it."""
+    tokenizer = with_clip_steps(
+        BPE(
+            vocabulary,
+            merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=END,
+        )
     )
+    tokenizer.post_processor = RobertaProcessing(
+        (END, vocabulary[END]),
+        (START, vocabulary[START]),
+        trim_offsets=False,
+        add_prefix_space=False,
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (START, END)])
+    return tokenizer
+
+
+def with_clip_steps(model: BPE) -> Tokenizer:
+    """`model` with CLIP's normalisation, splitting into words, and decoding."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -104,13 +119,6 @@ def _clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = RobertaProcessing(
-        (END, vocabulary[END]),
-        (START, vocabulary[START]),
-        trim_offsets=False,
-        add_prefix_space=False,
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (START, END)])
     return tokenizer
 
 

@@ -13,17 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from tokenizers import (
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from export.vocabulary import clip_tokenizer, with_clip_steps
 from serving.bundle import ImageSpec, TextSpec
 from serving.commands import log
 from serving.errors import InputError
@@ -32,10 +24,6 @@ from serving.tokenizer import END, START
 from serving.tokenizer import Tokenizer as ServingTokenizer
 
 END_OF_WORD = "</w>"
-# As in OpenAI's clip/simple_tokenizer.py, where the pattern ignores case: texts are lower case.
-WORDS = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
 MIN_VOCABULARY = 514
 """256 bytes, 256 bytes that end a word, two special tokens."""
 
@@ -53,7 +41,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
     """
     if vocabulary < MIN_VOCABULARY:
         raise InputError(f"expected a vocabulary of at least {MIN_VOCABULARY}, got {vocabulary}")
-    learner = _tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
+    learner = with_clip_steps(models.BPE(end_of_word_suffix=END_OF_WORD))
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -61,7 +49,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [(merge[0], merge[1]) for merge in json.loads(learner.to_str())["model"]["merges"]]
     # The vocabulary in OpenAI's order: bytes, bytes that end a word, merges, special tokens last.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
@@ -69,36 +57,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
     tokens += [left + right for left, right in merges]
     tokens += [START, END]
     numbered = {token: number for number, token in enumerate(tokens)}
-    tokenizer = _tokenizer(
-        models.BPE(
-            vocab=numbered,
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix=END_OF_WORD,
-            unk_token=END,
-        )
-    )
-    tokenizer.add_special_tokens([START, END])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (END, numbered[END]), (START, numbered[START]), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer
-
-
-def _tokenizer(model: models.BPE) -> Tokenizer:
-    """`model` with CLIP's normalisation, splitting into words, and decoding."""
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return clip_tokenizer(numbered, merges)
 
 
 def text_spec(tokenizer: Tokenizer, context_length: int) -> TextSpec:

@@ -1,7 +1,8 @@
 """Every runner of a bundle through the same loop, against eager float32 in the same run.
 
-The machine drifts, so runners take turns: each round runs every one of them once, and a runner's
-number is the median of its rounds.
+The machine drifts, so runners take turns: each round gives every one of them one run that is not
+timed, for what the runner before it left behind (its weights in the caches, its threads spinning),
+and one that is. A runner's number is the median of its rounds.
 """
 
 import statistics
@@ -108,8 +109,9 @@ def _time(
     cut = batch_of(bundle, work)
     batches = {runner.name: full if runner.name == "eager:fp32" else cut for runner in runners}
     seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    for turn in range(-2, rounds):  # two turns to warm up
+    for turn in range(-1, rounds):  # one turn to warm up
         for runner in runners:
+            runner.run(batches[runner.name])
             start = time.perf_counter()
             runner.run(batches[runner.name])
             if turn >= 0:

@@ -63,8 +63,8 @@ def served(
     progress: Steps,
     *,
     runner: str = "auto",
-    batch_size: int = 8,
-    in_flight: int = 4,
+    batch_size: int = 16,
+    in_flight: int = 8,
 ) -> Served:
     """Measure both ways over `count` pictures of 640x480."""
     checkpoint = checkpoint_of(bundle)

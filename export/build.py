@@ -18,7 +18,7 @@ from export.kinds import DEFAULT_KINDS, Kind, Method
 from export.lint import lint
 from export.parity import Expected, LabelledReference, expect, judge, refer
 from export.quantise import write_dynamic, write_int8
-from export.to_onnx import export_onnx
+from export.to_onnx import PROTOBUF_LIMIT, export_onnx, weights_bytes
 from export.to_torchscript import export_torchscript
 from export.torch_runners import EagerRunner, TorchScriptRunner
 from export.towers import (
@@ -41,8 +41,8 @@ from serving.bundle import (
     Tower,
     describe_file,
 )
-from serving.commands import Steps
-from serving.errors import BundleError, RunnerError
+from serving.commands import Steps, silent
+from serving.errors import BundleError, InputError, RunnerError
 from serving.files import new_directory, write_text
 from serving.runners.base import RUNNERS, Runner, missing, open_runner
 from serving.tokenizer import Tokenizer
@@ -89,6 +89,7 @@ def build(
         InputError: a folder or file of the options cannot be used.
     """
     options = options or Options()
+    _refuse_too_large(checkpoint, options)
     with new_directory(output, "manifest.json") as directory:
         checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
         data = _load_data(checkpoint, directory, options, progress)
@@ -102,6 +103,18 @@ def build(
         manifest = _manifest(checkpoint, directory, artifacts)
         write_text(directory / "manifest.json", manifest.to_json())
     return Bundle.open(output)
+
+
+def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
+    """Quantising holds a graph in one protobuf; better to know that before the long work."""
+    if not {Kind.INT8, Kind.INT8_DYNAMIC} & set(options.kinds):
+        return
+    for tower in TOWERS:
+        if (size := weights_bytes(tower_of(checkpoint, tower))) > PROTOBUF_LIMIT:
+            raise InputError(
+                f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights; INT8 "
+                "is made of towers up to 2 GB, leave it out: --precision fp32 --precision fp16"
+            )
 
 
 def _load_data(checkpoint: Checkpoint, directory: Path, options: Options, progress: Steps) -> Data:
@@ -189,10 +202,12 @@ def _artifact(tower: Tower, precision: str, files: list[Path]) -> Artifact:
 
 def _judged(work: _Work, artifact: Artifact) -> Artifact:
     bundle = Bundle(work.directory, _manifest(work.checkpoint, work.directory, [artifact]))
-    return judged(bundle, artifact, work.references[artifact.tower])
+    return judged(bundle, artifact, work.references[artifact.tower], work.progress)
 
 
-def judged(bundle: Bundle, artifact: Artifact, expected: Expected) -> Artifact:
+def judged(
+    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps = silent
+) -> Artifact:
     """`artifact` with the verdict of every runner that this environment and machine have.
 
     Raises:
@@ -211,7 +226,8 @@ def judged(bundle: Bundle, artifact: Artifact, expected: Expected) -> Artifact:
         with ExitStack() as stack:
             try:
                 runner = stack.enter_context(candidate)
-            except RunnerError:  # such as bfloat16 on a CPU without it: no verdict, not served
+            except RunnerError as error:  # such as bfloat16 on a CPU without it: never served
+                progress(f"no verdict: {error}")
                 continue
             verdicts.append(judge(runner, expected, artifact.tower))
     return replace(artifact, verdicts=tuple(verdicts))
@@ -272,7 +288,7 @@ def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: 
     artifacts = []
     for artifact in bundle.manifest.artifacts:
         progress(f"parity of {artifact.file}")
-        artifacts.append(judged(bundle, artifact, expected[artifact.tower]))
+        artifacts.append(judged(bundle, artifact, expected[artifact.tower], progress))
     return Bundle(bundle.path, replace(bundle.manifest, artifacts=tuple(artifacts)))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -9,7 +10,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from export.kinds import Method
 from export.ranges import activation_ranges, runs
-from export.sensitivity import activations, exclusions, sensitivity
+from export.sensitivity import activations, fewest, sensitivity
 from export.to_int8 import layers, quantise
 from serving.bundle import Artifact, Quantisation
 from serving.commands import Steps
@@ -33,7 +34,7 @@ def write_int8(
         judged: describes and judges the file at `target`.
 
     Returns:
-        The first artifact that passed; if none did, the last that was tried.
+        The artifact that passed with the fewest layers left out; if none did, the last one tried.
     """
     every = layers(model)
     done = 0
@@ -67,25 +68,25 @@ def write_int8(
     artifact = attempt(quantisation)
     if _passed(artifact):
         return artifact
-    costs = sensitivity(model, ranges, batches[:2], count("sensitivity of each layer", len(every)))
-    for excluded in exclusions(costs):
+    costs = sensitivity(
+        model, ranges, batches[:2], count("sensitivity of each layer", len(activations(every)))
+    )
+    quantisation = replace(quantisation, sensitivity=costs)
+
+    def passes(excluded: tuple[str, ...]) -> bool:
+        nonlocal artifact
         progress(f"without {len(excluded)} of {len(every)} layers")
-        artifact = attempt(
-            Quantisation(
-                method=method,
-                calibration=source,
-                layers=len(every),
-                excluded=excluded,
-                sensitivity=costs,
-            )
-        )
-        if _passed(artifact):
-            break
+        artifact = attempt(replace(quantisation, excluded=excluded))
+        return _passed(artifact)
+
+    found = fewest(costs, passes)
+    if found is not None and artifact.quantisation != replace(quantisation, excluded=found):
+        artifact = attempt(replace(quantisation, excluded=found))  # the last one tried had failed
     return artifact
 
 
 def _passed(artifact: Artifact) -> bool:
-    return all(verdict.passed for verdict in artifact.verdicts)
+    return bool(artifact.verdicts) and all(verdict.passed for verdict in artifact.verdicts)
 
 
 def write_dynamic(source: Path, target: Path) -> None:

@@ -74,18 +74,18 @@ def runs(method: Method) -> int:
 def _session_with_outputs(
     model: onnx.ModelProto, tensors: Sequence[str]
 ) -> onnxruntime.InferenceSession:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    known = {output.name for output in watched.graph.output}
-    watched.graph.output.extend(
-        onnx.ValueInfoProto(name=name) for name in tensors if name not in known
-    )
+    known = {output.name for output in model.graph.output}
+    watched = [onnx.ValueInfoProto(name=name) for name in tensors if name not in known]
+    # Lent to the model and taken back: a copy of a large one is gigabytes.
+    model.graph.output.extend(watched)
+    try:
+        graph = model.SerializeToString()
+    finally:
+        del model.graph.output[len(known) :]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cpu_count()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _percentile(histogram: NDArray[np.int64]) -> float:

@@ -1,6 +1,6 @@
 """When the gate refuses INT8: which layers cost most, and how many must stay out?"""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -22,31 +22,50 @@ def sensitivity(
     batches: Sequence[Batch],
     progress: Callable[[], None],
 ) -> tuple[LayerCost, ...]:
-    """Quantise each layer alone and see how far embeddings turn; dearest layer first.
+    """Quantise each activation's layers alone and see how far embeddings turn; dearest first.
+
+    Layers that read one tensor stand and fall together: its one range is what hurts them.
 
     Args:
         model: the fp32 graph.
-        progress: called after each layer.
+        progress: called once an activation.
     """
     every = layers(model)
-    names = [layer.name for layer in every]
     reference = _embed(model, batches)
     costs = []
-    for layer in every:
-        others = [name for name in names if name != layer.name]
+    for activation in activations(every):
+        together = tuple(layer.name for layer in every if layer.activation == activation)
+        others = [layer.name for layer in every if layer.activation != activation]
         embeddings = _embed(quantise(model, ranges, exclude=others), batches)
         loss = 1 - float((embeddings * reference).sum(axis=1).mean())
-        costs.append(LayerCost(layer=layer.name, cosine_loss=max(loss, 0.0)))
+        costs.append(LayerCost(layers=together, cosine_loss=max(loss, 0.0)))
         progress()
     return tuple(sorted(costs, key=lambda cost: -cost.cosine_loss))
 
 
-def exclusions(costs: Sequence[LayerCost]) -> Iterator[tuple[str, ...]]:
-    """What to leave out next: the dearest 1, 2, 4, 8 ... layers, up to LARGEST_SHARE of all."""
-    count = 1
-    while count <= len(costs) * LARGEST_SHARE:
-        yield tuple(cost.layer for cost in costs[:count])
-        count *= 2
+def fewest(
+    costs: Sequence[LayerCost], passes: Callable[[tuple[str, ...]], bool]
+) -> tuple[str, ...] | None:
+    """The fewest of the dearest layers without which `passes` says yes.
+
+    Doubles their number until it does, then bisects between the last no and the first yes.
+
+    Returns:
+        Their names, dearest first; None where even LARGEST_SHARE of all is not enough.
+    """
+
+    def dearest(count: int) -> tuple[str, ...]:
+        return tuple(name for cost in costs[:count] for name in cost.layers)
+
+    failed, passed, limit = 0, 1, int(len(costs) * LARGEST_SHARE)
+    while passed <= limit and not passes(dearest(passed)):
+        failed, passed = passed, limit if passed < limit < 2 * passed else 2 * passed
+    if passed > limit:
+        return None
+    while passed - failed > 1:
+        middle = (failed + passed) // 2
+        failed, passed = (failed, middle) if passes(dearest(middle)) else (middle, passed)
+    return dearest(passed)
 
 
 def activations(every: Iterable[Layer]) -> list[str]:

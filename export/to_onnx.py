@@ -17,7 +17,7 @@ from serving.bundle import Tower
 OPSET = 20
 """LayerNormalization is one node from 17 on; every runtime we export for takes 20."""
 
-_PROTOBUF_LIMIT = 2_000_000_000
+PROTOBUF_LIMIT = 2_000_000_000
 """Bytes of weights above which they go to a file beside the graph; protobuf ends at 2 GiB."""
 
 
@@ -62,12 +62,16 @@ def export_onnx(tower: nn.Module, path: Path, metadata: dict[str, str]) -> list[
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
-    weights = sum(t.numel() * t.element_size() for t in tower.state_dict().values())
-    external = weights > _PROTOBUF_LIMIT
+    external = weights_bytes(tower) > PROTOBUF_LIMIT
     program.save(path, external_data=external)
     _tidy(path, metadata)
     onnx.checker.check_model(path, full_check=True)
     return [path, path.with_name(path.name + ".data")] if external else [path]
+
+
+def weights_bytes(tower: nn.Module) -> int:
+    """Size of a tower's weights."""
+    return sum(t.numel() * t.element_size() for t in tower.state_dict().values())
 
 
 def _tidy(path: Path, metadata: dict[str, str]) -> None:

@@ -111,9 +111,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCost:
-    """What quantising one layer alone costs."""
+    """What quantising the layers that read one tensor (such as q, k and v) costs, all else left."""
 
-    layer: str
+    layers: tuple[str, ...]
     cosine_loss: float
     """1 minus the mean cosine to the fp32 graph, on calibration data."""
 

@@ -46,7 +46,7 @@ class ClipClient:
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 60.0, batch_size: int = 8, in_flight: int = 4
+        self, url: str, *, timeout: float = 60.0, batch_size: int = 16, in_flight: int = 8
     ) -> None:
         attach(url)
         scheme, _, self._address = url.partition("://")

@@ -21,7 +21,7 @@ from export.kinds import Kind
 from export.parity import expect, judge
 from export.quantise import write_dynamic, write_int8
 from export.ranges import BINS, PERCENTILE, activation_ranges, runs
-from export.sensitivity import activations, exclusions, sensitivity
+from export.sensitivity import activations, fewest, sensitivity
 from export.to_int8 import layers, quantise
 from export.to_onnx import export_onnx
 from export.torch_runners import EagerRunner
@@ -43,7 +43,7 @@ from serving.bundle import (
     Quantisation,
     describe_file,
 )
-from serving.errors import BundleError
+from serving.errors import BundleError, InputError
 from serving.repository import assemble
 from serving.runners.base import open_runner
 
@@ -599,12 +599,12 @@ def test_outliers_of_two_layers_are_found_and_left_out(outliers, tiny_bundle, tm
     assert set(found.excluded) == ups
     assert [len(a.quantisation.excluded) for a in attempts] == [0, 1, 2]
     table = found.sensitivity
-    assert {cost.layer for cost in table} == {layer.name for layer in layers(graph)}
+    assert sorted(n for cost in table for n in cost.layers) == sorted(x.name for x in layers(graph))
     losses = [cost.cosine_loss for cost in table]
     assert losses == sorted(losses, reverse=True)
-    assert {cost.layer for cost in table[:2]} == ups
+    assert {cost.layers for cost in table[:2]} == {(name,) for name in ups}
     assert losses[1] > 50 * losses[2] >= 0
-    assert found.excluded == tuple(cost.layer for cost in table[:2])
+    assert found.excluded == tuple(name for cost in table[:2] for name in cost.layers)
 
 
 def test_outliers_that_query_key_and_value_share(outliers, tiny_bundle, tmp_path):
@@ -612,30 +612,31 @@ def test_outliers_that_query_key_and_value_share(outliers, tiny_bundle, tmp_path
     graph = outliers[("0.qkv",)][1]
     assert attempts[0].verdicts[0].min_cosine < 0.9
     assert attempts[-1].verdicts[0].passed
-    assert {layer.name for layer in layers(graph)[:3]} <= set(attempts[-1].quantisation.excluded)
-    assert len(attempts[-1].quantisation.excluded) <= 4
+    assert attempts[-1].quantisation.excluded == tuple(layer.name for layer in layers(graph)[:3])
+    assert len(attempts) == 2, "they read one tensor and leave together"
 
 
 def test_what_no_exclusion_mends_is_refused_with_its_numbers(outliers, tiny_bundle, tmp_path):
-    """Eight of twelve layers are hostile; with six of them left out, INT8 is still wrong."""
+    """Five of nine tensors are hostile; with four of them left alone, INT8 is still wrong."""
     attempts = search(outliers, ("0.up", "0.qkv", "1.up", "1.qkv"), tiny_bundle, tmp_path)
     assert not any(attempt.verdicts[0].passed for attempt in attempts)
     last = attempts[-1]
-    assert len(last.quantisation.excluded) <= 6
-    assert len(last.quantisation.sensitivity) == 12
+    table = last.quantisation.sensitivity
+    assert len(table) == 9
+    assert last.quantisation.excluded == tuple(n for cost in table[:4] for n in cost.layers)
     assert last.files == (describe_file(tmp_path / "image.int8.onnx"),)
 
 
-def test_the_table_of_a_graph_is_what_each_layer_costs_alone(outliers):
+def test_the_table_of_a_graph_is_what_the_layers_of_each_tensor_cost_alone(outliers):
     bad, graph = outliers[("0.up", "1.up")]
     batches = calibration(bad)[:2]
     every = layers(graph)
     reach = ranges(graph, activations(every), batches, "minmax")
     calls = []
     table = sensitivity(graph, reach, batches, lambda: calls.append(1))
-    assert len(calls) == len(table) == len(every)
+    assert len(calls) == len(table) == len(activations(every))
     for cost in (table[0], table[-1]):
-        others = [layer.name for layer in every if layer.name != cost.layer]
+        others = [layer.name for layer in every if layer.name not in cost.layers]
         alone = quantise(graph, reach, others)
         cosines = [
             (run_onnx_runtime(alone, b) * run_onnx_runtime(graph, b)).sum(axis=1) for b in batches
@@ -644,16 +645,31 @@ def test_the_table_of_a_graph_is_what_each_layer_costs_alone(outliers):
         assert cost.cosine_loss == pytest.approx(max(loss, 0), abs=1e-6)
 
 
-def test_ever_more_layers_are_left_out_up_to_half():
-    costs = [LayerCost(layer=f"layer{n}", cosine_loss=1 / (n + 1)) for n in range(72)]
-    plans = list(exclusions(costs))
-    names = [cost.layer for cost in costs]
-    assert all(plan == tuple(names[: len(plan)]) for plan in plans)
-    sizes = [len(plan) for plan in plans]
-    assert sizes == sorted(set(sizes))
-    assert sizes[0] == 1
-    assert sizes[-1] <= 36
-    assert list(exclusions(costs[:1])) == []
+@pytest.mark.parametrize("units", [2, 3, 9, 48, 72])
+def test_the_fewest_layers_that_must_go_are_found(units):
+    """Whatever number is needed, up to half; with few attempts, each of the dearest layers."""
+    costs = [LayerCost(layers=(f"k{n}", f"v{n}"), cosine_loss=1 / (n + 1)) for n in range(units)]
+    names = [name for cost in costs for name in cost.layers]
+    for needed in range(1, units + 1):
+        tried = []
+
+        def passes(excluded, needed=needed, tried=tried):
+            assert excluded == tuple(names[: len(excluded)])
+            assert excluded not in tried
+            tried.append(excluded)
+            return len(excluded) >= 2 * needed
+
+        found = fewest(costs, passes)
+        if needed <= units // 2:
+            assert found == tuple(names[: 2 * needed])
+        else:
+            assert found is None
+            assert len(tried[-1]) == units // 2 * 2, "half of them was not tried"
+        assert len(tried) <= 2 * np.log2(units) + 1
+
+
+def test_a_single_tensor_has_no_half():
+    assert fewest([LayerCost(layers=("only",), cosine_loss=1.0)], lambda _: True) is None
 
 
 @pytest.fixture(scope="module")
@@ -670,9 +686,9 @@ def test_a_build_falls_back_and_records_it(built):
     artifact = Bundle.open(built.path).artifact("image", "int8")
     found = artifact.quantisation
     assert found.method == "minmax"
-    assert found.layers == len(found.sensitivity) == 12
+    assert found.layers == 12
     assert len(found.excluded) == 2
-    assert found.excluded == tuple(cost.layer for cost in found.sensitivity[:2])
+    assert found.excluded == tuple(n for cost in found.sensitivity[:2] for n in cost.layers)
     assert {v.runner for v in artifact.verdicts} == {"onnxruntime:int8", "openvino:int8"}
     assert all(v.passed for v in artifact.verdicts)
     kept = {n.name: n for n in onnx.load(built.path / artifact.file).graph.node}
@@ -691,3 +707,10 @@ def test_a_build_reports_what_it_cannot_mend(checkpoint, tmp_path, monkeypatch):
     assert bundle.artifact("image", "fp32").passed("onnxruntime:fp32")
     with pytest.raises(BundleError, match=r"did not pass the image tower by onnxruntime:int8 "):
         assemble(bundle, tmp_path / "repository", runner="onnxruntime:int8")
+
+
+def test_a_tower_too_large_for_int8_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.build, "PROTOBUF_LIMIT", 100_000)
+    with pytest.raises(InputError, match=r"image tower of .* GB of weights; .*--precision fp16"):
+        build(checkpoint, tmp_path / "bundle", nothing, Options(kinds=(Kind.INT8,)))
+    assert not (tmp_path / "bundle").exists()

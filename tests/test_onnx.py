@@ -155,7 +155,7 @@ def test_only_towers_are_exported():
 def external(tiny_checkpoint, tmp_path_factory) -> Bundle:
     """A bundle whose graphs are "too large" for one file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.to_onnx, "_PROTOBUF_LIMIT", 100_000)
+        patch.setattr(export.to_onnx, "PROTOBUF_LIMIT", 100_000)
         patch.setattr(export.build, "RUNNERS", {"onnxruntime:fp32": "fp32"})
         output = tmp_path_factory.mktemp("external") / "bundle"
         options = Options(kinds=(Kind.FP32,))

@@ -189,7 +189,9 @@ def test_on_a_cpu_without_bfloat16_there_is_no_verdict_on_it(tiny_bundle, monkey
     with open_runner(tiny_bundle, "image", "onnxruntime:fp32") as runner:
         probes = [(batch, runner.run(batch)) for batch in BATCHES["image"][:1]]
     expected = Expected(probes=probes, labelled=None)
-    artifact = judged(tiny_bundle, tiny_bundle.artifact("image", "fp32"), expected)
+    said = []
+    artifact = judged(tiny_bundle, tiny_bundle.artifact("image", "fp32"), expected, said.append)
+    assert any("openvino:bf16: this CPU has no bfloat16" in step for step in said)
     assert [v.runner for v in artifact.verdicts] == ["onnxruntime:fp32", "openvino:fp32"]
     assert not artifact.passed("openvino:bf16")
 

@@ -14,6 +14,7 @@ import torch
 from export.architectures import OPENAI_MEAN, OPENAI_STD
 from export.calibration import Data, load_data, probes
 from export.checkpoint import Checkpoint, load_checkpoint
+from export.engines import alone
 from export.kinds import DEFAULT_KINDS, Kind, Method
 from export.lint import lint
 from export.parity import Expected, LabelledReference, expect, judge, refer
@@ -44,7 +45,7 @@ from serving.bundle import (
 from serving.commands import Steps, silent
 from serving.errors import BundleError, InputError, RunnerError
 from serving.files import new_directory, write_text
-from serving.runners.base import RUNNERS, Runner, missing, open_runner
+from serving.runners.base import Runner, missing, open_runner, runners_of
 from serving.tokenizer import Tokenizer
 
 
@@ -107,7 +108,7 @@ def build(
 
 def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
     """Quantising holds a graph in one protobuf; better to know that before the long work."""
-    if not {Kind.INT8, Kind.INT8_DYNAMIC} & set(options.kinds):
+    if not {Kind.INT8, Kind.INT8_FP16, Kind.INT8_DYNAMIC} & set(options.kinds):
         return
     for tower in TOWERS:
         if (size := weights_bytes(tower_of(checkpoint, tower))) > PROTOBUF_LIMIT:
@@ -156,9 +157,9 @@ def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
     graph = work.directory / f"{tower}.fp32.onnx"
     files = export_onnx(for_inference(module), graph, metadata | tools())
     made.append(_judged(work, _artifact(tower, "fp32", files)))
-    if Kind.FP16 in kinds:
+    half = work.directory / f"{tower}.fp16.onnx"
+    if {Kind.FP16, Kind.INT8_FP16} & set(kinds):
         work.progress(f"{tower} tower: fp16")
-        half = work.directory / f"{tower}.fp16.onnx"
         files = export_onnx(half_precision(module), half, metadata | tools())
         made.append(_judged(work, _artifact(tower, "fp16", files)))
     if Kind.TORCHSCRIPT in kinds:
@@ -172,26 +173,29 @@ def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
         write_dynamic(graph, dynamic)
         made.append(_judged(work, _artifact(tower, "int8-dynamic", [dynamic])))
     if Kind.INT8 in kinds:
-        work.progress(f"{tower} tower: int8")
-        made.append(_int8(work, tower, onnx.load(graph)))
+        made.append(_int8(work, tower, graph, "int8"))
+    if Kind.INT8_FP16 in kinds:
+        made.append(_int8(work, tower, half, "int8-fp16"))
     return made
 
 
-def _int8(work: _Work, tower: Tower, model: onnx.ModelProto) -> Artifact:
-    """Quantise; while the gate refuses, leave out the layers that cost most."""
-    target = work.directory / f"{tower}.int8.onnx"
+def _int8(work: _Work, tower: Tower, graph: Path, precision: str) -> Artifact:
+    """Quantise `graph`; while the gate refuses, leave out the layers that cost most."""
+    work.progress(f"{tower} tower: {precision}")
+    target = work.directory / f"{tower}.{precision}.onnx"
 
     def judged(quantisation: Quantisation) -> Artifact:
-        return _judged(work, replace(_artifact(tower, "int8", [target]), quantisation=quantisation))
+        artifact = _artifact(tower, precision, [target])
+        return _judged(work, replace(artifact, quantisation=quantisation))
 
     return write_int8(
-        model,
+        onnx.load(graph),
         target,
         work.data.calibration[tower],
         work.data.source,
         work.options.method,
         judged,
-        lambda step, done=0, total=0: work.progress(f"{tower} tower: int8, {step}", done, total),
+        lambda s, done=0, total=0: work.progress(f"{tower} tower: {precision}, {s}", done, total),
     )
 
 
@@ -218,8 +222,8 @@ def judged(
     if artifact.kind == "torchscript":
         candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
     else:
-        names = [n for n, graph in RUNNERS.items() if graph == artifact.precision]
-        here = [name for name in names if missing(name) is None]
+        here = [name for name in runners_of(artifact) if missing(name) is None]
+        bundle = alone(bundle, artifact) if artifact.kind == "plan" else bundle
         candidates = [open_runner(bundle, artifact.tower, name) for name in here]
     verdicts = []
     for candidate in candidates:

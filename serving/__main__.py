@@ -14,14 +14,14 @@ from rich.table import Table
 
 from serving.bundle import Bundle
 from serving.client import ClipClient
-from serving.commands import Json, log, out, run
+from serving.commands import Json, log, out, run, steps
 from serving.demo import demo as run_demo
 from serving.demo import tables
 from serving.errors import InputError
 from serving.folders import find_pictures, read_lines
 from serving.local import LocalClip
 from serving.repository import assemble as assemble_repository
-from serving.repository import assembled_latencies
+from serving.repository import assembled_backend, assembled_latencies
 from serving.triton import TritonServer, attach
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -59,23 +59,32 @@ def assemble(
     refused_too: Annotated[
         bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")
     ] = False,
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="Where no TensorRT plan fits this machine, onnxruntime instead."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model repository for a bundle."""
-    path = assemble_repository(
-        Bundle.open(bundle),
-        output,
-        backend=backend,
-        runner=runner,
-        precision=precision,
-        max_batch_size=max_batch_size,
-        refused_too=refused_too,
-    )
+    with steps(f"assembling {bundle}") as progress:
+        path = assemble_repository(
+            Bundle.open(bundle),
+            output,
+            backend=backend,
+            runner=runner,
+            precision=precision,
+            max_batch_size=max_batch_size,
+            refused_too=refused_too,
+            fallback=fallback,
+            progress=progress,
+        )
     models = sorted(config.parent.name for config in path.glob("*/config.pbtxt"))
     latencies = assembled_latencies(path)
     if as_json:
         timed = [asdict(latency) for latency in latencies]
-        document = {"repository": str(path), "backend": backend, "models": models}
+        document = {"repository": str(path), "backend": assembled_backend(path), "models": models}
         print(json.dumps({**document, "latencies": timed}))
         return
     if latencies:

@@ -1,8 +1,9 @@
 """What export writes and serving reads: the bundle's layout, its manifest, its tolerances.
 
 A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
-`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB). The manifest is the single
-source of truth about all of them; a file it does not vouch for is not loaded.
+`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), and for TensorRT
+`engines/<device>-<library>-<version>/<tower>.<precision>.plan` with its sidecar. The manifest is
+the single source of truth about all of them; a file it does not vouch for is not loaded.
 
 Does not know: how artifacts are made (`export`), or run (`serving.runners`).
 """
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from serving.engines import Engine, Library
 from serving.errors import BundleError
 from serving.files import sha256_of
 from serving.typed_json import from_json
@@ -78,9 +80,11 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(min_cosine=0.99999, relative_accuracy=0.999, max_abs_difference=1e-4),
+    "tf32": Tolerance(min_cosine=0.9995, relative_accuracy=0.999),
     "fp16": Tolerance(min_cosine=0.9995, relative_accuracy=0.999),
     "bf16": Tolerance(min_cosine=0.995, relative_accuracy=0.99),
     "int8": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
+    "int8-fp16": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
     "int8-dynamic": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
 }
 """By the precision in a runner's name."""
@@ -138,6 +142,7 @@ class File:
     """A file of the bundle, as the manifest vouches for it."""
 
     name: str
+    """Its path in the bundle."""
     sha256: str
     bytes: int
 
@@ -147,11 +152,13 @@ class Artifact:
     """One tower in one precision."""
 
     tower: Tower
-    kind: Literal["onnx", "torchscript"]
+    kind: Literal["onnx", "torchscript", "plan"]
     precision: str
     files: tuple[File, ...]
-    """The graph, then its external data if it has any."""
+    """The graph and its external data if it has any; or the plan and its sidecar."""
     quantisation: Quantisation | None = None
+    engine: Engine | None = None
+    """Of a plan."""
     verdicts: tuple[Verdict, ...] = ()
 
     @property
@@ -269,6 +276,30 @@ class Bundle:
             f"export the checkpoint again with --precision {precision}"
         )
 
+    def plans(self, tower: Tower, precision: str, library: Library) -> list[Artifact]:
+        """The plans of `tower` in `precision`, whatever device they were built on.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        plans = [
+            a
+            for a in self.manifest.artifacts
+            if (a.tower, a.kind, a.precision) == (tower, "plan", precision)
+            and a.engine is not None
+            and a.engine.library == library
+        ]
+        if not plans:
+            raise BundleError(
+                f"{self.path} has no {precision} {tower} plan of {library}; build it where it is "
+                f"to run: {self.build_command(precision, library)}"
+            )
+        return plans
+
+    def build_command(self, precision: str, library: Library) -> str:
+        """What builds the plans of `precision` for the machine it is run on."""
+        return f"python -m export engine {self.path} --engine {library} --precision {precision}"
+
     def verified(self, artifact: Artifact) -> Path:
         """The path of `artifact`'s graph, after comparing its files with the manifest.
 
@@ -291,6 +322,7 @@ class Bundle:
         return paths[0]
 
 
-def describe_file(path: Path) -> File:
-    """What the manifest says of the file at `path`."""
-    return File(name=path.name, sha256=sha256_of(path), bytes=path.stat().st_size)
+def describe_file(path: Path, root: Path | None = None) -> File:
+    """What the manifest of the bundle at `root` (default: the file's folder) says of a file."""
+    name = path.relative_to(root or path.parent).as_posix()
+    return File(name=name, sha256=sha256_of(path), bytes=path.stat().st_size)

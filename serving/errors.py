@@ -5,6 +5,7 @@
     │   ├── ImageError          a picture
     │   ├── TextError           a text
     │   └── CheckpointError     a checkpoint: name, directory, weights
+    ├── ExportError           a graph that a compiler cannot parse or build
     ├── BundleError           a bundle that is missing, incomplete, tampered with, or refused
     ├── RunnerError           a runner cannot give the device or precision it was asked for
     └── ServerError           a Triton server that cannot be started or reached, or that refused
@@ -34,6 +35,10 @@ class TextError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint that is unknown, incomplete, or not a CLIP."""
+
+
+class ExportError(ClipDeployError):
+    """A graph that a compiler cannot parse or build."""
 
 
 class BundleError(ClipDeployError):

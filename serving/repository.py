@@ -6,6 +6,7 @@ beside what each model needs: its `model.py` or its graph, and the part of the b
 Does not know: how a server is started (`triton.py`).
 """
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -15,11 +16,14 @@ from typing import Any, Literal
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from serving.bundle import TOWERS, Bundle, Latency, Manifest, Tower
-from serving.errors import BundleError
+from serving.bundle import TOWERS, Artifact, Bundle, Latency, Manifest, Tower
+from serving.commands import Steps, silent
+from serving.engines import SHORT_TEXT
+from serving.errors import BundleError, RunnerError
 from serving.files import link_or_copy, new_directory
 from serving.machine import cpu_count
-from serving.runners.base import RUNNERS, graph_of
+from serving.runners.base import RUNNERS, graph_of, library_of
+from serving.runners.tensor_rt import fitting_plan
 from serving.selection import passed, time_runners
 
 Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
@@ -39,6 +43,8 @@ def assemble(
     precision: str = "fp32",
     max_batch_size: int = 64,
     refused_too: bool = False,
+    fallback: bool = False,
+    progress: Steps = silent,
 ) -> Path:
     """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
 
@@ -49,14 +55,23 @@ def assemble(
             takes the fastest of each tower.
         precision: of the graphs that the other backends get.
         refused_too: take what the parity gate refused.
+        fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
 
     Raises:
         BundleError: an artifact is missing, not the exported one, or was refused by the gate.
-        RunnerError: there is no such runner.
+        RunnerError: there is no such runner, or no plan fits this machine; with what differs.
         InputError: `target` holds something that is no model repository.
     """
     if backend == "tensorrt":
-        raise BundleError(f"{bundle.path} holds no TensorRT plans; choose another backend")
+        try:
+            return _assemble(
+                bundle, target, backend, _plans(precision), max_batch_size, refused_too
+            )
+        except (BundleError, RunnerError) as error:
+            if not fallback:
+                raise
+            progress(f"ONNX Runtime instead of TensorRT: {error}")
+            backend = "onnxruntime"
     chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
     if backend == "embedded" and runner == "auto":
         latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
@@ -65,9 +80,26 @@ def assemble(
         bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
     elif backend == "embedded":
         chosen = dict.fromkeys(TOWERS, runner)
+    return _assemble(bundle, target, backend, chosen, max_batch_size, refused_too)
+
+
+def _plans(precision: str) -> dict[Tower, str]:
+    """The runners whose verdicts tell whether Triton may run plans of `precision`."""
+    return dict.fromkeys(TOWERS, f"tensorrt:{'tf32' if precision == 'fp32' else precision}")
+
+
+def _assemble(
+    bundle: Bundle,
+    target: Path,
+    backend: Backend,
+    chosen: dict[Tower, str],
+    max_batch_size: int,
+    refused_too: bool,
+) -> Path:
+    artifacts = {t: _artifact(bundle, t, name, max_batch_size) for t, name in chosen.items()}
     for tower, name in chosen.items():
-        if not refused_too and not bundle.artifact(tower, graph_of(name)).passed(name):
-            raise BundleError(_refusal(bundle, tower, name))
+        if not refused_too and not artifacts[tower].passed(name):
+            raise BundleError(_refusal(artifacts[tower], name))
     with new_directory(target, "image_tower/config.pbtxt") as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
             version = work / source.name / "1"
@@ -75,7 +107,7 @@ def assemble(
             config = model_config(source.name, bundle.manifest, backend, max_batch_size)
             if source.name in _TOWERS:
                 tower = _TOWERS[source.name]
-                _add_tower(bundle, tower, chosen[tower], config, version)
+                _add_tower(bundle, artifacts[tower], chosen[tower], config, version)
             elif source.name in ("image_preprocess", "text_tokenize"):
                 files = [bundle.tokenizer] if source.name == "text_tokenize" else []
                 _add_python_model(bundle, source.name, version, files)
@@ -83,9 +115,40 @@ def assemble(
     return target
 
 
+def _artifact(bundle: Bundle, tower: Tower, runner: str, max_batch_size: int) -> Artifact:
+    """What `runner` runs; of plans, the one that was built for this machine."""
+    library, precision = library_of(runner), graph_of(runner)
+    if library is None:
+        return bundle.artifact(tower, precision)
+    plan = fitting_plan(bundle, tower, precision, library)
+    assert plan.engine is not None
+    again = bundle.build_command(precision, library)
+    if plan.engine.weights_stripped:
+        raise BundleError(
+            f"{plan.file} was stripped of its weights, which Triton cannot put in; build it "
+            f"without --strip-weights: {again}"
+        )
+    most = min(profile.maximum[0] for profile in plan.engine.profiles)
+    if max_batch_size > most:
+        raise BundleError(
+            f"{plan.file} takes batches of up to {most}, asked for is {max_batch_size}; assemble "
+            f"with --max-batch-size {most}, or build it again: {again} --max-batch {max_batch_size}"
+        )
+    return plan
+
+
 def assembled_latencies(repository: Path) -> tuple[Latency, ...]:
     """What the runners of an assembled repository were chosen by; fastest first in each tower."""
     return Bundle.open(repository / "image_preprocess" / "1" / "bundle").manifest.latencies
+
+
+def assembled_backend(repository: Path) -> str:
+    """What runs the towers of an assembled repository; with a fallback not what was asked for."""
+    text = (repository / "image_tower" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    if config.platform == "tensorrt_plan":
+        return "tensorrt"
+    return "embedded" if config.backend == "python" else str(config.backend)
 
 
 def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
@@ -107,24 +170,24 @@ def model_config(
     if name == "image_preprocess":
         config.instance_group[0].count = cpu_count()
     if name in _TOWERS and backend != "embedded":
-        _set_backend(config, backend)
+        _set_backend(config, backend, manifest)
         _set_warm_up(config, manifest)
     return config
 
 
 def _add_tower(
-    bundle: Bundle, tower: Tower, runner: str, config: ModelConfig, version: Path
+    bundle: Bundle, artifact: Artifact, runner: str, config: ModelConfig, version: Path
 ) -> None:
-    artifact = bundle.artifact(tower, graph_of(runner))
-    graph = bundle.verified(artifact)
-    files = [graph.with_name(file.name) for file in artifact.files]
+    bundle.verified(artifact)
+    files = [bundle.path / file.name for file in artifact.files]
     if config.backend == "python":
         config.parameters["runner"].string_value = runner
         _add_python_model(bundle, config.name, version, files)
         return
     link_or_copy(files[0], version / config.default_model_filename)
     for file in files[1:]:
-        link_or_copy(file, version / file.name)  # external data: the graph knows it by this name
+        # External data, which the graph knows by this name, or the plan's sidecar.
+        link_or_copy(file, version / file.name)
 
 
 def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path]) -> None:
@@ -137,16 +200,15 @@ def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path
         link_or_copy(file, directory / file.name)
 
 
-def _refusal(bundle: Bundle, tower: Tower, runner: str) -> str:
-    verdicts = bundle.artifact(tower, graph_of(runner)).verdicts
+def _refusal(artifact: Artifact, runner: str) -> str:
     measured = [
         f"minimum cosine {v.min_cosine:.6f}, largest difference {v.max_abs_difference:.1e}"
         + ("" if v.relative_accuracy is None else f", {v.relative_accuracy:.2%} of fp32's accuracy")
-        for v in verdicts
+        for v in artifact.verdicts
         if v.runner == runner
     ]
     return (
-        f"the parity gate did not pass the {tower} tower by {runner} "
+        f"the parity gate did not pass the {artifact.tower} tower by {runner} "
         f"({measured[0] if measured else 'no verdict'}); look at `python -m export verify`, choose "
         "another runner, or assemble with --refused-too to serve it anyway"
     )
@@ -177,7 +239,7 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
         config.parameters[key].string_value = value
 
 
-def _set_backend(config: ModelConfig, backend: Backend) -> None:
+def _set_backend(config: ModelConfig, backend: Backend, manifest: Manifest) -> None:
     """Hand the tower to a backend of the container."""
     group, kinds = config.instance_group[0], model_config_pb2.ModelInstanceGroup
     if backend == "tensorrt":
@@ -185,8 +247,9 @@ def _set_backend(config: ModelConfig, backend: Backend) -> None:
         config.platform = "tensorrt_plan"
         config.default_model_filename = "model.plan"
         group.kind = kinds.KIND_GPU
-        # Plans of texts have two profiles, for short and for full lengths.
-        group.profile[:] = ["0", "1"] if config.name == "text_tower" else ["0"]
+        long_texts = manifest.text.context_length > SHORT_TEXT
+        two = config.name == "text_tower" and long_texts  # profiles: short, full
+        group.profile[:] = ["0", "1"] if two else ["0"]
     else:
         config.backend = backend
         config.default_model_filename = "model.onnx"
@@ -196,17 +259,25 @@ def _set_backend(config: ModelConfig, backend: Backend) -> None:
 
 
 def _set_warm_up(config: ModelConfig, manifest: Manifest) -> None:
-    """Prefer some batch sizes, and run each of them once before the model counts as ready."""
+    """Prefer some batch sizes, and run each of them once before the model counts as ready.
+
+    TensorRT replays a CUDA graph of each of them, at each length that the tokenizer pads to.
+    """
     sizes = [size for size in _WARM_UP_BATCHES if size <= config.max_batch_size]
     config.dynamic_batching.preferred_batch_size[:] = sizes[1:]
     tensor = config.input[0]
     lengths = manifest.text.buckets if config.name == "text_tower" else (None,)
-    for size in sizes:
-        for length in lengths:
-            warmup = config.model_warmup.add()
-            warmup.name = f"batch {size}" + (f" length {length}" if length else "")
-            warmup.batch_size = size
-            data = warmup.inputs[tensor.name]
-            data.data_type = tensor.data_type
-            data.dims[:] = [length] if length else tensor.dims
-            data.zero_data = True
+    for size, length in itertools.product(sizes, lengths):
+        dims = [length] if length else list(tensor.dims)
+        warmup = config.model_warmup.add()
+        warmup.name = f"batch {size}" + (f" length {length}" if length else "")
+        warmup.batch_size = size
+        data = warmup.inputs[tensor.name]
+        data.data_type = tensor.data_type
+        data.dims[:] = dims
+        data.zero_data = True
+        if config.platform == "tensorrt_plan":
+            config.optimization.cuda.graphs = True
+            graph = config.optimization.cuda.graph_spec.add()
+            graph.batch_size = size
+            graph.input[tensor.name].dim[:] = dims

@@ -9,7 +9,7 @@ import numpy as np
 from serving.bundle import Bundle, Latency, Tower
 from serving.errors import BundleError, RunnerError
 from serving.machine import describe
-from serving.runners.base import RUNNERS, Batch, Runner, missing, open_runner
+from serving.runners.base import RUNNERS, Batch, Runner, missing, open_runner, runners_of
 
 BATCH, LENGTH = 8, 16
 """What is timed: about what dynamic batching makes of a few clients, and a text of usual length."""
@@ -18,13 +18,14 @@ _WARM_UPS, _RUNS = 2, 7
 
 def passed(bundle: Bundle, tower: Tower) -> list[str]:
     """Runners of `tower` that the gate let through and that this environment has."""
-    names = []
-    for name, precision in RUNNERS.items():
-        graphs = [a for a in bundle.manifest.artifacts if (a.tower, a.kind) == (tower, "onnx")]
-        judged = [a for a in graphs if a.precision == precision and a.passed(name)]
-        if judged and missing(name) is None:
-            names.append(name)
-    return names
+    found = {
+        name
+        for artifact in bundle.manifest.artifacts
+        if artifact.tower == tower
+        for name in runners_of(artifact)
+        if artifact.passed(name) and missing(name) is None
+    }
+    return [name for name in RUNNERS if name in found]
 
 
 def time_runners(bundle: Bundle, tower: Tower, names: Iterable[str]) -> list[Latency]:

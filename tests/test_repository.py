@@ -2,15 +2,25 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from serving.bundle import Bundle
-from serving.errors import BundleError, RunnerError
-from serving.repository import SOURCE, assemble, assembled_latencies, model_config
+from serving.bundle import Bundle, describe_file
+from serving.engines import Engine, Profile
+from serving.errors import BundleError, ClipDeployError, RunnerError
+from serving.nvidia import Gpu, gpu
+from serving.repository import (
+    SOURCE,
+    assemble,
+    assembled_backend,
+    assembled_latencies,
+    model_config,
+)
+from serving.runners import tensor_rt
 
 MODELS = {
     "clip_image",
@@ -109,9 +119,125 @@ def test_tensorrt_configuration(tiny_bundle):
     assert list(text.instance_group[0].profile) == ["0", "1"]
 
 
-def test_tensorrt_without_plans_is_refused(tiny_bundle, tmp_path):
-    with pytest.raises(BundleError, match="holds no TensorRT plans"):
-        assemble(tiny_bundle, tmp_path / "repository", backend="tensorrt")
+def with_plans(bundle: Bundle, path: Path, **changes) -> Bundle:
+    """A copy with a plan of each fp16 tower: the facts are made up, and nothing runs the bytes."""
+    copy = bundle_with(bundle, path, lambda manifest: manifest)
+    artifacts = list(copy.manifest.artifacts)
+    for tower, ends in (("image", [(3, 32, 32)] * 2), ("text", [(2,), (77,)])):
+        graph = copy.artifact(tower, "fp16")
+        facts = {
+            "library": "tensorrt",
+            "version": "10.16.1.11",
+            "device": "NVIDIA H200",
+            "compute_capability": "9.0",
+            "cuda": "13.0",
+            "profiles": (
+                Profile(minimum=(1, *ends[0]), optimum=(8, *ends[1]), maximum=(32, *ends[1])),
+            ),
+            "onnx_sha256": graph.files[0].sha256,
+            "build_seconds": 1.0,
+            "workspace_bytes": 1 << 30,
+            "optimization_level": 3,
+        }
+        plan = copy.path / "engines" / "h200" / f"{tower}.fp16.plan"
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_bytes(b"a plan of " + tower.encode())
+        files = (describe_file(plan, copy.path),)
+        verdict = replace(graph.verdicts[0], runner="tensorrt:fp16")
+        engine = Engine(**(facts | changes))
+        artifacts.append(
+            replace(graph, kind="plan", files=files, engine=engine, verdicts=(verdict,))
+        )
+    return Bundle(copy.path, replace(copy.manifest, artifacts=tuple(artifacts)))
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """The facts of a machine that none of these tests runs on."""
+    device = Gpu(name="NVIDIA H200", compute_capability="9.0", memory_bytes=1 << 37, cuda="13.0")
+    monkeypatch.setattr(tensor_rt, "gpu", lambda: device)
+    monkeypatch.setattr(tensor_rt, "library_version", lambda _: "10.16.1.11")
+
+
+def test_plans_become_a_tensorrt_repository(tiny_bundle, tmp_path, h200):
+    bundle = with_plans(tiny_bundle, tmp_path)
+    target = assemble(
+        bundle,
+        tmp_path / "repository",
+        backend="tensorrt",
+        precision="fp16",
+        max_batch_size=32,
+    )
+    for tower in ("image", "text"):
+        config = read(target / f"{tower}_tower" / "config.pbtxt")
+        assert config.platform == "tensorrt_plan"
+        plan = target / f"{tower}_tower" / "1" / config.default_model_filename
+        assert plan.read_bytes() == b"a plan of " + tower.encode()
+    assert assembled_backend(target) == "tensorrt"
+    text = read(target / "text_tower" / "config.pbtxt")
+    assert text.optimization.cuda.graphs
+    captured = {
+        (g.batch_size, *g.input["input_ids"].dim) for g in text.optimization.cuda.graph_spec
+    }
+    warm = {(w.batch_size, *w.inputs["input_ids"].dims) for w in text.model_warmup}
+    assert captured == warm == {(b, n) for b in (1, 8, 32) for n in (8, 16, 24, 32, 48, 77)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"device": "NVIDIA L4"}, {}, r"device: built on NVIDIA L4 .*this machine has NVIDIA H200"),
+        ({"version": "10.13.3"}, {}, r"version: built by tensorrt 10\.13\.3, .* 10\.16\.1\.11"),
+        ({"onnx_sha256": "0" * 64}, {}, r"graph: the plan was built from .*0000\.\.\., the bundle"),
+        ({"weights_stripped": True}, {}, r"stripped of its weights, which Triton cannot put in"),
+        ({}, {"max_batch_size": 64}, r"batches of up to 32, asked for is 64; .*--max-batch 64"),
+        ({}, {"precision": "int8"}, r"has no int8 image plan of tensorrt"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    tiny_bundle, tmp_path, h200, changes, options, message
+):
+    """It says which fact differs and what builds a fitting one; or the graphs are served."""
+    bundle = with_plans(tiny_bundle, tmp_path, **changes)
+    options = {"precision": "fp16", "max_batch_size": 32} | options
+    target = tmp_path / "repository"
+    with pytest.raises(ClipDeployError, match=message) as caught:
+        assemble(bundle, target, backend="tensorrt", **options)
+    command = f"python -m export engine {bundle.path} --engine tensorrt --precision "
+    assert command + options["precision"] in str(caught.value)
+    assert not target.exists()
+    said = []
+    assemble(bundle, target, backend="tensorrt", fallback=True, progress=said.append, **options)
+    assert assembled_backend(target) == "onnxruntime"
+    assert "ONNX Runtime instead of TensorRT" in said[0]
+
+
+def test_here_no_plan_fits(tiny_bundle, tmp_path):
+    if gpu() is not None:
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(RunnerError, match="this machine has no NVIDIA GPU"):
+        assemble(
+            with_plans(tiny_bundle, tmp_path),
+            tmp_path / "repository",
+            backend="tensorrt",
+            precision="fp16",
+        )
+
+
+def test_a_plan_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
+    bundle = with_plans(tiny_bundle, tmp_path)
+    artifacts = tuple(
+        replace(a, verdicts=()) if a.kind == "plan" else a for a in bundle.manifest.artifacts
+    )
+    bundle = Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
+    with pytest.raises(BundleError, match=r"image tower by tensorrt:fp16 \(no verdict\)"):
+        assemble(
+            bundle,
+            tmp_path / "repository",
+            backend="tensorrt",
+            precision="fp16",
+            max_batch_size=32,
+        )
 
 
 def test_what_the_gate_refused_is_not_assembled(tiny_bundle, tmp_path):

@@ -8,8 +8,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Bundle, Tower
+from serving.bundle import Artifact, Bundle, Tower
+from serving.engines import LIBRARIES, MODULES, Library
 from serving.errors import RunnerError
+from serving.nvidia import gpu
 
 Batch = NDArray[np.uint8] | NDArray[np.int32]
 Embeddings = NDArray[np.float32]
@@ -93,27 +95,78 @@ RUNNERS = {
     "onnxruntime:fp32": "fp32",
     "onnxruntime:fp16": "fp16",
     "onnxruntime:int8": "int8",
+    "onnxruntime:int8-fp16": "int8-fp16",
     "onnxruntime:int8-dynamic": "int8-dynamic",
+    "onnxruntime-cuda:fp32": "fp32",
+    "onnxruntime-cuda:fp16": "fp16",
+    "onnxruntime-cuda:int8": "int8",
+    "onnxruntime-cuda:int8-fp16": "int8-fp16",
+    "onnxruntime-tensorrt:fp16": "fp16",
+    "onnxruntime-tensorrt:int8": "int8",
+    "onnxruntime-tensorrt:int8-fp16": "int8-fp16",
     "openvino:fp32": "fp32",
     "openvino:bf16": "fp32",
     "openvino:fp16": "fp16",
     "openvino:int8": "int8",
+    "tensorrt:tf32": "fp32",
+    "tensorrt:fp16": "fp16",
+    "tensorrt:int8": "int8",
+    "tensorrt:int8-fp16": "int8-fp16",
+    "tensorrt-rtx:tf32": "fp32",
+    "tensorrt-rtx:fp16": "fp16",
+    "tensorrt-rtx:int8": "int8",
+    "tensorrt-rtx:int8-fp16": "int8-fp16",
 }
-"""Runners of exported graphs, `<runtime>:<precision>`, and the graph each of them runs."""
+"""Runners, `<runtime>:<precision>`, and the precision of the graph each of them runs, or of the one
+that its plan was built from."""
 
-_LIBRARIES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+_PACKAGES = {
+    "onnxruntime": (("onnxruntime",), "-e '.[embedded]'"),
+    "onnxruntime-cuda": (("onnxruntime",), "onnxruntime-gpu"),
+    "onnxruntime-tensorrt": (("onnxruntime",), "onnxruntime-gpu"),
+    "openvino": (("openvino",), "-e '.[embedded]'"),
+    "tensorrt": (MODULES["tensorrt"], "-e '.[gpu]'"),
+    "tensorrt-rtx": (MODULES["tensorrt-rtx"], "-e '.[rtx]'"),
+}
+"""What each runtime is imported as, one of several, and what `pip install` takes to have it."""
+
+PROVIDERS = {
+    "onnxruntime": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+"""Execution provider of each runtime that is ONNX Runtime."""
 
 
 def missing(name: str) -> str | None:
     """Why the runner `name` cannot be had in this environment, or None."""
-    library = _LIBRARIES[name.partition(":")[0]]
-    if importlib.util.find_spec(library) is None:
-        return f"the package {library} is not installed; pip install -e '.[embedded]'"
+    runtime = name.partition(":")[0]
+    packages, install = _PACKAGES[runtime]
+    if all(map(_absent, packages)):
+        return f"the package {packages[0]} is not installed; pip install {install}"
+    if runtime in ("onnxruntime", "openvino"):
+        return None
+    if runtime in LIBRARIES and _absent("cuda.bindings"):
+        return "the package cuda.bindings is not installed; pip install cuda-bindings"
+    if gpu() is None:
+        return "this machine has no NVIDIA GPU, or no driver for it"
+    if runtime in PROVIDERS:
+        import onnxruntime
+
+        if PROVIDERS[runtime] not in onnxruntime.get_available_providers():
+            return f"this ONNX Runtime has no {PROVIDERS[runtime]}; pip install {install}"
     return None
 
 
+def _absent(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # of a parent package
+        return True
+
+
 def graph_of(name: str) -> str:
-    """The precision of the graph that runner `name` runs.
+    """The precision of the graph behind runner `name`.
 
     Raises:
         RunnerError: there is no such runner.
@@ -121,6 +174,20 @@ def graph_of(name: str) -> str:
     if name not in RUNNERS:
         raise RunnerError(f"unknown runner {name!r}; expected one of {', '.join(RUNNERS)}")
     return RUNNERS[name]
+
+
+def library_of(name: str) -> Library | None:
+    """The library whose plans runner `name` runs; None of a runner of graphs."""
+    runtime = name.partition(":")[0]
+    return next((library for library in LIBRARIES if library == runtime), None)
+
+
+def runners_of(artifact: Artifact) -> list[str]:
+    """Names of the runners that can run `artifact`, had here or not."""
+    library = artifact.engine.library if artifact.engine else None
+    if artifact.kind == "torchscript":
+        return []
+    return [n for n, p in RUNNERS.items() if p == artifact.precision and library_of(n) == library]
 
 
 def open_runner(bundle: Bundle, tower: Tower, name: str) -> Runner:
@@ -138,6 +205,10 @@ def open_runner(bundle: Bundle, tower: Tower, name: str) -> Runner:
         from serving.runners.open_vino import OpenVinoRunner
 
         return OpenVinoRunner(bundle, tower, precision)
+    if library := library_of(name):
+        from serving.runners.tensor_rt import TensorRtRunner
+
+        return TensorRtRunner(bundle, tower, library, precision)
     from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(bundle, tower, precision)
+    return OnnxRuntimeRunner(bundle, tower, precision, runtime)

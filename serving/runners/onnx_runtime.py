@@ -1,23 +1,36 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: on the CPU, on CUDA, or with TensorRT as its execution provider.
+
+onnxruntime:…           the CPU
+onnxruntime-cuda:…      CUDA; what CUDA cannot run, the CPU does
+onnxruntime-tensorrt:…  engines that ONNX Runtime builds while it loads the graph, then CUDA
+"""
+
+from typing import Any
 
 import onnxruntime
 
 from serving.bundle import Bundle, Tower
 from serving.errors import RunnerError
 from serving.machine import cpu_count
-from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.base import PROVIDERS, Batch, Embeddings, LoadedRunner
 
 
 class OnnxRuntimeRunner(LoadedRunner):
-    """One exported graph in an ONNX Runtime session with explicit threads."""
+    """One exported graph in an ONNX Runtime session with explicit threads and device."""
 
     def __init__(
-        self, bundle: Bundle, tower: Tower, precision: str, threads: int | None = None
+        self,
+        bundle: Bundle,
+        tower: Tower,
+        precision: str,
+        runtime: str = "onnxruntime",
+        threads: int | None = None,
     ) -> None:
-        self.name = f"onnxruntime:{precision}"
+        self.name = f"{runtime}:{precision}"
         self.runtime_version = f"onnxruntime {onnxruntime.__version__}"
         self._bundle = bundle
         self._artifact = bundle.artifact(tower, precision)
+        self._provider = PROVIDERS[runtime]
         self._threads = threads or cpu_count()
 
     def _load(self) -> onnxruntime.InferenceSession:
@@ -27,9 +40,21 @@ class OnnxRuntimeRunner(LoadedRunner):
         options.log_severity_level = 3
         path = self._bundle.verified(self._artifact)
         try:
-            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(path, options, providers=self._providers())
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             raise RunnerError(f"{self.name}: ONNX Runtime cannot load {path}: {error}") from error
+        # A provider that cannot start is left out with no more than a line in the log.
+        if (got := session.get_providers())[0] != self._provider:
+            raise RunnerError(f"{self.name}: asked ONNX Runtime for {self._provider}, got {got}")
+        return session
+
+    def _providers(self) -> list[Any]:
+        if self._provider == "TensorrtExecutionProvider":
+            return [self._provider, "CUDAExecutionProvider", "CPUExecutionProvider"]
+        if self._provider == "CUDAExecutionProvider":
+            # float32 is to be float32: TF32 has ten bits of mantissa.
+            return [(self._provider, {"use_tf32": 0}), "CPUExecutionProvider"]
+        return [self._provider]
 
     def _infer(self, batch: Batch) -> Embeddings:
         feed = self._loaded.get_inputs()[0].name

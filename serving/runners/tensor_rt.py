@@ -1,0 +1,291 @@
+"""TensorRT and TensorRT-RTX plans, on CUDA through cuda-python alone.
+
+Every shape gets an execution context of its own and, after one plain run, a CUDA graph of the whole
+of it: pixels or ids to the device, the tower, embeddings back. Replaying one costs a single launch.
+Contexts share one scratch memory and run one after the other on one stream.
+
+Does not know: how plans are made (`export.to_engine`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.bundle import Artifact, Bundle, Tower
+from serving.engines import MODULES, Engine, Library, Profile, mismatches
+from serving.errors import RunnerError
+from serving.nvidia import gpu
+from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+MOST_SHAPES = 64
+"""Contexts and graphs that are kept; past that the one that was used longest ago is dropped."""
+
+
+def load_library(name: Library) -> Any:
+    """The Python module of TensorRT or TensorRT-RTX.
+
+    Raises:
+        RunnerError: it is not installed, or its shared libraries are not found.
+    """
+    reasons = []
+    for module in MODULES[name]:
+        try:
+            return importlib.import_module(module)
+        except (ImportError, OSError) as error:
+            reasons.append(f"import {module}: {error}")
+    extra = "gpu" if name == "tensorrt" else "rtx"
+    raise RunnerError(
+        f"{name} cannot be loaded ({'; '.join(reasons)}); pip install -e '.[{extra}]', or look at "
+        "`python -m export doctor`"
+    )
+
+
+def library_version(name: Library) -> str | None:
+    """Of the library here; None if it cannot be loaded."""
+    try:
+        return str(load_library(name).__version__)
+    except RunnerError:
+        return None
+
+
+def fitting_plan(bundle: Bundle, tower: Tower, precision: str, library: Library) -> Artifact:
+    """The plan that was built for this machine.
+
+    Raises:
+        BundleError: the bundle has no plan at all.
+        RunnerError: none was; says in which facts each differs, and what builds one.
+    """
+    graph = bundle.artifact(tower, precision).files[0].sha256
+    version, device, reasons = library_version(library), gpu(), []
+    for plan in bundle.plans(tower, precision, library):
+        assert plan.engine is not None
+        wrong = mismatches(plan.engine, graph, device, version)
+        if not wrong:
+            return plan
+        reasons.append(f"{plan.file}: {'; '.join(wrong)}")
+    raise RunnerError(
+        f"no {precision} {tower} plan of {bundle.path} fits this machine.\n"
+        + "\n".join(reasons)
+        + f"\nBuild it here: {bundle.build_command(precision, library)}"
+    )
+
+
+class TensorRtRunner(LoadedRunner):
+    """One plan, on the first GPU.
+
+    Args:
+        bundle: holds the plan and, for stripped plans, the graph with the weights.
+        precision: `tf32`, `fp16` or `int8`.
+        graphs: capture and replay CUDA graphs.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tower: Tower, library: Library, precision: str, *, graphs: bool = True
+    ) -> None:
+        self.name = f"{library}:{precision}"
+        self.runtime_version = f"{library} {library_version(library)}"
+        self._bundle, self._tower, self._library = bundle, tower, library
+        self._precision, self._graphs = RUNNERS[self.name], graphs
+
+    def _load(self) -> _Tower:
+        library = load_library(self._library)
+        artifact = fitting_plan(self._bundle, self._tower, self._precision, self._library)
+        plan = self._bundle.verified(artifact)  # before a byte of it is executed
+        assert artifact.engine is not None
+        graph = self._bundle.artifact(self._tower, self._precision)
+        stripped = artifact.engine.weights_stripped
+        weights = self._bundle.verified(graph) if stripped else None
+        engine = deserialize(library, plan, artifact.engine, weights)
+        return _Tower(library, engine, artifact.engine, self._graphs)
+
+    def _infer(self, batch: Batch) -> Embeddings:
+        output: Embeddings = self._loaded.run(batch)
+        return output
+
+    def __exit__(self, *error: Any) -> None:
+        """Free what is on the device."""
+        if self._loaded is not None:
+            self._loaded.close()
+        super().__exit__(*error)
+
+
+def deserialize(library: Any, plan: Path, facts: Engine, weights: Path | None = None) -> Any:
+    """An `ICudaEngine` from a verified plan.
+
+    Args:
+        weights: the graph to put weights in from, where the plan was stripped of its own.
+
+    Raises:
+        RunnerError: the library refuses the plan; with the library's reason.
+    """
+    logger = library.Logger(library.Logger.ERROR)
+    runtime: trt.Runtime = library.Runtime(logger)
+    # A version-compatible plan carries the runtime that it needs, as host code.
+    runtime.engine_host_code_allowed = facts.version_compatible
+    engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        raise RunnerError(f"{library.__name__} {library.__version__} cannot load {plan}")
+    if weights is not None:
+        refitter: trt.Refitter = library.Refitter(engine, logger)
+        parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+            raise RunnerError(f"the weights of {weights} do not fit into the stripped plan {plan}")
+    return engine
+
+
+@dataclass(slots=True)
+class _Shape:
+    """One input shape, ready to run."""
+
+    context: Any
+    bytes_in: int
+    output: NDArray[np.float32]
+    """A view of pinned memory, `[batch, dim]`."""
+    graph: Any = None
+    """A `cudaGraphExec_t`, once captured."""
+    warm: bool = False
+    """TensorRT allocates on a shape's first run, which a capture must not see."""
+
+
+class _Tower:
+    """An engine, its memory, its stream, and the shapes it has met."""
+
+    def __init__(self, library: Any, engine: trt.ICudaEngine, facts: Engine, graphs: bool) -> None:
+        from cuda.bindings import runtime as cudart
+
+        self._cudart, self._trt, self._engine = cudart, library, engine
+        self._facts, self._graphs = facts, graphs
+        self._shapes: OrderedDict[tuple[int, ...], _Shape] = OrderedDict()
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        modes = {name: engine.get_tensor_mode(name) for name in names}
+        self._input = next(n for n in names if modes[n] == library.TensorIOMode.INPUT)
+        self._output = next(n for n in names if modes[n] == library.TensorIOMode.OUTPUT)
+        self._dtype = np.dtype(library.nptype(engine.get_tensor_dtype(self._input)))
+        self._dim = int(engine.get_tensor_shape(self._output)[1])
+        largest = max(int(np.prod(p.maximum)) for p in facts.profiles) * self._dtype.itemsize
+        rows = max(p.maximum[0] for p in facts.profiles)
+        flags = cudart.cudaStreamNonBlocking
+        self._stream = self._cuda(cudart.cudaStreamCreateWithFlags(flags))
+        self._device = [
+            self._cuda(cudart.cudaMalloc(max(size, 1)))
+            for size in (largest, rows * self._dim * 4, engine.device_memory_size_v2)
+        ]
+        self._pinned = [
+            self._cuda(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault))
+            for size in (largest, rows * self._dim * 4)
+        ]
+        self._host_in = _view(self._pinned[0], largest, np.uint8)
+        self._host_out = _view(self._pinned[1], rows * self._dim, np.float32)
+
+    def run(self, batch: Batch) -> Embeddings:
+        """Embed `batch`, in parts where it is larger than the plan's profiles."""
+        if batch.dtype != self._dtype:
+            raise TypeError(f"expected {self._dtype}, got {batch.dtype}")
+        most = max(profile.maximum[0] for profile in self._facts.profiles)
+        parts = [self._part(batch[start : start + most]) for start in range(0, len(batch), most)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _part(self, batch: Batch) -> Embeddings:
+        shape = self._shapes.get(batch.shape) or self._new(batch.shape)
+        self._shapes.move_to_end(batch.shape)
+        self._host_in[: shape.bytes_in] = np.ascontiguousarray(batch).view(np.uint8).ravel()
+        cudart = self._cudart
+        if shape.graph is not None:
+            self._cuda(cudart.cudaGraphLaunch(shape.graph, self._stream))
+        elif self._graphs and shape.warm:
+            shape.graph = self._captured(shape)
+            self._cuda(cudart.cudaGraphLaunch(shape.graph, self._stream))
+        else:
+            self._enqueue(shape)
+        self._cuda(cudart.cudaStreamSynchronize(self._stream))
+        shape.warm = True
+        return shape.output.copy()  # the pinned memory is overwritten by the next run
+
+    def _new(self, wanted: tuple[int, ...]) -> _Shape:
+        number = _profile(self._facts.profiles, wanted)
+        engine: trt.ICudaEngine = self._engine
+        managed = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context: trt.IExecutionContext = engine.create_execution_context(managed)
+        context.set_device_memory(int(self._device[2]), engine.device_memory_size_v2)
+        context.set_optimization_profile_async(number, int(self._stream))
+        context.set_input_shape(self._input, wanted)
+        context.set_tensor_address(self._input, int(self._device[0]))
+        context.set_tensor_address(self._output, int(self._device[1]))
+        output = self._host_out[: wanted[0] * self._dim].reshape(wanted[0], self._dim)
+        shape = _Shape(context, int(np.prod(wanted)) * self._dtype.itemsize, output)
+        self._shapes[wanted] = shape
+        if len(self._shapes) > MOST_SHAPES:
+            self._drop(self._shapes.popitem(last=False)[1])
+        return shape
+
+    def _enqueue(self, shape: _Shape) -> None:
+        cudart, context = self._cudart, shape.context
+        to_device = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        to_host = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        source, target, stream = self._pinned[0], self._device[0], self._stream
+        self._cuda(cudart.cudaMemcpyAsync(target, source, shape.bytes_in, to_device, stream))
+        if not context.execute_async_v3(int(stream)):
+            raise RuntimeError("TensorRT could not enqueue the batch; its log says why")
+        source, target, size = self._device[1], self._pinned[1], shape.output.nbytes
+        self._cuda(cudart.cudaMemcpyAsync(target, source, size, to_host, stream))
+
+    def _captured(self, shape: _Shape) -> Any:
+        cudart = self._cudart
+        mode = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._cuda(cudart.cudaStreamBeginCapture(self._stream, mode))
+        try:
+            self._enqueue(shape)
+        finally:
+            graph = self._cuda(cudart.cudaStreamEndCapture(self._stream))
+        try:
+            return self._cuda(cudart.cudaGraphInstantiate(graph, 0))
+        finally:
+            self._cuda(cudart.cudaGraphDestroy(graph))
+
+    def _drop(self, shape: _Shape) -> None:
+        if shape.graph is not None:
+            self._cuda(self._cudart.cudaGraphExecDestroy(shape.graph))
+
+    def close(self) -> None:
+        """Free memory, graphs and stream."""
+        cudart = self._cudart
+        while self._shapes:
+            self._drop(self._shapes.popitem()[1])
+        for pointer in self._device:
+            self._cuda(cudart.cudaFree(pointer))
+        for pointer in self._pinned:
+            self._cuda(cudart.cudaFreeHost(pointer))
+        self._cuda(cudart.cudaStreamDestroy(self._stream))
+
+    def _cuda(self, result: tuple[Any, ...]) -> Any:
+        """The value of a CUDA call, or its error as an exception."""
+        status, *values = result
+        if status != self._cudart.cudaError_t.cudaSuccess:
+            raise RuntimeError(f"CUDA: {self._cudart.cudaGetErrorString(status)[1].decode()}")
+        return values[0] if values else None
+
+
+def _profile(profiles: tuple[Profile, ...], shape: tuple[int, ...]) -> int:
+    for number, profile in enumerate(profiles):
+        if len(profile.minimum) == len(shape) and profile.takes(shape):
+            return number
+    ranges = ", ".join(f"{list(p.minimum)} to {list(p.maximum)}" for p in profiles)
+    raise ValueError(f"the plan takes shapes from {ranges}")
+
+
+def _view(pointer: Any, count: int, dtype: Any) -> NDArray[Any]:
+    """Pinned host memory as an array."""
+    size = count * np.dtype(dtype).itemsize
+    view: NDArray[Any] = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(int(pointer)))
+    return view.view(dtype)

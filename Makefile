@@ -2,20 +2,27 @@
 # make test   a fresh machine to green tests
 # make check  format, lint, types
 # make bench  latency of every runner
+# make engines BUNDLE=artifacts/NAME   TensorRT plans, inside the Triton container that will serve them
 # make setup  what all of them do first: .venv with everything
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := build/demo
+# Python APIs without their libraries, that our uses are tested against.
+TENSORRT_APIS := 10.16.1.11 11.4.0.106
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench engines clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	for version in $(TENSORRT_APIS); do \
+	  test -d .venv/tensorrt-bindings/$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --target .venv/tensorrt-bindings/$$version tensorrt_cu13_bindings==$$version || exit 1; \
+	done
 	touch $@
 
 $(DEMO)/%/labels.txt: | setup
@@ -46,6 +53,13 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+
+TRITON ?= nvcr.io/nvidia/tritonserver:26.07-py3
+
+engines:
+	test -f '$(BUNDLE)/manifest.json' || { echo 'expected a bundle: make engines BUNDLE=artifacts/NAME'; exit 2; }
+	docker run --rm --gpus all -v '$(CURDIR):/work' -w /work '$(TRITON)' \
+	  sh export/in_container.sh '$(BUNDLE)' $(OPTIONS)
 
 clean:
 	rm -rf artifacts build

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from export.architectures import ARCHITECTURES, KNOWN_MODELS
-from export.kinds import DEFAULT_KINDS, Kind, Method
+from export.kinds import DEFAULT_KINDS, Kind, Library, Method
 from serving.bundle import Bundle
 from serving.commands import DefaultCommandGroup, Json, log, out, run, steps
+from serving.errors import InputError
 
 app = typer.Typer(
     help=__doc__,
@@ -22,6 +22,11 @@ app = typer.Typer(
     epilog="`python -m export CHECKPOINT` is short for `python -m export bundle CHECKPOINT`.",
 )
 
+
+EngineLibrary = Annotated[
+    Library,
+    typer.Option("--engine", help="tensorrt needs the GPU it builds for; tensorrt-rtx needs none."),
+]
 
 LabelledFolder = Annotated[
     Path | None,
@@ -66,6 +71,10 @@ def bundle(
     ] = None,
     method: Annotated[Method, typer.Option(help="How INT8 ranges are chosen.")] = "percentile",
     labelled: LabelledFolder = None,
+    library: Annotated[
+        Library | None,
+        typer.Option("--engine", help="Build plans too, as `python -m export engine` does."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
@@ -87,12 +96,75 @@ def bundle(
             ),
         )
         progress(f"wrote {made.path}")
+        if library is not None:
+            from export.engines import add_engines, buildable
+            from export.to_engine import EngineOptions
+
+            options = EngineOptions(library=library.value)
+            made = add_engines(made, buildable(made), options, progress)
+    _report(made, as_json)
+
+
+@app.command()
+def engine(
+    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")],
+    library: EngineLibrary = Library.TENSORRT,
+    precision: Annotated[
+        list[Kind] | None,
+        typer.Option(
+            help="Of the graphs to build; may be repeated. Default: fp16, and int8-fp16 or int8."
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of a plan.")] = 64,
+    workspace_gb: Annotated[float, typer.Option(help="Scratch memory a kernel may ask for.")] = 4,
+    optimization_level: Annotated[
+        int, typer.Option(min=0, max=5, help="0 builds fastest, 5 searches longest.")
+    ] = 3,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For later versions of the same major.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For any GPU from Ampere on.")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Small plans, filled from the graph on loading.")
+    ] = False,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(help="File of kernel times; default one a device under ~/.cache/clip-deploy."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build plans of a bundle's graphs for this machine's GPU, judge them, and record them."""
+    from export.engines import add_engines, buildable
+    from export.to_engine import EngineOptions
+
+    if unbuildable := sorted(set(precision or ()) & {Kind.INT8_DYNAMIC, Kind.TORCHSCRIPT}):
+        raise InputError(
+            "plans are built of fp32, fp16, int8 and int8-fp16 graphs, not of "
+            + ", ".join(unbuildable)
+        )
+    options = EngineOptions(
+        library=library.value,
+        max_batch=max_batch,
+        workspace_bytes=int(workspace_gb * (1 << 30)),
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+    )
+    with steps(f"reading {path}") as progress:
+        opened = Bundle.open(path)
+        made = add_engines(opened, precision or buildable(opened), options, progress)
     _report(made, as_json)
 
 
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """Known checkpoints: name, sizes, and where the weights come from."""
+    from export.architectures import ARCHITECTURES, KNOWN_MODELS
+
     if as_json:
         models = [asdict(model) for model in KNOWN_MODELS]
         architectures = {name: asdict(config) for name, config in ARCHITECTURES.items()}
@@ -148,9 +220,9 @@ def _report(made: Bundle, as_json: bool) -> None:
         out.print(_table(made))
     if refused:
         log.print(f"[yellow]the gate refused {', '.join(refused)}[/]")
-    if any(
-        not a.verdicts or not any(v.passed for v in a.verdicts) for a in made.manifest.artifacts
-    ):
+    # A plan has no verdict where it cannot be run, and is not served before it has one.
+    judged = [a for a in made.manifest.artifacts if a.verdicts or a.kind != "plan"]
+    if not all(any(v.passed for v in a.verdicts) for a in judged):
         sys.exit(1)
 
 
@@ -182,7 +254,22 @@ def _table(made: Bundle) -> Table:
                 "" if v.relative_accuracy is None else f"{v.relative_accuracy:.2%} of fp32",
                 "[green]passed[/]" if v.passed else "[red]refused[/]",
             )
+        if not artifact.verdicts:
+            table.add_row(artifact.file, size, "", "", "", "", "", "not run here")
     return table
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what can be built and served with it, and what mends the rest."""
+    from export.doctor import examine, tables
+
+    report = examine()
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    for table in tables(report):
+        out.print(table)
 
 
 if __name__ == "__main__":

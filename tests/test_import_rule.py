@@ -112,3 +112,10 @@ def test_a_client_loads_no_runtime():
 def test_help_of_export_loads_no_torch():
     """`python -m export --help` and tab completion answer at once."""
     assert "torch" not in loaded_after(["export.kinds"])
+
+
+def test_engines_are_built_without_torch():
+    """In the container that serves them there is neither torch nor onnx."""
+    loaded = loaded_after(["export.engines", "export.__main__"])
+    assert "export" in loaded
+    assert not loaded & {"torch", "onnx", "onnxscript", "huggingface_hub", "tensorrt"}

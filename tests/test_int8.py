@@ -714,3 +714,20 @@ def test_a_tower_too_large_for_int8_is_refused_before_the_work(checkpoint, tmp_p
     with pytest.raises(InputError, match=r"image tower of .* GB of weights; .*--precision fp16"):
         build(checkpoint, tmp_path / "bundle", nothing, Options(kinds=(Kind.INT8,)))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_int8_over_float16(checkpoint, tmp_path, monkeypatch):
+    """INT8 products, and all else in half precision: what GPUs want."""
+    monkeypatch.setattr(export.build, "TOWERS", ("text",))
+    options = Options(kinds=(Kind.INT8_FP16,), method="minmax")
+    bundle = build(checkpoint, tmp_path / "bundle", nothing, options)
+    artifact = bundle.artifact("text", "int8-fp16")
+    assert [v.runner for v in artifact.verdicts] == ["onnxruntime:int8-fp16"]
+    assert artifact.passed("onnxruntime:int8-fp16")
+    assert artifact.quantisation.layers == 12
+    graph = onnx.load(bundle.path / artifact.file).graph
+    kinds = {t.name: t.data_type for t in graph.initializer}
+    quantised = [n for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert {kinds[n.input[1]] for n in quantised} == {onnx.TensorProto.FLOAT16}
+    half = bundle.artifact("text", "fp16").files[0].bytes
+    assert artifact.files[0].bytes < half

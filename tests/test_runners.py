@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from export.checkpoint import load_checkpoint
+from export.kinds import Kind
 from export.torch_runners import EagerRunner
 from references import some_ids, some_pixels
-from serving.bundle import Bundle, describe_file
+from serving.bundle import TOLERANCES, Bundle, describe_file
 from serving.errors import BundleError, RunnerError
 from serving.machine import cpu_count
-from serving.runners.base import open_runner
+from serving.nvidia import gpu
+from serving.runners.base import PROVIDERS, RUNNERS, missing, open_runner, runners_of
 from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
 BATCHES = {
@@ -116,3 +118,39 @@ def test_threads_are_explicit(tiny_bundle, threads, expected):
         assert options.intra_op_num_threads == expected
         assert options.inter_op_num_threads == 1
         assert runner._loaded.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime-cuda:fp16", "onnxruntime-tensorrt:int8-fp16"])
+def test_without_a_gpu_its_runners_say_so(tiny_bundle, name):
+    if gpu() is not None:
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(RunnerError, match=f"{name}: this machine has no NVIDIA GPU, or no driver"):
+        open_runner(tiny_bundle, "image", name)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # ONNX Runtime's, before it falls back
+@pytest.mark.parametrize("runtime", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
+def test_the_cpu_instead_of_the_gpu_is_refused(tiny_bundle, runtime):
+    """ONNX Runtime itself would go on without a word."""
+    if PROVIDERS[runtime] in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {PROVIDERS[runtime]}")
+    runner = OnnxRuntimeRunner(tiny_bundle, "image", "fp32", runtime)
+    expected = rf"{runtime}:fp32: asked ONNX Runtime for {PROVIDERS[runtime]}, got \['CPU"
+    with pytest.raises(RunnerError, match=expected):
+        runner.__enter__()
+
+
+def test_every_runner_is_of_a_known_runtime_and_precision():
+    for name, precision in RUNNERS.items():
+        assert name.partition(":")[2] in TOLERANCES
+        assert precision in {kind.value for kind in Kind}
+        assert missing(name) is None or "pip install" in missing(name) or "GPU" in missing(name)
+
+
+def test_runners_of_an_artifact(tiny_bundle):
+    graph = tiny_bundle.artifact("image", "int8")
+    assert runners_of(graph) == [
+        *("onnxruntime:int8", "onnxruntime-cuda:int8", "onnxruntime-tensorrt:int8"),
+        "openvino:int8",
+    ]
+    assert runners_of(replace(graph, kind="torchscript")) == []

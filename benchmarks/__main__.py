@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from serving.bundle import Bundle
 from serving.commands import Json, log, out, run, steps
+from serving.errors import RunnerError
 from serving.files import write_text
 from serving.machine import describe
 
@@ -20,6 +22,10 @@ BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
 ]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
+
+_GPU_NEEDS = ("torch", "PIL", "tokenizers", "ftfy", "safetensors", "huggingface_hub")
+"""Imported by `benchmarks.gpu` at once; what else an export or a runner needs may be absent, and is
+then named beside what was left out."""
 
 
 @app.command()
@@ -74,8 +80,8 @@ def served(
     pictures: Annotated[int, typer.Option(min=32)] = 192,
     rounds: Annotated[int, typer.Option(min=3, help="The median of so many is taken.")] = 5,
     runner: Annotated[str, typer.Option(help="As `python -m serving assemble` takes it.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures a request.")] = 8,
-    in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Pictures a request.")] = 16,
+    in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
     repository: Annotated[Path, typer.Option()] = Path("build/benchmark_repository"),
     output: Output = None,
     as_json: Json = False,
@@ -101,6 +107,58 @@ def served(
             f"{result.eager_per_s:.1f} by the eager fp32 loop: {result.speedup:.2f}x; one at a "
             f"time {result.latency_ms:.1f} ms; on {describe()}"
         )
+
+
+@app.command()
+def gpu(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Checkpoint; may be repeated. Without, random ViT-B-32 and ViT-L-14."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="May be repeated. Without, 1, 2, 4 ... 256 pictures and 1, 32, 256 texts."
+        ),
+    ] = None,
+    runner: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of names, such as '*-cuda:*'; may be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="The median of so many is taken.")] = 9,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", help="After which nothing new is started.")
+    ] = 540.0,
+    output: Annotated[Path, typer.Option(help="JSON file, whole after every row.")] = Path(
+        "build/gpu/report.json"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Export, judge and time whatever this machine has for its NVIDIA GPU, and the GPU itself."""
+    absent = [name for name in _GPU_NEEDS if find_spec(name) is None]
+    if absent:
+        raise RunnerError(
+            f"`python -m benchmarks gpu` needs the packages {', '.join(absent)}; "
+            "pip install -e '.[export]', or put their wheels on PYTHONPATH"
+        )
+    from benchmarks.gpu import measure
+    from benchmarks.gpu_report import Plan, tables
+    from benchmarks.limits import require
+
+    require("cuda")
+    plan = Plan(batches=batch or (), rounds=rounds, budget=budget)
+    plan = replace(plan, models=model or plan.models, runners=runner or plan.runners)
+    with steps("loading") as progress:
+        report = measure(plan, output, progress)
+    log.print(f"wrote {output}")
+    if as_json:
+        print(json.dumps(json.loads(report.to_json())))
+        return
+    for table in tables(report):
+        out.print(table)
+    for reason in dict.fromkeys(left.reason for left in report.left_out):
+        names = "; ".join(left.what for left in report.left_out if left.reason == reason)
+        out.print(f"left out: {names}: {reason}", markup=False, highlight=False)
 
 
 def _finish(document: Mapping[str, object], output: Path | None, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from export.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from serving.bundle import Bundle, Tower
 from serving.commands import Steps
 from serving.errors import RunnerError
-from serving.runners.base import RUNNERS, Batch, Runner, missing, open_runner
+from serving.runners.base import Batch, Runner, missing, open_runner, runners_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +81,8 @@ def artifact_runners(bundle: Bundle, tower: Tower) -> list[Runner]:
         if artifact.kind == "torchscript":
             found.append(TorchScriptRunner(bundle.verified(artifact)))
             continue
-        names = [n for n, graph in RUNNERS.items() if graph == artifact.precision]
-        found += [open_runner(bundle, tower, n) for n in names if missing(n) is None]
+        names = [name for name in runners_of(artifact) if missing(name) is None]
+        found += [open_runner(bundle, tower, name) for name in names]
     return found
 
 

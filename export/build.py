@@ -1,5 +1,6 @@
 """Checkpoint -> bundle: every step in order, written beside its place and then renamed."""
 
+import contextlib
 import datetime
 import importlib.metadata
 from collections.abc import Sequence
@@ -244,8 +245,11 @@ def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
 
 def tools() -> dict[str, str]:
     """Package name -> version, of what makes artifacts."""
-    packages = ("clip-deploy", "torch", "onnx", "onnxscript", "onnxruntime")
-    return {package: importlib.metadata.version(package) for package in packages}
+    versions = {}
+    for package in ("clip-deploy", "torch", "onnx", "onnxscript", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> Manifest:

@@ -60,7 +60,9 @@ def activation_ranges(
     histograms = {name: np.zeros(BINS, np.int64) for name in tensors}
     for batch in batches:
         for name, values in outputs(batch).items():
-            counts, _ = np.histogram(np.abs(values), BINS, (0.0, largest[name] or 1.0))
+            # Bins of a float16 tensor would be narrower than its numbers are apart.
+            magnitudes = np.abs(values).astype(np.float32)
+            counts, _ = np.histogram(magnitudes, BINS, (0.0, largest[name] or 1.0))
             histograms[name] += counts
     choose = _percentile if method == "percentile" else _entropy
     return {name: largest[name] * choose(histograms[name]) for name in tensors}

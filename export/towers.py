@@ -180,12 +180,14 @@ def for_inference(tower: ImageTower | TextTower) -> ImageTower | TextTower:
     return copied
 
 
-def half_precision(tower: ImageTower | TextTower) -> ImageTower | TextTower:
-    """A copy of `tower` for inference whose matrix products run in float16.
+def half_precision(
+    tower: ImageTower | TextTower, dtype: torch.dtype = torch.float16
+) -> ImageTower | TextTower:
+    """A copy of `tower` for inference whose matrix products run in `dtype`, float16 or bfloat16.
 
     LayerNorm, softmax, pixel normalisation, mask and the final normalisation stay in float32.
     """
-    half = for_inference(tower).half()
+    half = for_inference(tower).to(dtype)
     for module in half.modules():
         if isinstance(module, LayerNorm):
             module.float()

@@ -96,7 +96,6 @@ def test_a_build_says_how_many_pictures_it_skipped(tiny_bundle, tiny_checkpoint,
         (folder / f"bad{number}.jpg").write_bytes(b"no picture")
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export.build, "RUNNERS", {})
         patch.setattr(export.build, "references", lambda *_: dict.fromkeys(("image", "text")))
         patch.setattr(export.build, "_artifacts", lambda *_: [])
         export.build.build(

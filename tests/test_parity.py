@@ -182,7 +182,7 @@ def test_a_refusal_does_not_stop_the_build_and_stands_in_the_manifest(
 
     good = export.build.export_onnx
     monkeypatch.setattr(export.build, "export_onnx", spoil)
-    monkeypatch.setattr(export.build, "RUNNERS", {"onnxruntime:fp32": "fp32"})
+    monkeypatch.setattr(export.build, "runners_of", lambda _: ["onnxruntime:fp32"])
     bundle = build(checkpoint, tmp_path / "bundle", lambda _: None, Options(kinds=(Kind.FP32,)))
     assert verdict(bundle, "image").passed
     assert not verdict(bundle, "text").passed

@@ -116,7 +116,9 @@ def engine(
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of a plan.")] = 64,
-    workspace_gb: Annotated[float, typer.Option(help="Scratch memory a kernel may ask for.")] = 4,
+    workspace_gb: Annotated[
+        float, typer.Option(min=0.1, help="Scratch memory a kernel may ask for.")
+    ] = 4,
     optimization_level: Annotated[
         int, typer.Option(min=0, max=5, help="0 builds fastest, 5 searches longest.")
     ] = 3,

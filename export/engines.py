@@ -52,11 +52,9 @@ def add_engines(
         plan, engine = build_plan(
             path, graph.files[0].sha256, tower, bundle.manifest, options, progress
         )
-        artifact = _write(bundle.path, tower, graph.precision, plan, engine)
+        artifact = _write(bundle, tower, graph.precision, plan, engine)
         artifact = judged_plan(bundle, artifact, expected[tower], progress)
-        kept = (a for a in bundle.manifest.artifacts if a.file != artifact.file)
-        bundle = Bundle(bundle.path, replace(bundle.manifest, artifacts=(*kept, artifact)))
-        write_text(bundle.path / "manifest.json", bundle.manifest.to_json())
+        bundle = _recorded(bundle, artifact)
     return bundle
 
 
@@ -110,12 +108,19 @@ def _expected(bundle: Bundle, progress: Steps) -> dict[Tower, Expected]:
     }
 
 
-def _write(root: Path, tower: Tower, precision: str, plan: bytes, engine: Engine) -> Artifact:
-    """The plan and its sidecar on disk, described."""
+def _write(bundle: Bundle, tower: Tower, precision: str, plan: bytes, engine: Engine) -> Artifact:
+    """The plan and its sidecar on disk, described.
+
+    Their name is one that the manifest does not vouch for yet: a plan that gives way is whole until
+    the manifest has the new one.
+    """
+    root, known = bundle.path, {a.file for a in bundle.manifest.artifacts}
     device = re.sub(r"[^a-z0-9]+", "-", (engine.device or "any").lower()).strip("-")
     folder = root / "engines" / f"{device}-{engine.library}-{engine.version}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{tower}.{precision}.plan"
+    if path.relative_to(root).as_posix() in known:
+        path = path.with_suffix(".new.plan")
     write_bytes(path, plan)
     file = describe_file(path, root)
     facts = {"tower": tower, "precision": precision, "sha256": file.sha256, **asdict(engine)}
@@ -128,6 +133,26 @@ def _write(root: Path, tower: Tower, precision: str, plan: bytes, engine: Engine
         files=(file, describe_file(sidecar, root)),
         engine=engine,
     )
+
+
+def _recorded(bundle: Bundle, artifact: Artifact) -> Bundle:
+    """`bundle` with a new plan in its manifest, and without the one that gives way to it."""
+    old = [a for a in bundle.manifest.artifacts if _made_for(a) == _made_for(artifact)]
+    kept = (a for a in bundle.manifest.artifacts if a not in old)
+    bundle = Bundle(bundle.path, replace(bundle.manifest, artifacts=(*kept, artifact)))
+    write_text(bundle.path / "manifest.json", bundle.manifest.to_json())
+    folder = (bundle.path / artifact.file).parent
+    for path in (bundle.path / file.name for a in old for file in a.files):
+        if path.parent == folder:  # whatever else a manifest may say
+            path.unlink(missing_ok=True)
+    return bundle
+
+
+def _made_for(artifact: Artifact) -> tuple[object, ...]:
+    """What of a bundle's plans can only one have."""
+    engine = artifact.engine
+    facts = (engine.library, engine.version, engine.device) if engine else (artifact.file,)
+    return artifact.tower, artifact.precision, *facts
 
 
 def _timing_cache(options: EngineOptions) -> Path | None:

@@ -9,7 +9,12 @@ Does not know: whether a plan fits a machine (`serving.engines`) or computes the
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from serving.bundle import Manifest, Tower
 from serving.commands import Steps
 from serving.engines import SHORT_TEXT, Engine, Library, Profile
-from serving.errors import ExportError
+from serving.errors import ExportError, InputError
 from serving.files import write_bytes
 from serving.nvidia import gpu
-from serving.runners.tensor_rt import load_library
+from serving.runners.tensor_rt import collecting, load_library
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -85,13 +90,14 @@ def build_plan(
     Raises:
         RunnerError: the library cannot be loaded.
         ExportError: it cannot parse or build the graph; with the node and the reason.
+        InputError: the timing cache cannot be read.
     """
     device = gpu()
     _refuse_impossible(options, has_gpu=device is not None)
     library = load_library(options.library)
     name, start = f"{options.library} {library.__version__}", time.monotonic()
-    messages: list[str] = []
-    logger = _collecting(library, messages)
+    messages: deque[str] = deque(maxlen=3)
+    logger = collecting(library, messages)
     builder: trt.Builder = library.Builder(logger)
     # The member's number is another in TensorRT 11 than in 10.
     typed = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -107,15 +113,19 @@ def build_plan(
         shapes.set_shape(_INPUTS[tower], profile.minimum, profile.optimum, profile.maximum)
         config.add_optimization_profile(shapes)
     # Kept in a variable: the builder calls into it for as long as it builds.
-    monitor = config.progress_monitor = _monitor(library, graph.name, progress)
+    stopped: list[BaseException] = []
+    monitor = config.progress_monitor = _monitor(library, graph.name, progress, stopped)
     cache = _read_cache(config, options.timing_cache)
-    plan: trt.IHostMemory = builder.build_serialized_network(network, config)
+    with _interrupts(stopped):
+        plan: trt.IHostMemory = builder.build_serialized_network(network, config)
     del monitor
+    if stopped:
+        raise stopped[0]
     if plan is None:
         raise ExportError(
-            f"{name} cannot build {graph}: {'; '.join(messages[-3:]) or 'it gives no reason'}"
+            f"{name} cannot build {graph}: {'; '.join(messages) or 'it gives no reason'}"
         )
-    _write_cache(cache, options.timing_cache)
+    _write_cache(cache, options.timing_cache, progress)
     tuned = device if options.library == "tensorrt" else None
     return bytes(plan), Engine(
         library=options.library,
@@ -148,6 +158,10 @@ def _refuse_impossible(options: EngineOptions, *, has_gpu: bool) -> None:
             "plans of TensorRT-RTX run on every RTX GPU and belong to one version of the library; "
             "leave --version-compatible and --hardware-compatible out"
         )
+    if options.timing_cache:
+        raise ExportError(
+            "TensorRT-RTX measures no kernels when it builds; leave --timing-cache out"
+        )
     if options.strip_weights and not has_gpu:
         raise ExportError(
             "TensorRT-RTX strips weights only where there is an RTX GPU; leave --strip-weights out"
@@ -177,39 +191,50 @@ def _configure(library: Any, config: trt.IBuilderConfig, options: EngineOptions)
         config.set_flag(library.BuilderFlag.STRIP_PLAN)
 
 
-def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> Any:
+def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:
     """The timing cache in `config`, with what earlier builds on this device measured."""
     if path is None:
         return None
-    known = path.read_bytes() if path.exists() else b""
-    cache: trt.ITimingCache = config.create_timing_cache(known)
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(
+            f"the timing cache {path} cannot be read ({error.strerror}); name another file with "
+            "--timing-cache"
+        ) from error
+    for content in (known, b""):  # an empty one where the known one is of another device
+        cache: trt.ITimingCache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
 
 
-def _write_cache(cache: trt.ITimingCache, path: Path | None) -> None:
-    if path is None:
+def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Steps) -> None:
+    if cache is None or path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, bytes(cache.serialize()))
+    measured: trt.IHostMemory = cache.serialize()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, bytes(measured))
+    except OSError as error:  # a plan that took minutes is worth more
+        progress(f"kernel times are not kept: {path}: {error.strerror}")
 
 
-def _collecting(library: Any, messages: list[str]) -> Any:
-    """An `ILogger` that keeps errors instead of printing them."""
+@contextmanager
+def _interrupts(stopped: list[BaseException]) -> Iterator[None]:
+    """Ctrl-C is put into `stopped`: raised in a callback, the library prints it and may go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.append(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    class Collector(library.ILogger):  # type: ignore[misc]  # the base is known only here
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= library.ILogger.ERROR:
-                messages.append(message)
-
-    return Collector()
-
-
-def _monitor(library: Any, name: str, progress: Steps) -> Any:
-    """An `IProgressMonitor` that shows the outer phases."""
+def _monitor(library: Any, name: str, progress: Steps, stopped: list[BaseException]) -> Any:
+    """An `IProgressMonitor` that shows the outer phases, and ends the build if one is `stopped`."""
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # the base is known only here
         def __init__(self) -> None:
@@ -222,9 +247,12 @@ def _monitor(library: Any, name: str, progress: Steps) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             depth, steps = self._open[phase]
-            if depth <= _DEPTH:
-                progress(f"{name}: {phase.lower()}", step + 1, steps)
-            return True  # go on
+            try:
+                if depth <= _DEPTH:
+                    progress(f"{name}: {phase.lower()}", step + 1, steps)
+            except BaseException as error:  # raised later, outside the library
+                stopped.append(error)
+            return not stopped
 
         def phase_finish(self, phase: str) -> None:
             del self._open[phase]

@@ -96,10 +96,11 @@ def _assemble(
     max_batch_size: int,
     refused_too: bool,
 ) -> Path:
-    artifacts = {t: _artifact(bundle, t, name, max_batch_size) for t, name in chosen.items()}
+    artifacts = {}
     for tower, name in chosen.items():
-        if not refused_too and not artifacts[tower].passed(name):
-            raise BundleError(_refusal(artifacts[tower], name))
+        artifacts[tower] = artifact = _artifact(bundle, tower, name, max_batch_size)
+        if not refused_too and not artifact.passed(name):
+            raise BundleError(_refusal(artifact, name))
     with new_directory(target, "image_tower/config.pbtxt") as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
             version = work / source.name / "1"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,10 @@ class TensorRtRunner(LoadedRunner):
         stripped = artifact.engine.weights_stripped
         weights = self._bundle.verified(graph) if stripped else None
         engine = deserialize(library, plan, artifact.engine, weights)
-        return _Tower(library, engine, artifact.engine, self._graphs)
+        try:
+            return _Tower(library, engine, artifact.engine, self._graphs)
+        except RuntimeError as error:  # such as too little memory
+            raise RunnerError(f"{self.name}: {error}") from error
 
     def _infer(self, batch: Batch) -> Embeddings:
         output: Embeddings = self._loaded.run(batch)
@@ -120,7 +123,23 @@ class TensorRtRunner(LoadedRunner):
         super().__exit__(*error)
 
 
-def deserialize(library: Any, plan: Path, facts: Engine, weights: Path | None = None) -> Any:
+def collecting(library: Any, messages: deque[str]) -> Any:
+    """An `ILogger` that keeps errors instead of printing them."""
+
+    class Collector(library.ILogger):  # type: ignore[misc]  # the base is known only here
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= library.ILogger.ERROR:
+                messages.append(message)
+
+    return Collector()
+
+
+def deserialize(
+    library: Any, plan: Path, facts: Engine, weights: Path | None = None
+) -> trt.ICudaEngine:
     """An `ICudaEngine` from a verified plan.
 
     Args:
@@ -129,13 +148,17 @@ def deserialize(library: Any, plan: Path, facts: Engine, weights: Path | None = 
     Raises:
         RunnerError: the library refuses the plan; with the library's reason.
     """
-    logger = library.Logger(library.Logger.ERROR)
-    runtime: trt.Runtime = library.Runtime(logger)
-    # A version-compatible plan carries the runtime that it needs, as host code.
-    runtime.engine_host_code_allowed = facts.version_compatible
-    engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    content, logger = plan.read_bytes(), library.Logger(library.Logger.ERROR)
+    engine = _deserialized(library, logger, content, facts)
     if engine is None:
-        raise RunnerError(f"{library.__name__} {library.__version__} cannot load {plan}")
+        # Asked again for its reason: not by the first logger, since one in Python would be called
+        # from any of the library's threads for as long as the engine lives.
+        messages: deque[str] = deque(maxlen=3)
+        _deserialized(library, collecting(library, messages), content, facts)
+        raise RunnerError(
+            f"{facts.library} {library.__version__} cannot load {plan}: "
+            f"{'; '.join(messages) or 'it gives no reason'}"
+        )
     if weights is not None:
         refitter: trt.Refitter = library.Refitter(engine, logger)
         parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, logger)
@@ -144,11 +167,21 @@ def deserialize(library: Any, plan: Path, facts: Engine, weights: Path | None = 
     return engine
 
 
+def _deserialized(
+    library: Any, logger: Any, content: bytes, facts: Engine
+) -> trt.ICudaEngine | None:
+    runtime: trt.Runtime = library.Runtime(logger)
+    # A version-compatible plan carries the runtime that it needs, as host code.
+    runtime.engine_host_code_allowed = facts.version_compatible
+    engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
+    return engine
+
+
 @dataclass(slots=True)
 class _Shape:
     """One input shape, ready to run."""
 
-    context: Any
+    context: trt.IExecutionContext
     bytes_in: int
     output: NDArray[np.float32]
     """A view of pinned memory, `[batch, dim]`."""
@@ -175,16 +208,18 @@ class _Tower:
         self._dim = int(engine.get_tensor_shape(self._output)[1])
         largest = max(int(np.prod(p.maximum)) for p in facts.profiles) * self._dtype.itemsize
         rows = max(p.maximum[0] for p in facts.profiles)
-        flags = cudart.cudaStreamNonBlocking
-        self._stream = self._cuda(cudart.cudaStreamCreateWithFlags(flags))
-        self._device = [
-            self._cuda(cudart.cudaMalloc(max(size, 1)))
-            for size in (largest, rows * self._dim * 4, engine.device_memory_size_v2)
-        ]
-        self._pinned = [
-            self._cuda(cudart.cudaHostAlloc(size, cudart.cudaHostAllocDefault))
-            for size in (largest, rows * self._dim * 4)
-        ]
+        self._stream = self._cuda(cudart.cudaStreamCreateWithFlags(cudart.cudaStreamNonBlocking))
+        self._device, self._pinned = list[Any](), list[Any]()
+        sizes = largest, rows * self._dim * 4
+        try:
+            for size in (*sizes, engine.device_memory_size_v2):
+                self._device.append(self._cuda(cudart.cudaMalloc(max(size, 1))))
+            for size in sizes:
+                flags = cudart.cudaHostAllocDefault
+                self._pinned.append(self._cuda(cudart.cudaHostAlloc(size, flags)))
+        except RuntimeError:
+            self.close()
+            raise
         self._host_in = _view(self._pinned[0], largest, np.uint8)
         self._host_out = _view(self._pinned[1], rows * self._dim, np.float32)
 

@@ -15,7 +15,7 @@ import torch
 from export.architectures import OPENAI_MEAN, OPENAI_STD
 from export.calibration import Data, load_data, probes
 from export.checkpoint import Checkpoint, load_checkpoint
-from export.engines import alone
+from export.engines import judged_plan
 from export.kinds import DEFAULT_KINDS, Kind, Method
 from export.lint import lint
 from export.parity import Expected, LabelledReference, expect, judge, refer
@@ -220,11 +220,13 @@ def judged(
     """
     if artifact.kind == "onnx" and (problems := lint(bundle.verified(artifact), artifact.tower)):
         raise BundleError("; ".join(problems))
+    if artifact.kind == "plan":
+        bundle.verified(artifact)  # also where it cannot run
+        return judged_plan(bundle, artifact, expected, progress)
     if artifact.kind == "torchscript":
         candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
     else:
         here = [name for name in runners_of(artifact) if missing(name) is None]
-        bundle = alone(bundle, artifact) if artifact.kind == "plan" else bundle
         candidates = [open_runner(bundle, artifact.tower, name) for name in here]
     verdicts = []
     for candidate in candidates:

@@ -3,7 +3,8 @@
 A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
 `<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), and for TensorRT
 `engines/<device>-<library>-<version>/<tower>.<precision>.plan` with its sidecar. The manifest is
-the single source of truth about all of them; a file it does not vouch for is not loaded.
+the single source of truth about all of them, their names included (a plan that was built again is
+called `.new.plan`); a file it does not vouch for is not loaded.
 
 Does not know: how artifacts are made (`export`), or run (`serving.runners`).
 """

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import app
+from export.build import judged
 from export.engines import add_engines, buildable
+from export.parity import Expected
 from export.to_engine import EngineOptions, profiles_of
 from serving.bundle import TOWERS, Artifact, Bundle, describe_file
 from serving.commands import run, silent
@@ -503,6 +505,23 @@ def test_a_plan_gives_way_to_a_new_one(planned, tmp_path):
             assert bundle.verified(plan).is_file()
             assert plan.engine.profiles[0].maximum[0] == max_batch
         assert files_in(bundle.path) == graphs | {f.name for plan in plans for f in plan.files}
+
+
+@needs_rtx
+@pytest.mark.parametrize("number", [0, 1])
+def test_verifying_notices_a_changed_plan_or_sidecar(planned, tmp_path, number):
+    """Also on a machine that cannot run it."""
+    bundle = copied(planned, tmp_path / "bundle")
+    plan = plans_of(bundle)[0]
+    nothing = Expected(probes=[], labelled=None)
+    if missing("tensorrt-rtx:fp16"):
+        assert judged(bundle, plan, nothing).verdicts == ()
+    path = bundle.path / plan.files[number].name
+    content = path.read_bytes()
+    path.unlink()  # it may be a link to what others use
+    path.write_bytes(content + b" ")
+    with pytest.raises(BundleError, match=f"{path.name} is not the file that was exported"):
+        judged(bundle, plan, nothing)
 
 
 @needs_rtx

@@ -18,8 +18,16 @@ from serving.commands import Json, log, out, run, steps
 from serving.demo import demo as run_demo
 from serving.demo import tables
 from serving.errors import InputError
-from serving.folders import find_pictures, read_lines
-from serving.local import LocalClip
+from serving.folders import read_lines
+from serving.options import (
+    LOCAL_RUNNER,
+    BundlePath,
+    LocalBundle,
+    LocalRunner,
+    Url,
+    embedder_of,
+    picture_files,
+)
 from serving.repository import assemble as assemble_repository
 from serving.repository import assembled_backend, assembled_latencies
 from serving.triton import TritonServer, attach
@@ -27,16 +35,6 @@ from serving.triton import TritonServer, attach
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 REPOSITORY = Path("build/model_repository")
-
-BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
-]
-Url = Annotated[
-    str | None, typer.Option(help="A running server: grpc://host:port or http://host:port.")
-]
-LocalBundle = Annotated[
-    Path | None, typer.Option("--bundle", help="A bundle to run in this process instead.")
-]
 
 
 @app.command()
@@ -150,17 +148,18 @@ def embed(
     ] = None,
     url: Url = None,
     bundle: LocalBundle = None,
+    runner: LocalRunner = LOCAL_RUNNER,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = (
         False
     ),
     as_json: Json = False,
 ) -> None:
     """Embed pictures and texts: pictures first, then texts, in the order given."""
-    files = _pictures(pictures or [])
+    files = picture_files(pictures or [])
     if not files and not text:
         raise InputError("nothing to embed; give picture files or folders, or --text")
     parts = []
-    with _embedder(url, bundle) as embedder:
+    with embedder_of(url, bundle, runner) as embedder:
         starts = track(range(0, len(files), 64), "embedding pictures", console=log)
         parts += [embedder.embed_images(files[start : start + 64]) for start in starts]
         if text:
@@ -194,11 +193,12 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="Labels shown a picture.")] = 3,
     url: Url = None,
     bundle: LocalBundle = None,
+    runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
 ) -> None:
     """Zero-shot classification: the probability of each label for each picture."""
-    files = _pictures(pictures)
-    with _embedder(url, bundle) as embedder:
+    files = picture_files(pictures)
+    with embedder_of(url, bundle, runner) as embedder:
         scores = embedder.classify(files, label, template)
     if as_json:
         rows = [
@@ -245,22 +245,6 @@ def demo(
         f"HTTP and gRPC differ by at most {outcome.protocols_differ_by:.1e}"
     )
     out.print(f"wrote {outcome.contact_sheet}")
-
-
-def _pictures(paths: list[Path]) -> list[Path]:
-    files = []
-    for path in paths:
-        files += find_pictures(path) if path.is_dir() else [path]
-    return files
-
-
-def _embedder(url: str | None, bundle: Path | None) -> ClipClient | LocalClip:
-    """The client of --url, or the bundle of --bundle in this process."""
-    if url is not None and bundle is None:
-        return ClipClient(url)
-    if bundle is None or url is not None:
-        raise InputError("give either --url of a running server or --bundle to run in this process")
-    return LocalClip(bundle)
 
 
 def _facts(title: str, facts: dict[str, str]) -> None:

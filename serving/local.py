@@ -10,10 +10,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Bundle
+from serving.bundle import Bundle, Tower
 from serving.errors import ImageError, TextError, relocated
 from serving.preprocess import Picture, preprocess
 from serving.runners.base import Embeddings, open_runner
+from serving.selection import passed, time_runners
 from serving.tokenizer import Tokenizer
 from serving.zero_shot import classify
 
@@ -23,7 +24,8 @@ class LocalClip:
 
     Args:
         bundle: a directory that `python -m export` made.
-        runner: see `serving.runners.base.open_runner`.
+        runner: see `serving.runners.base.open_runner`; `auto` times those that passed the gate,
+            here and now, and takes the fastest of each tower.
         batch_size: pictures or texts a run; more are cut into several.
     """
 
@@ -32,8 +34,8 @@ class LocalClip:
     ) -> None:
         self._bundle = Bundle.open(Path(bundle))
         self._batch_size = batch_size
-        self._images = open_runner(self._bundle, "image", runner)
-        self._texts = open_runner(self._bundle, "text", runner)
+        self._images = open_runner(self._bundle, "image", self._chosen("image", runner))
+        self._texts = open_runner(self._bundle, "text", self._chosen("text", runner))
         self._tokenizer = Tokenizer(self._bundle.tokenizer, self._bundle.manifest.text)
         self._stack = ExitStack()
 
@@ -51,6 +53,11 @@ class LocalClip:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+    def _chosen(self, tower: Tower, runner: str) -> str:
+        if runner != "auto":
+            return runner
+        return time_runners(self._bundle, tower, passed(self._bundle, tower))[0].runner
 
     @property
     def logit_scale(self) -> float:

@@ -1,13 +1,14 @@
 # make demo   a fresh machine to a running pipeline: real pictures classified and searched by Triton
 # make test   a fresh machine to green tests
 # make check  format, lint, types
-# make bench  latency of every runner
+# make bench  every runner, its load and its accuracy: build/benchmarks/RESULTS.md and plots
 # make engines BUNDLE=artifacts/NAME   TensorRT plans, inside the Triton container that will serve them
 # make setup  what all of them do first: .venv with everything
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := build/demo
+RESULTS := build/benchmarks
 # Python APIs without their libraries, that our uses are tested against.
 TENSORRT_APIS := 10.16.1.11 11.4.0.106
 
@@ -23,6 +24,8 @@ setup: .venv/.installed
 	  test -d .venv/tensorrt-bindings/$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target .venv/tensorrt-bindings/$$version tensorrt_cu13_bindings==$$version || exit 1; \
 	done
+	test -x .venv/perf_analyzer/bin/perf_analyzer || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --target .venv/perf_analyzer tritonclient==2.50.0
 	touch $@
 
 $(DEMO)/%/labels.txt: | setup
@@ -34,10 +37,15 @@ $(DEMO)/calibration/labels.txt: SEED = 1
 $(DEMO)/pictures/labels.txt: COUNT = 240
 $(DEMO)/pictures/labels.txt: SEED = 2
 
-demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
-	$(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip \
+$(DEMO)/test/labels.txt: COUNT = 1000
+$(DEMO)/test/labels.txt: SEED = 3
+
+EXPORT_SHAPES = $(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip \
 	  --calibration $(DEMO)/calibration --captions $(DEMO)/calibration/captions.txt \
 	  --labelled $(DEMO)/calibration
+
+demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
+	$(EXPORT_SHAPES)
 	$(BIN)/python -m serving demo artifacts/shapes-clip $(DEMO)/pictures \
 	  --labels $(DEMO)/pictures/labels.txt --sheet $(DEMO)/contact_sheet.png \
 	  --query 'a red circle' --query 'a green heart' --query 'a blue arrow' \
@@ -51,8 +59,19 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
+artifacts/random-ViT-B-32/manifest.json: | setup
+	$(BIN)/python -m export random:ViT-B-32 --precision fp32 --precision int8
+
+artifacts/shapes-clip/manifest.json: | setup $(DEMO)/calibration/labels.txt
+	$(EXPORT_SHAPES)
+
+# On a quiet machine; `make bench RESULTS=benchmarks/results/NAME OPTIONS=--full` for all of it.
+bench: setup artifacts/random-ViT-B-32/manifest.json artifacts/shapes-clip/manifest.json \
+       $(DEMO)/test/labels.txt
+	$(BIN)/python -m benchmarks latency artifacts/random-ViT-B-32 --output $(RESULTS)/latency.json $(OPTIONS)
+	$(BIN)/python -m benchmarks served artifacts/random-ViT-B-32 --quick --output $(RESULTS)/served.json
+	$(BIN)/python -m benchmarks accuracy artifacts/shapes-clip $(DEMO)/test --output $(RESULTS)/accuracy.json
+	$(BIN)/python -m benchmarks report $(RESULTS)
 
 TRITON ?= nvcr.io/nvidia/tritonserver:26.07-py3
 

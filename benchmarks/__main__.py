@@ -1,6 +1,8 @@
 """`python -m benchmarks`: how fast the runners of a bundle are, alone and served."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -8,13 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from serving.bundle import Bundle
 from serving.commands import Json, log, out, run, steps
 from serving.errors import RunnerError
 from serving.files import write_text
-from serving.machine import describe
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -22,6 +22,8 @@ BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
 ]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
+
+RESULTS = Path("build/benchmarks")
 
 _GPU_NEEDS = ("torch", "PIL", "tokenizers", "ftfy", "safetensors", "huggingface_hub")
 """Imported by `benchmarks.gpu` at once; what else an export or a runner needs may be absent, and is
@@ -31,82 +33,132 @@ then named beside what was left out."""
 @app.command()
 def latency(
     bundle: BundlePath,
-    batch: Annotated[list[int] | None, typer.Option(help="Of pictures; may be repeated.")] = None,
-    texts: Annotated[int, typer.Option(help="Batch of texts.")] = 32,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a text; may be repeated.")
+    full: Annotated[bool, typer.Option("--full", help="Every batch, length and runner.")] = False,
+    runner: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of names, such as 'openvino:*'; may be repeated."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="The median of so many is taken.")] = 9,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="torch.compile too; needs a C++ compiler.")
-    ] = False,
-    output: Output = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="That a runner is timed for on one batch, about."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="pytest-benchmark's JSON.")] = RESULTS
+    / "latency.json",
     as_json: Json = False,
 ) -> None:
-    """Time every runner against eager float32, taking turns in one run."""
-    from benchmarks.latency import Work
-    from benchmarks.latency import latency as measure
-
-    opened = Bundle.open(bundle)
-    works = [Work(tower="image", batch=size) for size in batch or [1, 32]]
-    works += [Work(tower="text", batch=texts, length=n) for n in length or [16]]
-    with steps("loading") as progress:
-        timings = measure(opened, works, rounds, progress, compiled=compiled)
-    document = {
-        "bundle": opened.manifest.name,
-        "machine": describe(),
-        "timings": [asdict(timing) for timing in timings],
-    }
-    _finish(document, output, as_json)
-    if as_json:
-        return
-    table = Table(title=f"{opened.manifest.name} on {describe()}")
-    for column in ("work", "runner", "ms", "x eager:fp32"):
-        table.add_column(column, justify="left" if column in ("work", "runner") else "right")
-    last = ""
-    for t in timings:
-        if last and t.work != last:
-            table.add_section()
-        table.add_row(
-            "" if t.work == last else t.work, t.runner, f"{t.milliseconds:.1f}", f"{t.speedup:.2f}"
+    """Time runners, peers, stages and loading in turns with eager float32, by pytest-benchmark."""
+    folder = Path(__file__).parent
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-p", "no:cacheprovider"]
+    command += ["--benchmark-enable", "--benchmark-only", "--benchmark-quiet"]
+    command += [f"--benchmark-json={temporary}", "--bundle", str(bundle.resolve())]
+    command += ["--full"] if full else []
+    command += [f"--runners={pattern}" for pattern in runner or []]
+    command += [f"--budget={budget}"] if budget is not None else []
+    done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parent, check=False)
+    if done.returncode:
+        temporary.unlink(missing_ok=True)
+        raise RunnerError(
+            f"the benchmarks ended with {done.returncode}; what failed is named above, and "
+            f"{output} was not touched"
         )
-        last = t.work
-    out.print(table)
+    temporary.replace(output)
+    from benchmarks.results import Latency
+    from benchmarks.sections import summary
+
+    log.print(f"wrote {output}")
+    found = Latency(output)
+    if as_json:
+        print(json.dumps(found.document))
+        return
+    out.print(summary(found))
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="Holds latency.json, served.json, accuracy.json; gets the plots.")
+    ] = RESULTS,
+    output: Annotated[
+        Path | None, typer.Option(help="Markdown to write; default: FOLDER/RESULTS.md.")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Markdown file whose marked part is written anew.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Results in words and pictures."""
+    from benchmarks.report import write_report
+
+    written = write_report(folder, output or folder / "RESULTS.md", readme)
+    for path in written:
+        log.print(f"wrote {path}")
+    if as_json:
+        print(json.dumps({"written": [str(path) for path in written]}))
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A latency.json, or the folder of one.")],
+    new: Annotated[Path, typer.Argument(help="The same.")],
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="A ratio may lose this share.")
+    ] = 0.15,
+    as_json: Json = False,
+) -> None:
+    """What changed beyond noise; exits with 1 when something became slower by the threshold."""
+    from benchmarks.compare import compare as measure
+    from benchmarks.compare import table
+
+    found = measure(old, new, threshold)
+    for warning in found.warnings:
+        log.print(f"[yellow]{warning}[/]")
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        out.print(table(found))
+    if found.slower:
+        raise typer.Exit(1)
 
 
 @app.command()
 def served(
     bundle: BundlePath,
-    pictures: Annotated[int, typer.Option(min=32)] = 192,
-    rounds: Annotated[int, typer.Option(min=3, help="The median of so many is taken.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer loads, shorter windows: about two minutes.")
+    ] = False,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Requests under way at a time; may be repeated."),
+    ] = None,
     runner: Annotated[str, typer.Option(help="As `python -m serving assemble` takes it.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures a request.")] = 16,
-    in_flight: Annotated[int, typer.Option(help="Requests at a time.")] = 8,
+    url: Annotated[
+        str | None, typer.Option(help="grpc://host:port of a running server of BUNDLE.")
+    ] = None,
+    http_url: Annotated[
+        str | None, typer.Option(help="http://host:port of the same running server.")
+    ] = None,
     repository: Annotated[Path, typer.Option()] = Path("build/benchmark_repository"),
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """JPEG 640x480 -> embedding over gRPC, against a loop around eager float32."""
-    from benchmarks.served import served as measure
+    """Put load on Triton by perf_analyzer and an asyncio client, and against eager float32."""
+    from benchmarks.served import measure_embedded, measure_running, urls_of
+    from benchmarks.served_report import Plan, remarks, table
 
+    plan = (Plan.quick if quick else Plan.full)(concurrency or ())
+    opened, urls = Bundle.open(bundle), urls_of(url, http_url)
     with steps("loading") as progress:
-        result = measure(
-            Bundle.open(bundle),
-            repository,
-            pictures,
-            rounds,
-            progress,
-            runner=runner,
-            batch_size=batch_size,
-            in_flight=in_flight,
-        )
-    _finish({"machine": describe(), **asdict(result)}, output, as_json)
+        if urls:
+            report = measure_running(opened, plan, urls, progress)
+        else:
+            report = measure_embedded(opened, plan, repository, runner, progress)
+    _finish(asdict(report), output, as_json)
     if not as_json:
-        out.print(
-            f"{result.served_per_s:.1f} pictures/s served by {result.runner} over gRPC, "
-            f"{result.eager_per_s:.1f} by the eager fp32 loop: {result.speedup:.2f}x; one at a "
-            f"time {result.latency_ms:.1f} ms; on {describe()}"
-        )
+        out.print(table(report))
+        for line in remarks(report):
+            out.print(line, markup=False, highlight=False)
 
 
 @app.command()
@@ -159,6 +211,58 @@ def gpu(
     for reason in dict.fromkeys(left.reason for left in report.left_out):
         names = "; ".join(left.what for left in report.left_out if left.reason == reason)
         out.print(f"left out: {names}: {reason}", markup=False, highlight=False)
+
+
+@app.command()
+def accuracy(
+    bundle: BundlePath,
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="DIR/LABEL/*.jpg, or captions.txt (`file, label`)."),
+    ],
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A template a line, with a {}, or openai-7; default: the checkpoint's own.",
+        ),
+    ] = None,
+    runner: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of names, such as 'openvino:*'; may be repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most pictures, taken evenly over the folder.")
+    ] = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Zero-shot top-1 and top-5 of every runner on labelled pictures, against eager float32."""
+    from benchmarks.accuracy import accuracy as measure
+    from benchmarks.accuracy import table
+    from benchmarks.environment import environment
+    from serving.zero_shot import read_templates
+
+    opened = Bundle.open(bundle)
+    prompts = read_templates(templates) if templates else None
+    with steps("loading") as progress:
+        result = measure(
+            opened, folder, progress, templates=prompts, patterns=runner or ["*"], limit=limit
+        )
+    manifest = opened.manifest
+    document = {
+        "environment": environment(),
+        "bundle": manifest.name,
+        "weights": manifest.provenance.weights,
+        "folder": folder.name,
+        **asdict(result),
+    }
+    _finish(document, output, as_json)
+    if as_json:
+        return
+    out.print(table(result, f"{manifest.name} on {folder.name}"))
+    for note in result.remarks():
+        out.print(note, markup=False, highlight=False)
 
 
 def _finish(document: Mapping[str, object], output: Path | None, as_json: bool) -> None:

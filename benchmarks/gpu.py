@@ -21,7 +21,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.gpu_report import Gate, LeftOut, Plan, Report, Row, Work, environment
+from benchmarks.environment import environment
+from benchmarks.gpu_report import Gate, LeftOut, Plan, Report, Row, Work
 from benchmarks.limits import Limits, count_flops, measure_limits, require, timed
 from benchmarks.subject import Subject, load
 from export.parity import judge

@@ -1,36 +1,15 @@
 """What `gpu.py` was asked and what it measured, on what machine; as JSON, as tables for people."""
 
-import datetime
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from benchmarks.limits import Limits
 from serving.bundle import Tower, Verdict
-from serving.machine import describe
-from serving.nvidia import gpu
-
-_LIBRARIES = (
-    *("torch", "triton", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
-    *(
-        "nvidia-cudnn-cu13",
-        "openvino",
-        "tensorrt",
-        "tensorrt_cu13",
-        "tensorrt_rtx",
-        "tensorrt_rtx_cu13_bindings",
-    ),
-)
-
 
 IMAGE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TEXT_BATCHES = (1, 32, 256)
@@ -142,38 +121,6 @@ class Report:
     def to_json(self) -> str:
         """One document, indented."""
         return json.dumps(asdict(self), indent=2, default=str) + "\n"
-
-
-def environment() -> dict[str, object]:
-    """This machine, its libraries (null: not installed), and the commit that is measured."""
-    device = gpu()
-    commit = _output("git", "rev-parse", "HEAD")
-    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": f"{commit} with changes" if commit and changes else commit,
-        "machine": describe(),
-        "python": platform.python_version(),
-        "gpu": asdict(device) if device else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch_cuda": torch.version.cuda,
-        "libraries": {name: _version(name) for name in _LIBRARIES},
-    }
-
-
-def _output(*command: str) -> str | None:
-    """Of a program of which only its answer is wanted; None where it has none."""
-    with suppress(OSError, subprocess.SubprocessError):
-        folder = Path(__file__).parent
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=30, check=True)
-        return done.stdout.decode().strip()
-    return None
-
-
-def _version(distribution: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(distribution)
-    return None
 
 
 def tables(report: Report) -> Iterator[Table]:

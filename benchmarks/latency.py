@@ -1,23 +1,42 @@
-"""Every runner of a bundle through the same loop, against eager float32 in the same run.
+"""What `test_latency.py` times: works, and every runner that can do them.
 
-The machine drifts, so runners take turns: each round gives every one of them one run that is not
-timed, for what the runner before it left behind (its weights in the caches, its threads spinning),
-and one that is. A runner's number is the median of its rounds.
+The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
+round runs the reference, then the runner once untimed (for what the reference left behind: its
+weights in the caches, its threads spinning), then the runner timed. Both medians are of the same
+rounds, and their ratio is what can be compared between runs and machines.
 """
 
-import statistics
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
 
-from export.build import checkpoint_of, tower_of
+import torch
+
+from benchmarks.peers import Peer, PeerRunner, PlainOnnxRunner, TransformersRunner
+from export.build import tower_of
 from export.calibration import probe_images, probe_texts
+from export.checkpoint import Checkpoint
+from export.to_torchscript import export_torchscript
 from export.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from serving.bundle import Bundle, Tower
-from serving.commands import Steps
 from serving.errors import RunnerError
-from serving.runners.base import Batch, Runner, missing, open_runner, runners_of
+from serving.runners.base import RUNNERS, Batch, Runner, graph_of, library_of, open_runner
+
+REFERENCE = "eager:fp32"
+PEERS = ("transformers:fp32", "transformers-longest:fp32", "onnxruntime-plain:fp32")
+TORCH = ("torchscript:fp32", "compiled:fp32")
+CUDA = ("eager-cuda:fp32", "eager-cuda:fp16", "eager-cuda:bf16", "compiled-cuda:fp16")
+NAMES = (REFERENCE, *TORCH, *CUDA, *PEERS, *RUNNERS)
+"""Everything that may be timed; what is not to be had is skipped with the reason."""
+
+_LONG_ONLY = ("compiled*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:fp16")
+"""Left to the full matrix: minutes of compilation, and graphs for GPUs on a CPU."""
+
+_SPIN_SECONDS = 0.5
+"""A run that takes longer needs no untimed one before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,99 +51,159 @@ class Work:
         return f"{self.tower} {self.batch}" + (f" x {self.length} tokens" if self.length else "")
 
 
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_LENGTHS = (8, 16, 32, 77)
+
+SHORT = (
+    *(Work(tower="image", batch=batch) for batch in (1, 8, 32)),
+    *(Work(tower="text", batch=batch, length=16) for batch in (1, 32)),
+    Work(tower="text", batch=32, length=77),
+)
+FULL = (
+    *(Work(tower="image", batch=batch) for batch in _BATCHES),
+    *(Work(tower="text", batch=batch, length=n) for n in _LENGTHS for batch in _BATCHES),
+)
+
+
+def wanted(name: str, *, full: bool, patterns: tuple[str, ...]) -> bool:
+    """Whether runner `name` is to be timed."""
+    if patterns:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+    return full or not any(fnmatch(name, pattern) for pattern in _LONG_ONLY)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """A runner's median on some work."""
+class Inputs:
+    """What runners are made of."""
 
-    work: str
-    runner: str
-    milliseconds: float
-    speedup: float
-    """Over eager:fp32 on the same items; texts of eager are padded to the context length, as
-    OpenAI's and Hugging Face's tokenizers pad them."""
-    rounds: int
-
-
-def latency(
-    bundle: Bundle,
-    works: Sequence[Work],
-    rounds: int,
-    progress: Steps,
-    *,
-    compiled: bool = False,
-) -> list[Timing]:
-    """Time all runners that this environment has and whose artifacts are in the bundle."""
-    checkpoint = checkpoint_of(bundle)
-    timings = []
-    for work in works:
-        with ExitStack() as stack:
-            runners: list[Runner] = []
-            tower = tower_of(checkpoint, work.tower)
-            candidates: list[Runner] = [EagerRunner(tower)]
-            if compiled:
-                candidates.append(CompiledRunner(tower))
-            for candidate in candidates + artifact_runners(bundle, work.tower):
-                try:
-                    runners.append(stack.enter_context(candidate))
-                except RunnerError as error:
-                    progress(f"without {candidate.name}: {error}", 0, 0)
-            timings += _time(bundle, work, runners, rounds, progress)
-    return timings
+    bundle: Bundle
+    checkpoint: Checkpoint
+    peer: Callable[[], Peer]
+    """Loads transformers' model when it is first called."""
+    folder: Path
+    """The checkpoint in Hugging Face's layout."""
+    scratch: Path
+    """For graphs that are made on the way."""
 
 
-def artifact_runners(bundle: Bundle, tower: Tower) -> list[Runner]:
-    """Runners of everything the bundle holds of `tower`, not yet entered."""
-    found: list[Runner] = []
-    for artifact in bundle.manifest.artifacts:
-        if artifact.tower != tower:
-            continue
-        if artifact.kind == "torchscript":
-            found.append(TorchScriptRunner(bundle.verified(artifact)))
-            continue
-        names = [name for name in runners_of(artifact) if missing(name) is None]
-        found += [open_runner(bundle, tower, name) for name in names]
-    return found
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A runner, not yet entered, and how a batch is handed to it."""
+
+    tower: Tower
+    runner: Runner
+    prepare: Callable[[Batch], Any] = field(default=lambda batch: batch)
+    """Outside the timing."""
+    padded: bool = False
+    """Whether its texts are padded to the context length, as OpenAI's and Hugging Face's
+    documentation pad them; all others are cut to the length of the work."""
+    weight_bytes: int = 0
+    """Read from memory by every run: without the table of token embeddings."""
 
 
-def batch_of(bundle: Bundle, work: Work, length: int | None = None) -> Batch:
-    """A batch for `work`; texts end where `work.length` says, and are padded to `length`."""
+def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
+    """The runner called `name`.
+
+    Raises:
+        RunnerError, BundleError: it is not to be had here; the message says why.
+    """
+    runtime, _, precision = name.partition(":")
+    module = tower_of(inputs.checkpoint, tower)
+    weights = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}.get(precision, 4) * _weights(module)
+    if name in PEERS:
+        return _peer(inputs, tower, name, weights)
+    kind, _, device = runtime.partition("-")
+    device = device or "cpu"
+    if kind in ("eager", "compiled"):
+        runner = (EagerRunner if kind == "eager" else CompiledRunner)(module, device, precision)  # type: ignore[arg-type]
+        return Candidate(tower=tower, runner=runner, padded=name == REFERENCE, weight_bytes=weights)
+    if kind == "torchscript":
+        path = inputs.scratch / f"{tower}.torchscript.pt"
+        if not path.exists():
+            export_torchscript(module, path)
+        return Candidate(tower=tower, runner=TorchScriptRunner(path), weight_bytes=weights)
+    artifact = inputs.bundle.artifact(tower, graph_of(name))
+    if library_of(name) is not None:
+        artifact = inputs.bundle.plans(tower, graph_of(name), library_of(name))[0]  # type: ignore[arg-type]
+    every = sum(file.bytes for file in artifact.files)
+    table = _table(module) * (2 if "fp16" in graph_of(name) else 4)
+    return Candidate(
+        tower=tower,
+        runner=open_runner(inputs.bundle, tower, name),
+        weight_bytes=max(0, every - table),
+    )
+
+
+def _peer(inputs: Inputs, tower: Tower, name: str, weights: int) -> Candidate:
+    if name == "transformers-longest:fp32" and tower == "image":
+        raise RunnerError("pictures are not padded: see transformers:fp32")
+    peer, spec = inputs.peer(), inputs.bundle.manifest.image
+    runner: PeerRunner = TransformersRunner(peer, tower)
+    if name.startswith("onnxruntime"):
+        runner = PlainOnnxRunner(peer, tower, inputs.scratch)
+    runner.name = name
+    return Candidate(
+        tower=tower,
+        runner=runner,
+        prepare=lambda batch: runner.prepared(batch, spec),
+        padded="longest" not in name,
+        weight_bytes=weights,
+    )
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters()) - _table(module)
+
+
+def _table(module: torch.nn.Module) -> int:
+    """Numbers in tables that a run reads a few rows of."""
+    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding)]
+    return sum(table.weight.numel() for table in tables)
+
+
+def batch_of(bundle: Bundle, work: Work, *, padded: bool = False) -> Batch:
+    """A batch for `work`; texts end where `work.length` says, `padded` to the context length."""
     if work.tower == "image":
         return probe_images(bundle.manifest.image, work.batch, seed=1)
     spec = bundle.manifest.text
-    ids = probe_texts(spec, work.batch, length or work.length or spec.context_length, seed=1)
-    last = (work.length or spec.context_length) - 1
+    most = spec.context_length
+    ids = probe_texts(spec, work.batch, most if padded else work.length or most, seed=1)
+    last = (work.length or most) - 1
     ids[:, 1:last] = 320 % spec.vocab_size
     ids[:, last], ids[:, last + 1 :] = spec.end_id, spec.pad_id
     return ids
 
 
-def _time(
-    bundle: Bundle,
-    work: Work,
-    runners: list[Runner],
-    rounds: int,
-    progress: Steps,
-) -> list[Timing]:
-    full = batch_of(bundle, work, bundle.manifest.text.context_length)
-    cut = batch_of(bundle, work)
-    batches = {runner.name: full if runner.name == "eager:fp32" else cut for runner in runners}
-    seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    for turn in range(-1, rounds):  # one turn to warm up
-        for runner in runners:
-            runner.run(batches[runner.name])
-            start = time.perf_counter()
-            runner.run(batches[runner.name])
-            if turn >= 0:
-                seconds[runner.name].append(time.perf_counter() - start)
-        progress(str(work), max(turn + 1, 0), rounds)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return [
-        Timing(
-            work=str(work),
-            runner=name,
-            milliseconds=median * 1e3,
-            speedup=medians["eager:fp32"] / median,
-            rounds=rounds,
-        )
-        for name, median in sorted(medians.items(), key=lambda item: item[1])
-    ]
+class Turns:
+    """Runs of a call and of a reference in turn; see this module's docstring.
+
+    `setup` is what pytest-benchmark's pedantic mode calls before each round.
+    """
+
+    def __init__(self, reference: Callable[[], Any], call: Callable[[], Any]) -> None:
+        self._reference, self._call = reference, call
+        self.reference_seconds: list[float] = []
+        """Of every round, warm-up included."""
+        self._warm = _seconds(reference) + _seconds(call)  # first calls: allocation, compilation
+        self._alone = _seconds(call)
+
+    def rounds(self, budget: float) -> int:
+        """How many fit into `budget` seconds; 5 at least, 25 at most."""
+        turn = _seconds(self._reference) + self._alone * (2 if self._short else 1)
+        return min(25, max(5, int(budget / turn)))
+
+    @property
+    def _short(self) -> bool:
+        return self._alone < _SPIN_SECONDS
+
+    def setup(self) -> None:
+        """The reference timed, and the call untimed."""
+        self.reference_seconds.append(_seconds(self._reference))
+        if self._short:
+            self._call()
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

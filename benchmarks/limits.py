@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -47,6 +47,8 @@ class Limits:
     """How large the copied tensor was."""
     without: dict[str, str]
     """Precisions that the device or this PyTorch does not multiply in, and what it said."""
+    matmul_by: dict[str, str] = field(default_factory=dict)
+    """What reached a precision's rate, where it was not PyTorch."""
 
 
 def measure_limits(

@@ -1,34 +1,49 @@
-"""Latency of each runner, tower and batch, by pytest-benchmark: `make bench`."""
+"""Latency of each runner on each batch, in turns with eager float32: `make bench`."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.latency import Work, batch_of
-from export.build import checkpoint_of, tower_of
-from export.torch_runners import EagerRunner
-from serving.bundle import Bundle
-from serving.runners.base import RUNNERS, Runner, open_runner
-
-WORKS = (
-    Work(tower="image", batch=1),
-    Work(tower="image", batch=32),
-    Work(tower="text", batch=32, length=16),
-)
+from benchmarks.latency import Candidate, Inputs, Turns, Work, batch_of
+from benchmarks.limits import count_flops
+from serving.bundle import Bundle, Tower
+from serving.runners.base import Runner
 
 
-@pytest.mark.parametrize("work", WORKS, ids=str)
-@pytest.mark.parametrize("name", ["eager:fp32", *RUNNERS])
-def test_latency(benchmark: BenchmarkFixture, bundle: Bundle, work: Work, name: str) -> None:
+def test_latency(
+    benchmark: BenchmarkFixture,
+    bundle: Bundle,
+    inputs: Inputs,
+    references: dict[Tower, Runner],
+    opened: Candidate,
+    work: Work,
+    budget: float,
+) -> None:
     """One runner on one batch."""
-    precisions = {a.precision for a in bundle.manifest.artifacts}
-    if name in RUNNERS and RUNNERS[name] not in precisions:
-        pytest.skip(f"{bundle.path} has no {RUNNERS[name]} graph")
-    runner: Runner
-    if name in RUNNERS:
-        runner = open_runner(bundle, work.tower, name)
-    else:
-        runner = EagerRunner(tower_of(checkpoint_of(bundle), work.tower))
+    context = bundle.manifest.text.context_length
+    if work.length and work.length > context:
+        pytest.skip(f"texts of {work.length} tokens: this model takes {context}")
+    runner, reference = opened.runner, references[work.tower]
+    batch = batch_of(bundle, work, padded=opened.padded)
+    items, padded = opened.prepare(batch), batch_of(bundle, work, padded=True)
+    got, want = runner.run(items), reference.run(padded)
+    turns = Turns(partial(reference.run, padded), partial(runner.run, items))
+    rounds = turns.rounds(budget)
+    length = batch.shape[1] if work.tower == "text" else None
     benchmark.group = str(work)
-    with runner:
-        batch = batch_of(bundle, work)
-        benchmark.pedantic(runner.run, args=(batch,), rounds=7, warmup_rounds=2)  # type: ignore[no-untyped-call]
+    benchmark.extra_info.update(
+        kind="tower",
+        tower=work.tower,
+        batch=work.batch,
+        length=work.length,
+        length_run=length,
+        runner=runner.name,
+        runtime_version=runner.runtime_version,
+        cosine=float((got * want).sum(axis=1).min() / np.linalg.norm(got, axis=1).min()),
+        gflop=count_flops(inputs.checkpoint.clip.config, work.tower, work.batch, length) / 1e9,
+        weight_bytes=opened.weight_bytes,
+    )
+    benchmark.pedantic(runner.run, args=(items,), setup=turns.setup, rounds=rounds)  # type: ignore[no-untyped-call]
+    benchmark.extra_info["reference_seconds"] = turns.reference_seconds[-rounds:]

@@ -1,37 +1,227 @@
-"""The benchmarks run, compare the same work, and tell what they measured."""
+"""`python -m benchmarks latency`, `report` and `compare`, on a tiny model, by real runs."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.latency import Work, batch_of, latency
-from benchmarks.served import served
-from serving.commands import silent
+from benchmarks.compare import compare
+from benchmarks.latency import FULL, SHORT, Turns, Work, batch_of, wanted
+from benchmarks.report import BEGIN, END, write_report
+from benchmarks.results import Latency
+from serving.errors import InputError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+RUNNERS = ("eager:fp32", "onnxruntime:fp32", "transformers*", "onnxruntime-plain:fp32")
 
 
-def test_every_runner_is_timed_on_the_same_items(tiny_bundle):
-    works = [Work(tower="image", batch=2), Work(tower="text", batch=3, length=9)]
-    timings = latency(tiny_bundle, works, 3, silent)
-    for work in works:
-        mine = [t for t in timings if t.work == str(work)]
-        assert {t.runner for t in mine} >= {
-            "eager:fp32",
-            "onnxruntime:fp32",
-            "onnxruntime:int8",
-            "openvino:int8",
-        }
-        eager = next(t for t in mine if t.runner == "eager:fp32")
-        assert eager.speedup == 1
-        for timing in mine:
-            assert timing.speedup == pytest.approx(eager.milliseconds / timing.milliseconds)
+def run(*arguments, **variables):
+    environment = os.environ | {"PYTEST_PLUGINS": "benchmark_plugin"} | variables
+    environment["PYTHONPATH"] = str(CHECKOUT / "tests")
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_bundle, tmp_path_factory) -> Path:
+    """A folder with a `latency.json` of everything, of a few runners."""
+    path = tmp_path_factory.mktemp("results")
+    runners = [f"--runner={pattern}" for pattern in RUNNERS]
+    done = run(
+        *("latency", tiny_bundle.path, "--budget", "0.05", "--output", path / "latency.json"),
+        *runners,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "x eager fp32" in done.stdout
+    return path
+
+
+def test_every_runner_is_timed_in_turns_with_eager(folder):
+    latency = Latency(folder / "latency.json")
+    assert latency.works() == sorted(
+        {(w.tower, w.batch, w.length) for w in SHORT}, key=lambda w: (w[0], w[2] or 0, w[1])
+    )
+    for tower, batch, length in latency.works():
+        found = {one.facts["runner"]: one for one in latency.of(tower, batch, length)}
+        expected = {"eager:fp32", "onnxruntime:fp32", "transformers:fp32", "onnxruntime-plain:fp32"}
+        assert set(found) == expected | ({"transformers-longest:fp32"} if length else set())
+        for one in found.values():
+            assert len(one.seconds) == len(one.reference_seconds) >= 5
+            assert min(one.reference_seconds) > 0
+            assert one.facts["cosine"] > 0.9999  # all of them compute the same thing
+            assert one.ratio == pytest.approx(
+                np.median(one.reference_seconds) / np.median(one.seconds)
+            )
+            padded = one.facts["runner"] not in ("onnxruntime:fp32", "transformers-longest:fp32")
+            assert one.facts["length_run"] == (77 if length and padded else length)
+
+
+def test_the_record_tells_the_machine_and_the_model(folder, tiny_bundle):
+    document = json.loads((folder / "latency.json").read_text())
+    where = document["machine_info"]["environment"]
+    assert where["cpu"]["usable"] >= 1
+    assert {"fpu", "sse2"} <= set(where["cpu"]["flags"]) or where["cpu"]["flags"]
+    assert where["libraries"]["torch"]
+    assert where["commit"] is None or re.match("[0-9a-f]{40}", where["commit"])
+    assert document["bundle"]["weights_sha256"] == tiny_bundle.manifest.provenance.weights_sha256
+    for key in ("limits", "limits_at_end"):
+        limits = document[key]["cpu"]
+        assert set(limits["matmul_tflops"]) | set(limits["without"]) >= {"fp32", "bf16", "int8"}
+        assert limits["copy_gb_per_s"] > 0
+
+
+def test_stages_and_footprints_are_told(folder):
+    latency = Latency(folder / "latency.json")
+    stages = {one.facts["stage"]: one for one in latency.stages}
+    assert {"image: decode", "image: together", "text: transformers longest"} <= set(stages)
+    found = {one.facts["runner"]: one.facts for one in latency.footprints}
+    assert set(found) == {
+        "eager:fp32",
+        "onnxruntime:fp32",
+        "transformers:fp32",
+        "onnxruntime-plain:fp32",
+    }
+    for facts in found.values():
+        assert 0 < facts["before_bytes"] < facts["loaded_bytes"] <= facts["peak_bytes"]
+        assert facts["load_s"] > 0
+    # PyTorch alone is larger than this model and ONNX Runtime.
+    assert found["eager:fp32"]["peak_bytes"] > found["onnxruntime:fp32"]["peak_bytes"]
+
+
+def test_a_report_is_made_of_entries(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\ntail\n")
+    written = write_report(folder, folder / "RESULTS.md", readme)
+    assert {path.name for path in written} >= {"RESULTS.md", "latency.png", "stages.png"}
+    for path in written:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert min(picture.size) > 300
+    text = (folder / "RESULTS.md").read_text()
+    entries = {
+        b["name"]: b for b in json.loads((folder / "latency.json").read_text())["benchmarks"]
+    }
+    rows = re.findall(r"^\| .* \| ([\d.]+)x \| `latency.json: (.*)` \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for ratio, name in rows:
+        entry = entries[name]
+        expected = np.median(entry["extra_info"]["reference_seconds"]) / entry["stats"]["median"]
+        assert float(ratio) == pytest.approx(expected, abs=0.051)
+    part = readme.read_text()
+    assert part.startswith("# Title\n")
+    assert part.endswith(f"{END}\ntail\n")
+    assert "old" not in part
+    assert [f"{float(ratio)}x" in part for ratio, _ in rows] == [True] * 4
+    assert "The reference measured against itself" in text
+
+
+def test_a_readme_without_a_place_is_left_alone(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n")
+    with pytest.raises(InputError, match="lacks the lines"):
+        write_report(folder, tmp_path / "RESULTS.md", readme)
+    assert readme.read_text() == "# Title\n"
+
+
+def test_a_folder_without_results_is_told_so(tmp_path):
+    done = run("report", tmp_path)
+    assert done.returncode == 2
+    assert "holds no results; expected latency.json" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def slower(tiny_bundle, folder) -> Path:
+    """The same with a runner that takes five times as long; towers only, by pytest itself."""
+    path = folder / "slower.json"
+    done = run(
+        *("latency", tiny_bundle.path, "--budget", "0.05", "--output", path),
+        "--runner=onnxruntime:fp32",
+        SLOWER="4",
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_a_slower_runner_is_caught(folder, slower):
+    done = run("compare", folder / "latency.json", slower, "--threshold", "0.5", "--json")
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    verdicts = {c["name"]: c["verdict"] for c in document["changes"]}
+    towers = {name: v for name, v in verdicts.items() if "onnxruntime:fp32" in name}
+    assert len(towers) == len(SHORT)
+    assert set(towers.values()) == {"slower"}
+    assert any("transformers" in name for name in document["only_old"])
+
+
+def test_results_are_as_fast_as_themselves(folder):
+    done = run("compare", folder, folder)
+    assert done.returncode == 0
+    assert "0 of" in done.stdout
+
+
+def altered(folder, target, factor, spread=0.0):
+    """`folder`'s results with onnxruntime:fp32 slower by `factor`, in rounds that differ."""
+    document = json.loads((folder / "latency.json").read_text())
+    rng = np.random.default_rng(0)
+    for entry in document["benchmarks"]:
+        if (
+            entry["extra_info"].get("runner") == "onnxruntime:fp32"
+            and "tower" in entry["extra_info"]
+        ):
+            rounds = len(entry["stats"]["data"])
+            entry["extra_info"]["reference_seconds"] = [1.0] * rounds
+            noise = 1 + spread * rng.standard_normal(rounds)
+            entry["stats"]["data"] = (factor * np.abs(noise)).tolist()
+    target.write_text(json.dumps(document))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("factor", "spread", "verdict"),
+    [(1.05, 0.001, "same"), (1.3, 0.01, "slower"), (0.7, 0.01, "faster"), (1.3, 1.0, "same")],
+)
+def test_a_change_counts_beyond_threshold_and_noise(folder, tmp_path, factor, spread, verdict):
+    old = altered(folder, tmp_path / "old.json", 1.0, spread)
+    new = altered(folder, tmp_path / "new.json", factor, spread)
+    name = "test_latency[image-onnxruntime:fp32-image 8]"
+    found = next(c for c in compare(old, new).changes if c.name == name)
+    assert found.verdict == verdict
+    if spread < 1:
+        assert found.change == pytest.approx(1 / factor, rel=0.05)
+
+
+def test_results_of_something_else_are_refused(folder, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    done = run("compare", folder, other)
+    assert done.returncode == 2
+    assert "is not of this suite" in done.stderr
+    done = run("compare", folder, tmp_path / "absent.json")
+    assert done.returncode == 2
+    assert "cannot be read as results" in done.stderr
+
+
+def test_a_failed_run_leaves_the_old_results(tiny_bundle, tmp_path):
+    output = tmp_path / "latency.json"
+    output.write_text("old")
+    done = run("latency", tmp_path / "nothing", "--output", output)
+    assert done.returncode == 2
+    assert "is not a bundle" in done.stderr
+    assert output.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_short_and_padded_texts_are_the_same_texts(tiny_bundle):
     work = Work(tower="text", batch=4, length=9)
-    cut, full = batch_of(tiny_bundle, work), batch_of(tiny_bundle, work, 77)
+    cut, full = batch_of(tiny_bundle, work), batch_of(tiny_bundle, work, padded=True)
     assert cut.shape == (4, 9)
     assert full.shape == (4, 77)
     assert np.array_equal(cut, full[:, :9])
@@ -39,17 +229,21 @@ def test_short_and_padded_texts_are_the_same_texts(tiny_bundle):
     assert (cut[:, -1] == tiny_bundle.manifest.text.end_id).all()
 
 
-def test_served_and_eager_see_the_same_pictures(tiny_bundle, tmp_path):
-    result = served(tiny_bundle, tmp_path / "repository", 32, 3, silent, runner="onnxruntime:fp32")
-    assert result.largest_difference < 1e-4
-    assert result.speedup == pytest.approx(result.served_per_s / result.eager_per_s, rel=1e-6)
+def test_turns_alternate():
+    told = []
+    turns = Turns(lambda: told.append("reference"), lambda: told.append("mine"))
+    assert turns.rounds(1e-9) == 5
+    assert turns.rounds(1e9) == 25
+    told.clear()
+    turns.setup()
+    assert told == ["reference", "mine"]
+    assert len(turns.reference_seconds) == 1
 
 
-def test_command(tiny_bundle, tmp_path):
-    output = tmp_path / "latency.json"
-    command = [sys.executable, "-m", "benchmarks", "latency", str(tiny_bundle.path)]
-    command += ["--batch", "1", "--texts", "2", "--rounds", "3", "--output", str(output), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    document = json.loads(done.stdout.splitlines()[-1])
-    assert document == json.loads(output.read_text())
-    assert {timing["work"] for timing in document["timings"]} == {"image 1", "text 2 x 16 tokens"}
+def test_the_matrices():
+    assert set(SHORT) <= set(FULL)
+    assert {w.batch for w in FULL if w.tower == "image"} == {1, 2, 4, 8, 16, 32, 64}
+    assert not wanted("openvino:fp16", full=False, patterns=())
+    assert wanted("openvino:fp16", full=True, patterns=())
+    assert wanted("openvino:fp16", full=False, patterns=("openvino:*",))
+    assert not wanted("eager:fp32", full=True, patterns=("openvino:*",))

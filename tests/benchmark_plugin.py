@@ -1,0 +1,21 @@
+"""A pytest plugin for runs of the benchmarks: limits in a moment; with SLOWER, a slower runner."""
+
+import os
+import time
+
+import benchmarks.cpu_limits
+from serving.runners.onnx_runtime import OnnxRuntimeRunner
+
+benchmarks.cpu_limits._SIZES = (64,)
+benchmarks.cpu_limits._COPY_BYTES = 1 << 20
+
+if "SLOWER" in os.environ:
+    infer = OnnxRuntimeRunner._infer
+
+    def slower(self, batch):
+        start = time.perf_counter()
+        found = infer(self, batch)
+        time.sleep(float(os.environ["SLOWER"]) * (time.perf_counter() - start))
+        return found
+
+    OnnxRuntimeRunner._infer = slower

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 from rich.table import Table
 
+from serving.bulk_command import bulk
 from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.commands import Json, log, out, run, steps
@@ -28,9 +29,12 @@ from serving.options import (
     embedder_of,
     picture_files,
 )
+from serving.rank_command import app as rank_app
 from serving.repository import assemble as assemble_repository
 from serving.repository import assembled_backend, assembled_latencies
+from serving.search_command import app as search_app
 from serving.triton import TritonServer, attach
+from serving.zero_shot_command import classify
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -182,38 +186,7 @@ def embed(
         out.print(f"wrote {output}")
 
 
-@app.command()
-def classify(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
-    label: Annotated[list[str], typer.Option(help="A label; repeat for each.")],
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help="What labels are put into, with a {}; default: the checkpoint's own."),
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Labels shown a picture.")] = 3,
-    url: Url = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
-    as_json: Json = False,
-) -> None:
-    """Zero-shot classification: the probability of each label for each picture."""
-    files = picture_files(pictures)
-    with embedder_of(url, bundle, runner) as embedder:
-        scores = embedder.classify(files, label, template)
-    if as_json:
-        rows = [
-            {"picture": str(file), "probabilities": dict(zip(label, row.tolist(), strict=True))}
-            for file, row in zip(files, scores, strict=True)
-        ]
-        print(json.dumps(rows))
-        return
-    table = Table(title="Zero-shot classification")
-    for column in ("picture", "label", "probability"):
-        table.add_column(column, overflow="fold")
-    for file, row in zip(files, scores, strict=True):
-        for rank, index in enumerate(np.argsort(-row)[:top]):
-            table.add_row("" if rank else str(file), label[index], f"{row[index]:.1%}")
-    out.print(table)
+app.command()(classify)
 
 
 @app.command()
@@ -259,6 +232,11 @@ def _save(path: Path, embeddings: NDArray[np.float32], names: list[str]) -> None
     np.savez(temporary, embeddings=embeddings, names=np.array(names))
     temporary.replace(path)
 
+
+app.command()(bulk)
+
+app.add_typer(rank_app)
+app.add_typer(search_app, name="search")
 
 if __name__ == "__main__":
     run(app)

@@ -2,7 +2,7 @@
 
     with ClipClient("grpc://localhost:8001") as client:
         client.embed_images(["cat.jpg", "dog.jpg"])          # float32 [2, dim]
-        client.classify(["cat.jpg"], ["a cat", "a dog"])     # float32 [1, 2]
+        client.classify(["cat.jpg"], ["cat", "dog"])         # float32 [1, 2]
 
 Does not know: how the server is run (`triton.py`), or what it runs.
 """
@@ -19,21 +19,20 @@ from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from serving.embedder import Floats, ModelIdentity
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
 from serving.preprocess import Picture, read_picture
 from serving.triton import attach
-from serving.zero_shot import classify
+from serving.zero_shot import LabelSet
 
 T = TypeVar("T")
-Floats = NDArray[np.float32]
 
 
 class ClipClient:
-    """Calls the ensembles `clip_image` and `clip_text`; use it in a `with` statement.
+    """Calls `clip_image`, `clip_text` and `clip_zero_shot`; use it in a `with` statement.
 
     Inputs are cut into requests of `batch_size`, of which up to `in_flight` are under way at a
     time, so that the server decodes some while it runs others. Safe to share between threads.
@@ -62,10 +61,16 @@ class ClipClient:
             self.logit_scale = float(facts["logit_scale"])
             self.templates: tuple[str, ...] = tuple(json.loads(facts["templates"]))
             self.facts: dict[str, str] = facts
+            self.identity = ModelIdentity(
+                name=facts["model"],
+                weights_sha256=facts["weights_sha256"],
+                embed_dim=int(facts["embed_dim"]),
+            )
         except KeyError as error:
             self.close()
             raise ServerError(
-                f"{url} serves a clip_image without {error}; it was not assembled by this project"
+                f"{url} serves a clip_image without {error}; it was not assembled by this version "
+                "of the project, assemble its repository again"
             ) from error
         except BaseException:
             self.close()
@@ -126,8 +131,41 @@ class ClipClient:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> Floats:
-        """Probability of each label for each picture, float32 [n, labels]; rows sum to 1."""
-        return classify(self, images, labels, templates)
+        """Probability of each label for each picture, by the server's `clip_zero_shot`.
+
+        The server embeds a set of labels once and keeps it: the first call with many labels and
+        templates takes time (the client's `timeout` covers it), later ones what their pictures do.
+
+        Args:
+            images: as for `embed_images`.
+            labels: that differ.
+            templates: what labels are put into; default: the checkpoint's own.
+
+        Returns:
+            float32 [n, labels]; rows sum to 1.
+
+        Raises:
+            ImageError: a picture cannot be used; the message says which and why.
+            TextError: labels or templates cannot be used; the message says which and why.
+            ServerError: the server has no `clip_zero_shot`, did not answer in time, or failed.
+        """
+        LabelSet.of(labels, self.templates if templates is None else templates)
+        given = [self._strings("LABELS", _encoded("labels", labels))]
+        if templates is not None:
+            given.append(self._strings("TEMPLATES", _encoded("templates", templates)))
+
+        def infer(data: list[bytes]) -> Floats:
+            tensors = [self._strings("IMAGE", data), *given]
+            try:
+                scores: Floats = self._infer("clip_zero_shot", tensors, "PROBABILITIES", {})
+            except InputError as error:
+                if str(error).startswith("images"):
+                    raise
+                raise TextError(str(error)) from error
+            return scores
+
+        names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
+        return self._embed("images", images, encode_picture, infer, ImageError, names)
 
     def _embed(
         self,
@@ -150,6 +188,8 @@ class ClipClient:
                     raise refusal(relocated(str(error), kind, index, names)) from error
             try:
                 return infer(data)
+            except TextError:  # about labels, which are the same in every request
+                raise
             except InputError as error:
                 raise refusal(relocated(str(error), kind, start, names)) from error
 
@@ -171,7 +211,7 @@ class ClipClient:
         ids = self._infer_bytes("text_tokenize", "text", "input_ids", data, {"truncate": True})
         tensor = self._protocol.InferInput("input_ids", ids.shape, "INT32")
         tensor.set_data_from_numpy(ids)
-        embeddings: Floats = self._infer("text_tower", tensor, "text_embeds", {})
+        embeddings: Floats = self._infer("text_tower", [tensor], "text_embeds", {})
         return embeddings
 
     def _infer_bytes(
@@ -182,15 +222,21 @@ class ClipClient:
         data: list[bytes],
         parameters: dict[str, Any] | None = None,
     ) -> Any:
-        tensor = self._protocol.InferInput(source, [len(data), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(-1, 1))
-        return self._infer(model, tensor, target, parameters or {})
+        return self._infer(model, [self._strings(source, data, 1)], target, parameters or {})
 
-    def _infer(self, model: str, tensor: Any, target: str, parameters: dict[str, Any]) -> Any:
+    def _strings(self, name: str, data: list[bytes], *rest: int) -> Any:
+        """An input of shape [len(data), *rest]."""
+        tensor = self._protocol.InferInput(name, [len(data), *rest], "BYTES")
+        tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(len(data), *rest))
+        return tensor
+
+    def _infer(
+        self, model: str, tensors: list[Any], target: str, parameters: dict[str, Any]
+    ) -> Any:
         options: dict[str, Any] = {"timeout": int(self._timeout * 1e6), "parameters": parameters}
         if self._scheme == "grpc":
             options["client_timeout"] = self._timeout
-        result = self._call(lambda connection: connection.infer(model, [tensor], **options))
+        result = self._call(lambda connection: connection.infer(model, tensors, **options))
         return result.as_numpy(target)
 
     def _call(self, action: Callable[[Any], Any]) -> Any:
@@ -211,6 +257,11 @@ class ClipClient:
             return InputError(reason)
         if status in ("499", "StatusCode.DEADLINE_EXCEEDED"):
             return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
+        if unknown := re.search(r"unknown model: '(\w+)'", reason):
+            return ServerError(
+                f"{self._url} serves no model {unknown[1]}; assemble its repository again with "
+                "`python -m serving assemble`"
+            )
         return ServerError(f"{self._url} refused the request ({status}): {reason}")
 
     def _connection(self) -> Any:
@@ -262,6 +313,16 @@ def encode_picture(picture: Picture) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _encoded(kind: str, texts: Sequence[str]) -> list[bytes]:
+    data = []
+    for index, text in enumerate(texts):
+        try:
+            data.append(_encode_text(text))
+        except TextError as error:
+            raise TextError(f"{kind}[{index}] {error}") from error
+    return data
 
 
 def _encode_text(text: str) -> bytes:

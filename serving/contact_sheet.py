@@ -1,5 +1,6 @@
 """Pictures in rows with words under them, as one PNG: for people, who would rather look."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A heading and the pictures under it."""
+    """A heading, "" for none, and the pictures under it."""
 
     heading: str
     cells: Sequence[Cell]
@@ -33,11 +34,12 @@ class Row:
 def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
     """Draw `rows` and write them to `path` as PNG, under a temporary name first."""
     columns = max(len(row.cells) for row in rows)
+    words = max(_length(title, 20), *(_length(row.heading, 16) for row in rows))
     height = _CELL + 2 * _LINE + _GAP
     sheet = Image.new(
         "RGB",
         (
-            columns * (_CELL + _GAP) + _GAP,
+            max(columns * (_CELL + _GAP), words + _GAP) + _GAP,
             3 * _LINE + _GAP + len(rows) * (height + 2 * _LINE + _GAP),
         ),
         "white",
@@ -47,7 +49,7 @@ def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
     top = 3 * _LINE
     for row in rows:
         draw.text((_GAP, top), row.heading, _INK, ImageFont.load_default(16))
-        top += 2 * _LINE - 6
+        top += 2 * _LINE - 6 if row.heading else 0
         for column, cell in enumerate(row.cells):
             _draw_cell(sheet, draw, cell, (_GAP + column * (_CELL + _GAP), top))
         top += height + _GAP
@@ -66,6 +68,11 @@ def _draw_cell(
     left, top = at[0], at[1] + _CELL + 3
     draw.text((left, top), _fit(cell.title, 13), colour, ImageFont.load_default(13))
     draw.text((left, top + _LINE), _fit(cell.subtitle, 12), _FAINT, ImageFont.load_default(12))
+
+
+def _length(text: str, size: int) -> int:
+    """Of a line, in pixels."""
+    return math.ceil(ImageFont.load_default(size).getlength(text))
 
 
 def _fit(text: str, size: int) -> str:

@@ -21,7 +21,7 @@ from serving.folders import find_pictures, read_captions
 from serving.repository import assemble
 from serving.search import nearest
 from serving.triton import TritonServer
-from serving.zero_shot import classify, embed_labels, probabilities
+from serving.zero_shot import ZeroShotClassifier
 
 _CHUNK = 32
 
@@ -87,13 +87,13 @@ def demo(
         log.print(f"Triton serves {repository} at {server.http_url} and {server.grpc_url}")
         sample = [p for p in pictures if captions.get(p.name) in labels][:shown] or pictures[:shown]
         with ClipClient(server.http_url) as client:
-            over_http = classify(client, sample, labels)
+            over_http = client.classify(sample, labels)
         with ClipClient(server.grpc_url) as client:
-            over_grpc = classify(client, sample, labels)
+            over_grpc = client.classify(sample, labels)
             start = time.monotonic()
             embeddings = _embed(client, pictures)
             embed_per_s = len(pictures) / (time.monotonic() - start)
-            scores = probabilities(embeddings, embed_labels(client, labels), client.logit_scale)
+            scores = ZeroShotClassifier(client, labels).classify_embeddings(embeddings)
             order, cosines = nearest(client.embed_texts(queries), embeddings, shown)
     outcome = Outcome(
         pictures=len(pictures),

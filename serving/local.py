@@ -1,7 +1,7 @@
 """The client's calls in this process, without a server."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.bundle import Bundle, Tower
-from serving.errors import ImageError, TextError, relocated
+from serving.embedder import ModelIdentity
+from serving.errors import ImageError, relocated
 from serving.preprocess import Picture, preprocess
 from serving.runners.base import Embeddings, open_runner
 from serving.selection import passed, time_runners
-from serving.tokenizer import Tokenizer
-from serving.zero_shot import classify
+from serving.tokenizer import Tokenizer, batches_by_length
+from serving.zero_shot import ZeroShotClassifier
 
 
 class LocalClip:
@@ -60,6 +61,16 @@ class LocalClip:
         return time_runners(self._bundle, tower, passed(self._bundle, tower))[0].runner
 
     @property
+    def identity(self) -> ModelIdentity:
+        """Whose embeddings these are."""
+        manifest = self._bundle.manifest
+        return ModelIdentity(
+            name=manifest.name,
+            weights_sha256=manifest.provenance.weights_sha256,
+            embed_dim=manifest.embed_dim,
+        )
+
+    @property
     def logit_scale(self) -> float:
         """What cosines are multiplied with before a softmax."""
         return self._bundle.manifest.logit_scale
@@ -84,34 +95,31 @@ class LocalClip:
             except ImageError as error:
                 raise ImageError(relocated(str(error), "images", index, names)) from error
 
-        def embed(start: int, stop: int) -> Embeddings:
-            return self._images.run(np.stack([pixels(index) for index in range(start, stop)]))
-
-        return self._in_batches(len(images), embed)
+        out = self._empty(len(images))
+        for start in range(0, len(images), self._batch_size):
+            stop = min(start + self._batch_size, len(images))
+            batch = np.stack([pixels(index) for index in range(start, stop)])
+            out[start:stop] = self._images.run(batch)
+        return out
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
-        """Texts -> float32 [n, dim].
+        """Texts, in any number -> float32 [n, dim].
 
         Raises:
             TextError: one of them cannot be used, or is too long and `truncate` is not set.
         """
-
-        def embed(start: int, stop: int) -> Embeddings:
-            try:
-                ids = self._tokenizer(texts[start:stop], truncate=truncate)
-            except TextError as error:
-                names = [""] * len(texts)
-                raise TextError(relocated(str(error), "texts", start, names)) from error
-            return self._texts.run(ids)
-
-        return self._in_batches(len(texts), embed)
-
-    def _in_batches(self, count: int, embed: Callable[[int, int], Embeddings]) -> Embeddings:
-        out = np.empty((count, self._bundle.manifest.embed_dim), np.float32)
-        for start in range(0, count, self._batch_size):
-            stop = min(start + self._batch_size, count)
-            out[start:stop] = embed(start, stop)
+        rows = self._tokenizer.encode(texts, truncate=truncate) if len(texts) else []
+        out = self._empty(len(rows))
+        for batch in batches_by_length(rows, self._batch_size):
+            length = len(rows[batch[-1]])
+            # TensorRT prepares every shape that it meets, the others take any length as it comes.
+            if "tensorrt" in self._texts.name:
+                length = self._tokenizer.bucket(length)
+            out[batch] = self._texts.run(self._tokenizer.padded([rows[i] for i in batch], length))
         return out
+
+    def _empty(self, count: int) -> Embeddings:
+        return np.empty((count, self._bundle.manifest.embed_dim), np.float32)
 
     def classify(
         self,
@@ -119,5 +127,11 @@ class LocalClip:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> NDArray[np.float32]:
-        """Probability of each label for each picture, float32 [n, labels]."""
-        return classify(self, images, labels, templates)
+        """Probability of each label for each picture, float32 [n, labels].
+
+        The labels are embedded anew; `ZeroShotClassifier` keeps them.
+
+        Raises:
+            ImageError, TextError: one of them cannot be used; the message says which.
+        """
+        return ZeroShotClassifier(self, labels, templates).classify(images)

@@ -31,6 +31,7 @@ ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
 
 SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
+_WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
 
 
@@ -109,8 +110,8 @@ def _assemble(
             if source.name in _TOWERS:
                 tower = _TOWERS[source.name]
                 _add_tower(bundle, artifacts[tower], chosen[tower], config, version)
-            elif source.name in ("image_preprocess", "text_tokenize"):
-                files = [bundle.tokenizer] if source.name == "text_tokenize" else []
+            elif source.name in ("image_preprocess", *_WITH_TOKENIZER):
+                files = [bundle.tokenizer] if source.name in _WITH_TOKENIZER else []
                 _add_python_model(bundle, source.name, version, files)
             (work / source.name / "config.pbtxt").write_text(text_format.MessageToString(config))
     return target
@@ -164,7 +165,10 @@ def model_config(
     """The committed configuration of model `name`, with the facts of a bundle and a backend."""
     text = (SOURCE / name / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    config.max_batch_size = max_batch_size
+    if name == "clip_zero_shot":  # which cuts what it is given into batches by itself
+        config.parameters["chunk"].string_value = str(max_batch_size)
+    else:
+        config.max_batch_size = max_batch_size
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":
         _set_facts(config, manifest)
@@ -232,6 +236,8 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
         "model": manifest.name,
         "architecture": manifest.architecture,
         "weights": manifest.provenance.weights,
+        "weights_sha256": manifest.provenance.weights_sha256,
+        "embed_dim": str(manifest.embed_dim),
         "logit_scale": repr(manifest.logit_scale),
         "templates": json.dumps(manifest.templates),
         "context_length": str(manifest.text.context_length),

@@ -10,7 +10,7 @@ a literal `<|endoftext|>` is text like any other.
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ftfy
@@ -35,7 +35,9 @@ def clean(text: str) -> str:
 
     Source: `basic_clean`, `whitespace_clean` and `encode` in `clip/simple_tokenizer.py`.
     """
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # ftfy leaves printable ASCII as it is, an HTML entity apart, and takes most of the time.
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _WHITESPACE.sub(" ", text.strip()).strip().lower()
 
 
@@ -67,6 +69,15 @@ class Tokenizer:
             smallest of `spec.buckets` that holds the longest text.
 
         Raises:
+            TextError: see `encode`.
+        """
+        rows = self.encode(texts, truncate=truncate)
+        return self.padded(rows, self.bucket(max(map(len, rows))))
+
+    def encode(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Tokenizes texts without padding them: start, the text, end.
+
+        Raises:
             TextError: a text is empty, too long, not a `str`, or has a character that cannot be
                 tokenized; of several texts, the message names the index.
         """
@@ -76,12 +87,17 @@ class Tokenizer:
             raise TextError("expected at least one text, got none")
         cleaned = [_checked(text, _name(texts, index)) for index, text in enumerate(texts)]
         encodings = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
-        rows = [
+        return [
             self._row(encoding.ids, cleaned[index], _name(texts, index), truncate)
             for index, encoding in enumerate(encodings)
         ]
-        longest = max(map(len, rows))
-        length = next(bucket for bucket in self._spec.buckets if bucket >= longest)
+
+    def bucket(self, length: int) -> int:
+        """The smallest of the buckets that holds `length` tokens."""
+        return next(bucket for bucket in self._spec.buckets if bucket >= length)
+
+    def padded(self, rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int32]:
+        """Rows of `encode`, none longer than `length` -> int32 [len(rows), length]."""
         ids = np.full((len(rows), length), self._spec.pad_id, np.int32)
         for padded, row in zip(ids, rows, strict=True):
             padded[: len(row)] = row
@@ -119,6 +135,16 @@ class Tokenizer:
             f"{name} has characters outside this model's vocabulary: {listed}; "
             f"leave them out of {_excerpt(text)}"
         )
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of up to `size`, shortest rows first.
+
+    A tower's time is proportional to the padded length, so batches of like length waste least.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def _load(path: Path, spec: TextSpec) -> tokenizers.Tokenizer:

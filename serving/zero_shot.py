@@ -1,76 +1,323 @@
 """Zero-shot classification: which of these labels, put into words, fits a picture best?
 
-After Radford et al. 2021, 3.1.4: each label is put into every template, the embeddings are averaged
-and brought back to unit length, and the softmax runs over cosines times the checkpoint's scale.
+    classifier = ZeroShotClassifier(embedder, ["cat", "dog"], TEMPLATES["openai-7"])
+    classifier.classify(["cat.jpg"])          # float32 [1, 2]
+    classifier.save("pets.npz")               # the labels' embeddings, for the next process
+
+After Radford et al. 2021, 3.1.4: each label is put into every template, the embeddings, of unit
+length, are averaged and brought back to unit length, and the softmax runs over cosines times the
+checkpoint's scale.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import io
+import itertools
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from serving.errors import TextError
+from serving.embedder import Embedder, Floats, ModelIdentity
+from serving.errors import ImageError, InputError, TextError
+from serving.files import write_bytes
+from serving.folders import read_lines
 from serving.preprocess import Picture
 
-Floats = NDArray[np.float32]
+TEMPLATES = {
+    "plain": ("a photo of a {}.",),
+    "openai-7": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+"""Prompts by name. `openai-7`: the seven that served best on ImageNet, from the notebook
+`Prompt_Engineering_for_ImageNet.ipynb` of openai/CLIP."""
+
+FORMAT = 1
+"""Of a saved classifier; a reader refuses any other."""
+
+_GROUP = 8192  # texts embedded at a time: what their embeddings take stays small
+
+Progress = Callable[[int, int], None]
+"""Told how many texts are embedded, of how many."""
 
 
-class Embedder(Protocol):
-    """What turns pictures and texts into embeddings: `ClipClient` or `LocalClip`."""
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """Labels and the templates they are put into; text i is label i // t in template i % t.
 
-    @property
-    def logit_scale(self) -> float:
-        """What cosines are multiplied with."""
+    Raises:
+        TextError: no labels, an empty one, the same one twice, no templates, or one without `{}`.
+    """
 
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """The checkpoint's own prompts, each with one `{}`."""
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
 
-    def embed_images(self, images: Sequence[Picture]) -> Floats:
-        """float32 [n, dim], unit length."""
+    def __post_init__(self) -> None:
+        for text in (*self.labels, *self.templates):
+            if not isinstance(text, str):
+                raise TextError(f"expected labels and templates to be str, got {text!r}")
+        if not self.labels:
+            raise TextError("no labels to choose from; give at least one")
+        if not self.templates:
+            raise TextError("no templates to put labels into; give at least one, such as '{}'")
+        seen: set[str] = set()
+        for index, label in enumerate(self.labels):
+            if not label.strip():
+                raise TextError(f"labels[{index}] is empty or only whitespace: {label!r}")
+            if label in seen:
+                raise TextError(f"label {label!r} is given more than once; labels must differ")
+            seen.add(label)
+        for template in self.templates:
+            if "{}" not in template:
+                raise TextError(f"template {template!r} has no {{}} for the label to go")
 
-    def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
-        """float32 [n, dim], unit length."""
+    @classmethod
+    def of(cls, labels: Sequence[str], templates: Sequence[str]) -> Self:
+        """Of any sequences, but not of one str, which is a sequence too."""
+        if isinstance(labels, str) or isinstance(templates, str):
+            raise TextError("expected lists of labels and of templates, got one str; pass [str]")
+        return cls(tuple(labels), tuple(templates))
+
+    def __len__(self) -> int:
+        """Texts."""
+        return len(self.labels) * len(self.templates)
+
+    def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Texts `start` to `stop` (default: all)."""
+        count = len(self.templates)
+        return [
+            self.templates[index % count].replace("{}", self.labels[index // count])
+            for index in range(start, len(self) if stop is None else min(stop, len(self)))
+        ]
+
+    def blamed(self, error: TextError, start: int = 0) -> TextError:
+        """The error of one of `texts(start, ...)`, which names the label and the template."""
+        found = re.match(r"texts\[(\d+)\]:? ?|the text ", message := str(error))
+        index = start + (int(found[1]) if found and found[1] else 0)
+        label, template = divmod(index, len(self.templates))
+        rest = message[found.end() :] if found else message
+        return TextError(
+            f"labels[{label}], put into the template {self.templates[template]!r}: {rest}"
+        )
 
 
 def embed_labels(
-    embedder: Embedder, labels: Sequence[str], templates: Sequence[str] | None = None
+    embedder: Embedder,
+    labels: Sequence[str],
+    templates: Sequence[str] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Floats:
     """One embedding a label, float32 [labels, dim], unit length.
 
+    Args:
+        embedder: what embeds the texts.
+        labels: that differ.
+        templates: what labels are put into; default: the checkpoint's own.
+        progress: told now and then how many of the labels x templates texts are done.
+
     Raises:
-        TextError: no labels, the same label twice, or a template without a `{}`.
+        TextError: what `LabelSet` refuses, or a label that is too long; the message says which.
     """
-    prompts = tuple(templates) if templates else embedder.templates
-    if not labels:
-        raise TextError("no labels to choose from; give at least one")
-    if twice := {label for label in labels if labels.count(label) > 1}:
-        raise TextError(f"label {min(twice)!r} is given more than once; labels must differ")
-    for prompt in prompts:
-        if "{}" not in prompt:
-            raise TextError(f"template {prompt!r} has no {{}} for the label to go")
-    texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
-    embeddings = embedder.embed_texts(texts).reshape(len(labels), len(prompts), -1)
-    mean = embeddings.mean(axis=1)
-    unit: Floats = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    return unit
+    wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
+    step = max(1, _GROUP // len(wanted.templates)) * len(wanted.templates)
+    parts = []
+    for start in range(0, len(wanted), step):
+        if progress is not None:
+            progress(start, len(wanted))
+        try:
+            embeddings = embedder.embed_texts(wanted.texts(start, start + step))
+        except TextError as error:
+            raise wanted.blamed(error, start) from error
+        parts.append(embeddings.reshape(-1, len(wanted.templates), embeddings.shape[1]).mean(1))
+    return unit_length(np.concatenate(parts))
+
+
+def unit_length(rows: Floats) -> Floats:
+    """Rows of length 1."""
+    result: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return result
+
+
+def softmax(logits: Floats) -> Floats:
+    """Over the last axis."""
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Floats = exponents / exponents.sum(axis=-1, keepdims=True)
+    return result
 
 
 def probabilities(images: Floats, labels: Floats, logit_scale: float) -> Floats:
     """Softmax over labels of scaled cosines: [n, dim], [labels, dim] -> float32 [n, labels]."""
-    logits = logit_scale * (images @ labels.T)
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    result: Floats = exponents / exponents.sum(axis=1, keepdims=True)
-    return result
+    return softmax(np.float32(logit_scale) * (images @ labels.T))
 
 
-def classify(
-    embedder: Embedder,
-    images: Sequence[Picture],
-    labels: Sequence[str],
-    templates: Sequence[str] | None = None,
-) -> Floats:
-    """Probability of each label for each picture, float32 [n, labels]; rows sum to 1."""
-    label_embeddings = embed_labels(embedder, labels, templates)
-    return probabilities(embedder.embed_images(images), label_embeddings, embedder.logit_scale)
+class ZeroShotClassifier:
+    """A set of labels, embedded once; every picture then costs one pass of the image tower.
+
+    Args:
+        embedder: what embeds labels and pictures.
+        labels: that differ.
+        templates: what labels are put into; default: the checkpoint's own.
+        progress: told how many of the texts are embedded.
+
+    Raises:
+        TextError: see `embed_labels`.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        self._embedder = embedder
+        self.embeddings = embed_labels(embedder, labels, templates, progress=progress)
+        """float32 [labels, dim], unit length."""
+        self.labels = tuple(labels)
+        self.templates = tuple(embedder.templates if templates is None else templates)
+
+    def classify(self, images: Sequence[Picture]) -> Floats:
+        """Probability of each label for each picture, float32 [n, labels]; rows sum to 1.
+
+        Raises:
+            ImageError: a picture cannot be used; the message says which and why.
+        """
+        return self.classify_embeddings(self._embedder.embed_images(images))
+
+    def classify_embeddings(self, images: Floats) -> Floats:
+        """The same of pictures that are embedded already, float32 [n, dim]."""
+        return probabilities(images, self.embeddings, self._embedder.logit_scale)
+
+    def batches(self, images: Iterable[Picture], size: int = 64) -> Iterator[Floats]:
+        """`classify`, `size` pictures at a time, of any number of pictures.
+
+        Raises:
+            ImageError: as `classify`.
+        """
+        return in_batches(self.classify, images, size)
+
+    def top_k(self, images: Sequence[Picture], k: int) -> list[list[tuple[str, float]]]:
+        """The `k` best labels of each picture and their probabilities, best first.
+
+        Of equals the earlier label comes first; k over the number of labels gives all of them.
+
+        Raises:
+            InputError: k < 1.
+        """
+        if k < 1:
+            raise InputError(
+                f"expected k, the number of labels a picture, to be 1 or more; got {k}"
+            )
+        scores = self.classify(images)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return [
+            [(self.labels[index], float(row[index])) for index in best]
+            for row, best in zip(scores, order, strict=True)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write the labels' embeddings and whose they are to `path`, a NumPy .npz."""
+        facts = {
+            "format": FORMAT,
+            "labels": self.labels,
+            "templates": self.templates,
+            "model": asdict(self._embedder.identity),
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, embeddings=self.embeddings, facts=np.array(json.dumps(facts)))
+        write_bytes(Path(path), buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path, embedder: Embedder) -> Self:
+        """What `save` wrote; the labels are not embedded again.
+
+        Raises:
+            InputError: there is no such file, it is damaged, or it belongs to another model than
+                `embedder`.
+        """
+        labels, templates, saved, embeddings = _read(Path(path))
+        if not saved.fits(embedder.identity):
+            raise InputError(
+                f"{path} holds labels embedded by {saved}, the pictures would be embedded by "
+                f"{embedder.identity}; embed the labels again with this model"
+            )
+        loaded = cls.__new__(cls)
+        loaded._embedder = embedder
+        loaded.labels, loaded.templates = labels, templates
+        loaded.embeddings = embeddings
+        return loaded
+
+
+def in_batches(
+    classify: Callable[[Sequence[Picture]], Floats], images: Iterable[Picture], size: int
+) -> Iterator[Floats]:
+    """What `classify` says of `images`, `size` at a time; an error counts them all."""
+    source, start = iter(images), 0
+    while batch := list(itertools.islice(source, size)):
+        try:
+            yield classify(batch)
+        except ImageError as error:
+            if start == 0:
+                raise
+            place = re.match(r"images\[(\d+)\]", message := str(error))
+            index, rest = (int(place[1]), message[place.end() :]) if place else (0, f": {message}")
+            raise ImageError(f"images[{start + index}]{rest}") from error
+        start += len(batch)
+
+
+def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, Floats]:
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            facts, embeddings = json.loads(str(file["facts"])), file["embeddings"]
+        if facts["format"] != FORMAT:
+            raise InputError(
+                f"{path} is of format {facts['format']!r}, this version reads {FORMAT}; save the "
+                "classifier again"
+            )
+        model = ModelIdentity(**facts["model"])
+        expected = (len(facts["labels"]), model.embed_dim)
+        if embeddings.dtype != np.float32 or embeddings.shape != expected:
+            raise ValueError(f"embeddings {embeddings.dtype} {list(embeddings.shape)}")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; expected what save() wrote") from error
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} is not a saved classifier, or is damaged ({error}); save it again"
+        ) from error
+    return tuple(facts["labels"]), tuple(facts["templates"]), model, embeddings
+
+
+def read_templates(source: str) -> tuple[str, ...]:
+    """Templates by name, see `TEMPLATES`, or from a UTF-8 file with one a line.
+
+    Raises:
+        InputError: there is neither such a name nor such a file, or the file is empty.
+        TextError: it is not UTF-8.
+    """
+    if source in TEMPLATES:
+        return TEMPLATES[source]
+    if not Path(source).is_file():
+        raise InputError(
+            f"{source} is neither a file with a template a line nor one of the built-in sets: "
+            f"{', '.join(TEMPLATES)}"
+        )
+    found = tuple(read_lines(Path(source)))
+    if not found:
+        raise InputError(
+            f"{source} has no templates; expected one a line, such as 'a photo of {{}}'"
+        )
+    return found

@@ -25,6 +25,7 @@ from serving.runners import tensor_rt
 MODELS = {
     "clip_image",
     "clip_text",
+    "clip_zero_shot",
     "image_preprocess",
     "image_tower",
     "text_tokenize",
@@ -62,7 +63,7 @@ def test_every_committed_configuration_is_complete():
     for name in MODELS:
         config = read(SOURCE / name / "config.pbtxt")
         assert config.name == name
-        assert config.max_batch_size > 0
+        assert (config.max_batch_size > 0) == (name != "clip_zero_shot")  # which batches by itself
         assert config.backend or config.platform
         assert config.input[0].dims
         assert config.output[0].dims
@@ -74,7 +75,12 @@ def test_assembled_facts(tiny_bundle, tmp_path):
     )
     configs = {path.parent.name: read(path) for path in target.glob("*/config.pbtxt")}
     assert configs.keys() == MODELS
-    assert all(config.max_batch_size == 16 for config in configs.values())
+    zero_shot = configs["clip_zero_shot"]
+    assert zero_shot.max_batch_size == 0
+    assert zero_shot.parameters["chunk"].string_value == "16"
+    assert int(zero_shot.parameters["cache_bytes"].string_value) == 64 << 20
+    assert int(zero_shot.parameters["max_texts"].string_value) >= 1000 * 80
+    assert {c.max_batch_size for c in configs.values() if c is not zero_shot} == {16}
     assert list(configs["image_preprocess"].output[0].dims) == [3, 32, 32]
     assert list(configs["image_tower"].input[0].dims) == [3, 32, 32]
     assert list(configs["clip_image"].output[0].dims) == [32]
@@ -87,11 +93,16 @@ def test_assembled_facts(tiny_bundle, tmp_path):
         tiny_bundle.manifest.logit_scale
     )
     assert json.loads(parameters["templates"].string_value) == list(tiny_bundle.manifest.templates)
+    assert parameters["weights_sha256"].string_value == (
+        tiny_bundle.manifest.provenance.weights_sha256
+    )
+    assert parameters["embed_dim"].string_value == "32"
     # A tower carries its graph, the tokenizer its file, and neither carries the other's.
     names = {p.name for p in (target / "text_tower" / "1" / "bundle").iterdir()}
     assert names == {"manifest.json", "text.fp32.onnx"}
-    names = {p.name for p in (target / "text_tokenize" / "1" / "bundle").iterdir()}
-    assert names == {"manifest.json", "tokenizer.json"}
+    for name in ("text_tokenize", "clip_zero_shot"):
+        names = {p.name for p in (target / name / "1" / "bundle").iterdir()}
+        assert names == {"manifest.json", "tokenizer.json"}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

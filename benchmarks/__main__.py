@@ -47,6 +47,7 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """Time runners, peers, stages and loading in turns with eager float32, by pytest-benchmark."""
+    Bundle.open(bundle)
     folder = Path(__file__).parent
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -57,11 +58,11 @@ def latency(
     command += [f"--runners={pattern}" for pattern in runner or []]
     command += [f"--budget={budget}"] if budget is not None else []
     done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parent, check=False)
-    if done.returncode:
+    if not temporary.exists() or not temporary.stat().st_size:
         temporary.unlink(missing_ok=True)
         raise RunnerError(
-            f"the benchmarks ended with {done.returncode}; what failed is named above, and "
-            f"{output} was not touched"
+            f"nothing was measured (pytest ended with {done.returncode}); what failed is named "
+            f"above, and {output} was not touched"
         )
     temporary.replace(output)
     from benchmarks.results import Latency
@@ -71,8 +72,10 @@ def latency(
     found = Latency(output)
     if as_json:
         print(json.dumps(found.document))
-        return
-    out.print(summary(found))
+    else:
+        out.print(summary(found))
+    if done.returncode:
+        raise RunnerError(f"not all could be measured: see above; {output} holds the rest")
 
 
 @app.command()

@@ -12,8 +12,10 @@ whose worker died is embedded again by another.
 `embedding` float32 [dim] of unit length, `status` "ok" or "error", `error` string.
 """
 
+import functools
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serving.bulk_plan import (
@@ -25,7 +27,14 @@ from serving.bulk_plan import (
     shard_size_for,
     source_changed,
 )
-from serving.bulk_ray import Resources, chosen_runner, connected, crew_of, embed_shards
+from serving.bulk_ray import (
+    Resources,
+    chosen_runner,
+    connected,
+    crew_of,
+    embed_shards,
+    run_on_cluster,
+)
 from serving.bulk_sources import find_source
 from serving.bulk_worker import Job
 from serving.bundle import Bundle
@@ -81,6 +90,7 @@ def bulk_embed(
     """Embed all pictures of `source` into Parquet shards in `out`, or go on with that.
 
     On a cluster, every node needs this package, and `source`, `out` and `bundle` at the same paths.
+    By `ray://` all of it happens on the cluster: this machine needs none of them.
 
     Args:
         source: a folder, a file, or a pattern (`serving.bulk_sources.find_source`).
@@ -100,12 +110,26 @@ def bulk_embed(
         RunnerError: a worker cannot run it, or died again and again.
         ServerError: no Ray cluster at the address.
     """
+    resources = resources or Resources()
+    if resources.address and resources.address.startswith("ray://"):
+        there = functools.partial(
+            bulk_embed,
+            os.path.abspath(source),  # noqa: PTH100  a pattern is no path
+            out.absolute(),
+            bundle.absolute(),
+            runner=runner,
+            resources=replace(resources, address="auto"),
+            shard_size=shard_size,
+            batch_size=batch_size,
+            image_column=image_column,
+            path_column=path_column,
+        )
+        return run_on_cluster(resources.address, there, progress)
     opened = Bundle.open(bundle.absolute())
     found, rows = find_source(source, image_column, path_column)
     out = out.absolute()
     if found.recursive and out.is_relative_to(found.root):
         raise InputError(f"--out {out} is inside of SOURCE, {found.root}; give a folder outside")
-    resources = resources or Resources()
     if runner != "auto":
         _check_runner(opened, runner, here=resources.address is None)
     started = time.time()

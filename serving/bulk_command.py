@@ -98,10 +98,14 @@ def _show(outcome: "Outcome") -> None:
         "rows": f"{outcome.rows:,}",
         "errors": f"{outcome.errors:,}",
         "shards": f"{outcome.shards:,}, {outcome.skipped_shards:,} of them from before",
-        "runner": f"{outcome.runner}, {outcome.workers} x {outcome.threads} threads",
-        "start": f"{outcome.start_s:.1f} s",
-        "embedding": f"{outcome.seconds:.1f} s, {outcome.rows_per_s:.1f} pictures/s",
+        "runner": outcome.runner,
     }
+    if outcome.workers:
+        facts |= {
+            "workers": f"{outcome.workers}, of {outcome.threads} threads",
+            "start": f"{outcome.start_s:.1f} s",
+            "embedding": f"{outcome.seconds:.1f} s, {outcome.rows_per_s:.1f} pictures/s",
+        }
     for key, value in facts.items():
         table.add_row(key, value)
     out.print(table)

@@ -4,15 +4,15 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from serving.bulk_worker import Job, Worker, fastest_runner
 from serving.commands import Steps
-from serving.errors import BundleError, InputError, RunnerError, ServerError
+from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, ServerError
 from serving.machine import cpu_count
 from serving.runners.base import PROVIDERS
 
@@ -20,6 +20,8 @@ _THREADS = 4
 """Of a worker on CPUs: more scale badly within one batch, fewer keep more copies of the model."""
 _OBJECT_STORE = 128 << 20
 """Bytes; only numbers of shards go through it."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +83,39 @@ def connected(address: str | None, progress: Steps) -> Iterator[None]:
         ray.shutdown()
 
 
+def run_on_cluster(address: str, job: Callable[..., Result], progress: Steps) -> Result:
+    """Run `job` as a task of the cluster at `ray://...`; its `progress` is passed on.
+
+    Ray Data does not work through Ray's client (2.60: `'Worker' object has no attribute
+    'core_worker'`); a task of the cluster may use it.
+    """
+    with connected(address, progress):
+        import ray
+        from ray.util.queue import Queue
+
+        told, remote = Queue(actor_options={"num_cpus": 0}), ray.remote(num_cpus=0, max_retries=0)
+        task: Any = remote(_told).remote(job, told)
+        finished: list[Any] = []
+        while not finished:
+            finished, _ = ray.wait([task], timeout=0.5)
+            for step in told.get_nowait_batch(told.qsize()):
+                progress(*step)
+        try:
+            result: Result = ray.get(task)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ClipDeployError):
+                raise error.cause from None
+            raise
+    return result
+
+
+def _told(job: Callable[..., Any], told: Any) -> Any:
+    def tell(step: str, done: int = 0, total: int = 0) -> None:
+        told.put((step, done, total))
+
+    return job(progress=tell)
+
+
 def _knock(address: str) -> None:
     """Refuse at once an address where nobody listens: Ray would try it for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -94,8 +129,8 @@ def _knock(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> ServerError:
     return ServerError(
-        f"no Ray cluster at {address}: {error}; start one by `ray start --head`, or leave "
-        "--address out"
+        f"no Ray cluster at {address}: {error}; start one by `ray start --head`, set RAY_AUTH_MODE="
+        "token where it asks for a token, or leave --address out"
     )
 
 

@@ -191,7 +191,7 @@ def altered(folder, target, factor, spread=0.0):
 def test_a_change_counts_beyond_threshold_and_noise(folder, tmp_path, factor, spread, verdict):
     old = altered(folder, tmp_path / "old.json", 1.0, spread)
     new = altered(folder, tmp_path / "new.json", factor, spread)
-    name = "test_latency[image-onnxruntime:fp32-image 8]"
+    name = "test_latency[image-onnxruntime:fp32-image 4]"
     found = next(c for c in compare(old, new).changes if c.name == name)
     assert found.verdict == verdict
     if spread < 1:
@@ -233,6 +233,10 @@ def test_turns_alternate():
     told = []
     turns = Turns(lambda: told.append("reference"), lambda: told.append("mine"))
     assert turns.rounds(1e-9) == 5
+    turns._turn = 2.0
+    assert turns.rounds(1e-9) == 3
+    assert turns.rounds(20.0) == 10
+    turns._turn = 1e-6
     assert turns.rounds(1e9) == 25
     told.clear()
     turns.setup()

@@ -37,7 +37,7 @@ $(DEMO)/calibration/labels.txt: SEED = 1
 $(DEMO)/pictures/labels.txt: COUNT = 240
 $(DEMO)/pictures/labels.txt: SEED = 2
 
-$(DEMO)/test/labels.txt: COUNT = 1000
+$(DEMO)/test/labels.txt: COUNT = 800
 $(DEMO)/test/labels.txt: SEED = 3
 
 EXPORT_SHAPES = $(BIN)/python -m export assets/shapes-clip --output artifacts/shapes-clip \

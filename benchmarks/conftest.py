@@ -78,7 +78,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
 def budget(request: pytest.FixtureRequest) -> float:
     """Seconds that one runner on one work is timed for, about."""
     given: float | None = request.config.getoption("--budget")
-    return given if given is not None else 15.0 if request.config.getoption("--full") else 3.0
+    return given if given is not None else 15.0 if request.config.getoption("--full") else 2.0
 
 
 @pytest.fixture(scope="session")

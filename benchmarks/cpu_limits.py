@@ -20,14 +20,14 @@ from serving.machine import cpu_count, cpu_info
 
 Call = Callable[[], object]
 
-_SIZES = (512, 1024, 2048)
+_SIZES = (1024, 2048)
 _SLOW_SECONDS = 0.2
 """A product that takes longer is not tried in a larger size."""
 _COPY_BYTES = 256 << 20
 """Many times what caches hold."""
 
 
-def cpu_limits(rounds: int = 5) -> Limits:
+def cpu_limits(rounds: int = 3) -> Limits:
     """Measure this CPU as it is now, with the threads that runners use."""
     torch.set_num_threads(cpu_count())
     rates: dict[str, tuple[float, int, str]] = {}

@@ -1,8 +1,8 @@
 """What `test_latency.py` times: works, and every runner that can do them.
 
 The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
-round runs the reference, then the runner once untimed (for what the reference left behind: its
-weights in the caches, its threads spinning), then the runner timed. Both medians are of the same
+round runs the reference, then the runner. Either is run once untimed before it is timed, for what
+the other left behind: its weights in the caches, its threads spinning. Both medians are of the same
 rounds, and their ratio is what can be compared between runs and machines.
 """
 
@@ -35,7 +35,7 @@ NAMES = (REFERENCE, *TORCH, *CUDA, *PEERS, *RUNNERS)
 _LONG_ONLY = ("compiled*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:fp16")
 """Left to the full matrix: minutes of compilation, and graphs for GPUs on a CPU."""
 
-_SPIN_SECONDS = 0.5
+_SPIN_SECONDS = 0.2
 """A run that takes longer needs no untimed one before it."""
 _SLOW_SECONDS = 1.5
 """A turn that takes longer is repeated less."""
@@ -57,7 +57,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS = (8, 16, 32, 77)
 
 SHORT = (
-    *(Work(tower="image", batch=batch) for batch in (1, 4, 32)),
+    *(Work(tower="image", batch=batch) for batch in (1, 4, 16)),
     *(Work(tower="text", batch=batch, length=16) for batch in (1, 32)),
 )
 FULL = (
@@ -186,29 +186,28 @@ class Turns:
         self.reference_result: Any = None
         self.reference_seconds: list[float] = []
         """Of every round."""
-        self._turn = self._refer()
+        self._reference_alone = self._refer()
         _seconds(call)  # the first: allocation, compilation
         self._alone = _seconds(call)
-        self._turn += self._alone * (2 if self._short else 1)
+        times = (self._reference_alone, self._alone)
+        self._turn = sum(2 * seconds if seconds < _SPIN_SECONDS else seconds for seconds in times)
 
     def rounds(self, budget: float) -> int:
-        """How many fit into `budget` seconds; 25 at most, 5 at least, of slow ones 3."""
+        """How many fit into `budget` seconds; 15 at most, 5 at least, of slow ones 3."""
         least = 3 if self._turn > _SLOW_SECONDS else 5
-        return min(25, max(least, int(budget / self._turn)))
+        return min(15, max(least, int(budget / self._turn)))
 
     def _refer(self) -> float:
         start = time.perf_counter()
         self.reference_result = self._reference()
         return time.perf_counter() - start
 
-    @property
-    def _short(self) -> bool:
-        return self._alone < _SPIN_SECONDS
-
     def setup(self) -> None:
         """The reference timed, and the call untimed."""
+        if self._reference_alone < _SPIN_SECONDS:
+            self._reference()
         self.reference_seconds.append(self._refer())
-        if self._short:
+        if self._alone < _SPIN_SECONDS:
             self._call()
 
 

@@ -119,9 +119,13 @@ def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None
     ends.sort()
     low, high = axis.get_ylim()
     step = (high / low) ** _LINE
-    at = 0.0
-    for value, text, colour in ends:
-        at = max(value, at * step)
+    places = [value for value, _, _ in ends]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] * step)
+    places[-1] = min(places[-1], high)
+    for index in range(len(places) - 2, -1, -1):
+        places[index] = min(places[index], places[index + 1] / step)
+    for at, (value, text, colour) in zip(places, ends, strict=True):
         axis.annotate(
             text,
             (x, value),
@@ -284,6 +288,8 @@ def _accuracy(accuracy: Document) -> Any:
             best = row["top1"]
     axis.plot(*zip(*front, strict=True), color="#3a8f3a", alpha=0.4, linewidth=4, zorder=0)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:.2g}")
     axis.set_xlabel(f"milliseconds a picture, batches of {accuracy['image_batch']}")
     axis.set_ylabel("zero-shot top-1, %")
     axis.set_title(

@@ -144,8 +144,8 @@ def headlines(results: Results) -> Iterator[Headline]:
     if latency is not None:
         for what, tower, batch, length in (
             ("a picture", "image", 1, None),
-            ("32 pictures", "image", 32, None),
-            ("32 texts of 16 tokens, padded to 77 by PyTorch", "text", 32, 16),
+            ("16 pictures", "image", 16, None),
+            ("32 texts of 16 tokens, which PyTorch gets padded to 77", "text", 32, 16),
         ):
             ours = [
                 one
@@ -153,9 +153,7 @@ def headlines(results: Results) -> Iterator[Headline]:
                 if not one.facts["runner"].startswith(_PEERS)
             ]
             if ours:
-                yield _headline(
-                    f"{what}: pixels or ids to embeddings", fastest_first(ours)[0], "eager fp32"
-                )
+                yield _headline(f"tower: {what}", fastest_first(ours)[0], "eager fp32")
         stages = {one.facts["stage"]: one for one in latency.stages}
         if "image: together" in stages:
             one = stages["image: together"]

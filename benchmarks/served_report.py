@@ -68,10 +68,10 @@ class Plan:
             Sweep(
                 model="clip_image",
                 wire="grpc",
-                concurrency=levels or (1, 2, 4, 8, 16),
+                concurrency=levels or (1, 4, 8, 16),
                 rates=(0.8,),
             ),
-            Sweep(model="clip_image", wire="http", concurrency=levels or (1, 8)),
+            Sweep(model="clip_image", wire="http", concurrency=levels or (8,)),
             Sweep(model="clip_text", wire="grpc", concurrency=levels or (1, 4, 16)),
             Sweep(model="clip_text", wire="http", concurrency=levels or (16,)),
         )

@@ -237,10 +237,10 @@ def test_turns_alternate():
     assert turns.rounds(1e-9) == 3
     assert turns.rounds(20.0) == 10
     turns._turn = 1e-6
-    assert turns.rounds(1e9) == 25
+    assert turns.rounds(1e9) == 15
     told.clear()
     turns.setup()
-    assert told == ["reference", "mine"]
+    assert told == ["reference", "reference", "mine"]  # each once untimed before it is timed
     assert len(turns.reference_seconds) == 1
 
 

@@ -23,8 +23,11 @@ def test_footprint(
     name: str,
 ) -> None:
     """A new process, from its start to its first embeddings."""
+    full = request.config.getoption("--full")
     if name.startswith(("compiled", "eager-cuda", "transformers-longest")):
         pytest.skip(f"{name}: see the runner it shares its weights with")
+    if not full and name in ("torchscript:fp32", "onnxruntime-plain:fp32"):
+        pytest.skip(f"{name}: of the full matrix only")
     try:
         for tower in TOWERS:  # makes what the process only loads, or says what is missing
             with candidate(inputs, tower, name).runner:
@@ -41,7 +44,7 @@ def test_footprint(
         told.append(json.loads(done.stdout.splitlines()[-1]))
 
     benchmark.group = "footprint"
-    rounds = 3 if request.config.getoption("--full") else 1
+    rounds = 3 if full else 1
     call: Callable[[], Any] = run
     benchmark.pedantic(call, rounds=rounds)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(kind="footprint", runner=name)

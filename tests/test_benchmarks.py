@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.compare import compare
 from benchmarks.latency import FULL, SHORT, Turns, Work, batch_of, wanted
-from benchmarks.report import BEGIN, END, write_report
+from benchmarks.report import BEGIN, END, Results, headlines, write_report
 from benchmarks.results import Latency
 from serving.errors import InputError
 
@@ -83,12 +83,7 @@ def test_stages_and_footprints_are_told(folder):
     stages = {one.facts["stage"]: one for one in latency.stages}
     assert {"image: decode", "image: together", "text: transformers longest"} <= set(stages)
     found = {one.facts["runner"]: one.facts for one in latency.footprints}
-    assert set(found) == {
-        "eager:fp32",
-        "onnxruntime:fp32",
-        "transformers:fp32",
-        "onnxruntime-plain:fp32",
-    }
+    assert set(found) == {"eager:fp32", "onnxruntime:fp32", "transformers:fp32"}
     for facts in found.values():
         assert 0 < facts["before_bytes"] < facts["loaded_bytes"] <= facts["peak_bytes"]
         assert facts["load_s"] > 0
@@ -135,6 +130,14 @@ def test_a_folder_without_results_is_told_so(tmp_path):
     done = run("report", tmp_path)
     assert done.returncode == 2
     assert "holds no results; expected latency.json" in done.stderr
+
+
+def test_the_committed_readme_tells_the_committed_results():
+    readme = (CHECKOUT / "README.md").read_text()
+    part = readme.partition(BEGIN)[2].partition(END)[0]
+    folder = CHECKOUT / re.search(r"\((benchmarks/results/[^/)]+)/latency.png\)", part)[1]
+    for line in headlines(Results.of(folder)):
+        assert f"| {line.what} | {line.before} | {line.after} | {line.ratio:.1f}x |" in part
 
 
 @pytest.fixture(scope="module")

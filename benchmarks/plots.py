@@ -141,6 +141,7 @@ def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None
 def _stages(latency: Latency) -> Any:
     """Stacked bars a way: the stages alone; a line where they take together."""
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     found = {one.facts["stage"]: one for one in latency.stages}
     per = {name: one.milliseconds / one.facts["items"] for name, one in found.items()}
@@ -199,7 +200,10 @@ def _stages(latency: Latency) -> Any:
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.set_title(title, loc="left")
-        axis.margins(x=0.18)
+        kinds = {part.split()[-1]: None for parts, _ in ways.values() for part in parts}
+        handles = [Patch(color=shades[kind], label=kind) for kind in kinds]
+        axis.legend(handles=handles, fontsize=8, ncols=len(handles), loc="upper right")
+        axis.margins(x=0.22)
         axis.set_xlim(left=0)
     axes[-1].set_xlabel("milliseconds an item; the black line is the whole way in one go")
     figure.tight_layout()

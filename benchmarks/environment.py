@@ -1,4 +1,4 @@
-"""The machine, its libraries and the commit that numbers were measured with."""
+"""The machine, its libraries and the commit that numbers were measured with; what was not."""
 
 import datetime
 import importlib.metadata
@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +22,14 @@ _LIBRARIES = (
 )
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 """Variables that change how many threads runtimes start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """What was not measured, or otherwise than planned, and why."""
+
+    what: str
+    reason: str
 
 
 def environment() -> dict[str, object]:

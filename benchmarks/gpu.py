@@ -21,8 +21,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.environment import environment
-from benchmarks.gpu_report import Gate, LeftOut, Plan, Report, Row, Work
+from benchmarks.environment import LeftOut, environment
+from benchmarks.gpu_report import Gate, Plan, Report, Row, Work
 from benchmarks.limits import Limits, count_flops, measure_limits, require, timed
 from benchmarks.subject import Subject, load
 from export.parity import judge

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from benchmarks.environment import LeftOut
 from benchmarks.limits import Limits
 from serving.bundle import Tower, Verdict
 
@@ -94,14 +95,6 @@ class Row:
     elsewhere than on it, and where it was not measured."""
     fraction: float | None
     """tflops / matmul_tflops."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """What was not measured."""
-
-    what: str
-    reason: str
 
 
 @dataclass(kw_only=True)

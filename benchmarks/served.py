@@ -24,11 +24,10 @@ from tritonclient.grpc import model_config_pb2
 
 from benchmarks.against_eager import against_eager
 from benchmarks.async_client import AsyncClient
-from benchmarks.environment import environment
+from benchmarks.environment import LeftOut, environment
 from benchmarks.load import WINDOWS, Client, Load, Mode, Wire, mixed_pictures, mixed_texts
 from benchmarks.perf_analyzer import open_perf_analyzer
 from benchmarks.served_report import (
-    LeftOut,
     Plan,
     Point,
     Report,

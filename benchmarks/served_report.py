@@ -8,6 +8,7 @@ from typing import Literal, Self
 from rich.table import Table
 
 from benchmarks.against_eager import AgainstEager
+from benchmarks.environment import LeftOut
 from benchmarks.load import Mode, Model, Wire
 from benchmarks.step_times import Step
 
@@ -134,14 +135,6 @@ class Agreement:
     """asyncio / perf_analyzer"""
     agrees: bool
     """Within AGREEMENT."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftOut:
-    """What was not measured, or by another client than planned."""
-
-    what: str
-    reason: str
 
 
 @dataclass(kw_only=True)

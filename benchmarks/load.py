@@ -26,8 +26,9 @@ SIZES = ((320, 240), (640, 480), (1280, 960), (480, 640))
 """Width and height of the pictures, in equal shares."""
 PICTURES_A_SIZE = 8
 TEXTS = 8192
-BUCKET_WEIGHTS = (0.4, 0.25, 0.15, 0.1, 0.05, 0.05)
-"""Shares of the tokenizer's length buckets, shortest first: captions are short."""
+BUCKET_COUNTS = (8, 5, 3, 2, 1, 1)
+"""Texts of each of the tokenizer's length buckets, shortest first, among any 20 that follow each
+other: captions are short, and a short measurement has the same mix as a long one."""
 WINDOWS = 3
 STEADY = 0.10
 _DIGITS = 6
@@ -132,7 +133,7 @@ def mixed_pictures() -> Workload:
 
 
 def mixed_texts(bundle: Bundle, seed: int, count: int = TEXTS) -> Workload:
-    """`count` different texts, whose lengths fill the model's buckets by BUCKET_WEIGHTS.
+    """`count` different texts, whose lengths fill the model's buckets by BUCKET_COUNTS.
 
     The texts of another `seed` are others, so that no response cache knows them. Each begins with a
     number, and the shortest are no more than that.
@@ -146,10 +147,14 @@ def mixed_texts(bundle: Bundle, seed: int, count: int = TEXTS) -> Workload:
     }
     shortest = (2 + _DIGITS, *(bucket + 1 for bucket in spec.buckets[:-1]))
     ranges = list(zip(shortest, spec.buckets, strict=True))
+    deck = [limits for limits, n in zip(ranges, BUCKET_COUNTS, strict=False) for _ in range(n)]
     rng = random.Random(seed)
     texts: dict[str, int] = {}
     while len(texts) < count:
-        (least, bucket), *_ = rng.choices(ranges, BUCKET_WEIGHTS[: len(ranges)])
+        place = len(texts) % len(deck)
+        if not place:
+            rng.shuffle(deck)
+        least, bucket = deck[place]
         wanted = rng.randint(min(least, bucket), bucket)
         number = (seed * TEXTS + len(texts)) % 10**_DIGITS  # no other text has it
         words = [f"{number:0{_DIGITS}}"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from benchmarks.results import Document, Latency, Timed, fastest_first
+from benchmarks.served_report import each
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -146,9 +147,9 @@ def served_section(served: Document, folder: str) -> Iterator[str]:
         )
     for one in served["agreement"]:
         yield (
-            f"- {one['model']} over {one['protocol']} at {one['load']:.3g}: perf_analyzer "
-            f"{one['perf_analyzer_per_s']:.1f} a second, the asyncio client "
-            f"{one['asyncio_per_s']:.1f} ({one['ratio']:.2f})."
+            f"- {one['model']} over {one['protocol']}, {one['concurrency']} under way: "
+            f"perf_analyzer {each(one['perf_analyzer_per_s'])} a second, the asyncio client "
+            f"{each(one['asyncio_per_s'])} (ratio of the means {one['ratio']:.2f})."
         )
     for left in served["left_out"]:
         yield f"- {left['what']}: {left['reason']}."

@@ -28,11 +28,11 @@ from benchmarks.environment import LeftOut, environment
 from benchmarks.load import WINDOWS, Client, Load, Mode, Wire, mixed_pictures, mixed_texts
 from benchmarks.perf_analyzer import open_perf_analyzer
 from benchmarks.served_report import (
+    Agreement,
     Plan,
     Point,
     Report,
     Sweep,
-    agreements,
     saturation_of,
 )
 from benchmarks.step_times import Statistics, counted
@@ -130,7 +130,6 @@ def _measure(bundle: Bundle, plan: Plan, urls: Urls, report: Report, progress: S
         session = _Session(bundle, plan, urls, report, client, progress)
         for sweep in plan.sweeps:
             session.sweep(sweep)
-    report.agreement = agreements(report.points)
     url = urls.get("grpc") or urls["http"]
     runner = report.runners["image"] if report.runners else None
     report.against_eager = against_eager(
@@ -166,7 +165,7 @@ class _Session:
         self._done, self._total = 0, sum(loads)
 
     def sweep(self, sweep: Sweep) -> None:
-        """All concurrencies, then rates below the saturation, then the second client."""
+        """All concurrencies, then rates below the saturation, then both clients in turn."""
         self._warm_up(sweep)
         first = len(self._report.points)
         for concurrency in sweep.concurrency:
@@ -179,10 +178,31 @@ class _Session:
             self._point(self._client, sweep, "rate", round(fraction * found.throughput_per_s, 1))
         if isinstance(self._client, AsyncClient):
             return
-        again = {found.concurrency} | ({sweep.concurrency[0]} if self._plan.lowest_too else set())
-        again -= {p.load for p in self._report.points[first:] if p.client == self._second.name}
-        for concurrency in sorted(again):
-            self._point(self._second, sweep, "concurrency", concurrency)
+        compared = {found.concurrency} | ({sweep.concurrency[0]} if self._plan.lowest_too else set())
+        for concurrency in sorted(compared):
+            self._compare(sweep, concurrency)
+
+    def _compare(self, sweep: Sweep, concurrency: int) -> None:
+        """Measure one load by either client; see `Agreement`."""
+        what = f"{sweep.model} over {sweep.wire}, {concurrency} under way, both clients"
+        self._show(what, self._done, self._total)
+        found: dict[str, list[float]] = {self._client.name: [], self._second.name: []}
+        try:
+            for client in (self._second, self._client, self._client, self._second):
+                measured = client.measure(self._load(sweep, "concurrency", concurrency))
+                found[client.name].append(measured.throughput_per_s)
+        except ServerError as error:
+            self._report.left_out.append(LeftOut(what=what, reason=str(error)))
+            return
+        self._report.agreement.append(
+            Agreement.of(
+                sweep.model,
+                sweep.wire,
+                concurrency,
+                perf_analyzer=found[self._client.name],
+                asyncio=found[self._second.name],
+            )
+        )
 
     def _warm_up(self, sweep: Sweep) -> None:
         """So that runtimes have seen the batches that the largest load makes."""

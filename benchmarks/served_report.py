@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from statistics import fmean
 from typing import Literal, Self
 
 from rich.table import Table
@@ -45,7 +46,7 @@ class Plan:
     window_s: float
     """Seconds of a window; see `benchmarks.load.WINDOWS`."""
     lowest_too: bool
-    """Whether the second client repeats each sweep's first point, not the saturation only."""
+    """Whether the clients are compared at each sweep's first load, not at saturation only."""
     pictures: int
     rounds: int
     """Both of `benchmarks.against_eager`."""
@@ -119,22 +120,44 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Two independent clients at the same load, one after the other.
+    """Two independent clients at the same load, in the order asyncio, perf_analyzer twice, asyncio.
 
-    The asyncio client takes about twice perf_analyzer's CPU time a request, so where a request
-    costs the server a millisecond or two and the CPUs are shared, it is the slower one.
+    So a machine that drifts evenly favours neither. The asyncio client takes about twice
+    perf_analyzer's CPU time a request, so where a request costs the server a millisecond or two and
+    the CPUs are shared, it is the slower one.
     """
 
     model: Model
     protocol: Wire
-    mode: Mode
-    load: float
-    perf_analyzer_per_s: float
-    asyncio_per_s: float
+    concurrency: int
+    perf_analyzer_per_s: tuple[float, ...]
+    """Throughput of each of its measurements."""
+    asyncio_per_s: tuple[float, ...]
     ratio: float
-    """asyncio / perf_analyzer"""
+    """Mean of asyncio's / mean of perf_analyzer's."""
     agrees: bool
     """Within AGREEMENT."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        protocol: Wire,
+        concurrency: int,
+        perf_analyzer: Sequence[float],
+        asyncio: Sequence[float],
+    ) -> Self:
+        """The agreement of throughputs that were measured."""
+        ratio = fmean(asyncio) / fmean(perf_analyzer)
+        return cls(
+            model=model,
+            protocol=protocol,
+            concurrency=concurrency,
+            perf_analyzer_per_s=tuple(perf_analyzer),
+            asyncio_per_s=tuple(asyncio),
+            ratio=ratio,
+            agrees=abs(ratio - 1) <= AGREEMENT,
+        )
 
 
 @dataclass(kw_only=True)
@@ -176,38 +199,6 @@ def saturation_of(points: Sequence[Point]) -> Saturation | None:
         throughput_per_s=first.throughput_per_s,
         confirmed=first is not swept[-1],
     )
-
-
-def agreements(points: Sequence[Point]) -> list[Agreement]:
-    """Of all loads that both clients measured."""
-    found = []
-    for theirs in points:
-        load = (theirs.model, theirs.protocol, theirs.mode, theirs.load)
-        mine = next(
-            (
-                point
-                for point in points
-                if point.client == "asyncio"
-                and (point.model, point.protocol, point.mode, point.load) == load
-            ),
-            None,
-        )
-        if theirs.client != "perf_analyzer" or mine is None:
-            continue
-        ratio = mine.throughput_per_s / theirs.throughput_per_s
-        found.append(
-            Agreement(
-                model=theirs.model,
-                protocol=theirs.protocol,
-                mode=theirs.mode,
-                load=theirs.load,
-                perf_analyzer_per_s=theirs.throughput_per_s,
-                asyncio_per_s=mine.throughput_per_s,
-                ratio=ratio,
-                agrees=abs(ratio - 1) <= AGREEMENT,
-            )
-        )
-    return found
 
 
 def table(report: Report) -> Table:
@@ -256,8 +247,8 @@ def remarks(report: Report) -> Iterator[str]:
     for pair in report.agreement:
         yield (
             f"{'agree' if pair.agrees else 'DISAGREE'}: {pair.model} {pair.protocol} at "
-            f"{pair.load:g}: perf_analyzer {pair.perf_analyzer_per_s:.1f}/s, asyncio "
-            f"{pair.asyncio_per_s:.1f}/s, ratio {pair.ratio:.2f}"
+            f"{pair.concurrency}: perf_analyzer {each(pair.perf_analyzer_per_s)}/s, asyncio "
+            f"{each(pair.asyncio_per_s)}/s, ratio {pair.ratio:.2f}"
         )
     if (eager := report.against_eager) is not None:
         yield (
@@ -267,3 +258,8 @@ def remarks(report: Report) -> Iterator[str]:
         )
     for left in report.left_out:
         yield f"left out: {left.what}: {left.reason}"
+
+
+def each(throughputs: Sequence[float]) -> str:
+    """Throughputs of repeated measurements, for people."""
+    return " and ".join(f"{value:.1f}" for value in throughputs)

@@ -19,6 +19,27 @@ from references import VOCABULARY, randomise
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+FIGURES: pytest.StashKey[list[tuple[str, str]]] = pytest.StashKey()
+
+
+def pytest_configure(config):
+    """Where tests of promises put what they saw."""
+    config.stash[FIGURES] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print these figures; docs/reliability.md quotes them."""
+    if config.stash[FIGURES]:
+        terminalreporter.section("promises, and what was seen")
+        for promise, seen in config.stash[FIGURES]:
+            terminalreporter.line(f"{promise}: {seen}")
+
+
+@pytest.fixture
+def figure(request):
+    """`figure("isolation", "6,200 answers of 200 rounds bit-equal")`, told at the end of a run."""
+    return lambda promise, seen: request.config.stash[FIGURES].append((promise, seen))
+
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Path:

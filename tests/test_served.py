@@ -22,7 +22,7 @@ from benchmarks.async_client import AsyncClient
 from benchmarks.load import WINDOWS, Load, Workload, mixed_pictures, mixed_texts, steady
 from benchmarks.perf_analyzer import open_perf_analyzer, parse
 from benchmarks.served import measure_embedded, measure_running, urls_of
-from benchmarks.served_report import Plan, Point, Sweep, agreements, remarks, saturation_of, table
+from benchmarks.served_report import Agreement, Plan, Point, Sweep, remarks, saturation_of, table
 from benchmarks.step_times import STEPS, Statistics, counted
 from serving.commands import silent
 from serving.errors import InputError, RunnerError, ServerError
@@ -373,19 +373,12 @@ def test_no_points_have_no_saturation():
     assert saturation_of([point(90.0, 100.0, mode="rate")]) is None
 
 
-def test_agreement_is_of_the_same_load():
-    points = [
-        point(4.0, 100.0),
-        point(8.0, 200.0),
-        point(8.0, 300.0, protocol="http"),
-        point(4.0, 114.0, client="asyncio"),
-        point(8.0, 168.0, client="asyncio"),
-        point(8.0, 1.0, client="asyncio", model="clip_text"),
-    ]
-    assert [(a.load, a.ratio, a.agrees) for a in agreements(points)] == [
-        (4.0, 1.14, True),
-        (8.0, 0.84, False),
-    ]
+@pytest.mark.parametrize(
+    ("asyncio", "ratio", "agrees"), [((110.0, 118.0), 1.14, True), ((60.0, 108.0), 0.84, False)]
+)
+def test_agreement_is_of_the_means(asyncio, ratio, agrees):
+    found = Agreement.of("clip_image", "grpc", 8, perf_analyzer=(120.0, 80.0), asyncio=asyncio)
+    assert (found.ratio, found.agrees) == (pytest.approx(ratio), agrees)
 
 
 def test_plans():
@@ -426,6 +419,8 @@ def test_what_is_served_from_here(fp32_bundle, tmp_path):
     assert report.runners == {"image": "onnxruntime:fp32", "text": "onnxruntime:fp32"}
     assert set(report.mix) == {"clip_image", "clip_text"}
     assert len(report.agreement) == (2 if main == "perf_analyzer" else 0)
+    for pair in report.agreement:
+        assert len(pair.perf_analyzer_per_s) == len(pair.asyncio_per_s) == 2
     eager = report.against_eager
     assert eager.largest_difference < 1e-4
     assert eager.speedup == pytest.approx(eager.served_per_s / eager.eager_per_s, rel=1e-6)

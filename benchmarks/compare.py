@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.results import Latency, Timed, interval
@@ -107,5 +108,5 @@ def table(found: Comparison) -> Table:
     for c in moved:
         span = f"{c.low:.2f} to {c.high:.2f}"
         cells = (f"{c.old:.2f}x", f"{c.new:.2f}x", f"{c.change:.2f}", span, c.verdict)
-        result.add_row(c.name, *cells)
+        result.add_row(escape(c.name), *cells)
     return result

@@ -144,8 +144,8 @@ def headlines(results: Results) -> Iterator[Headline]:
     if latency is not None:
         for what, tower, batch, length in (
             ("a picture", "image", 1, None),
-            ("16 pictures", "image", 16, None),
-            ("32 texts of 16 tokens, which PyTorch gets padded to 77", "text", 32, 16),
+            ("8 pictures", "image", 8, None),
+            ("16 texts of 16 tokens, which PyTorch gets padded to 77", "text", 16, 16),
         ):
             ours = [
                 one

@@ -221,7 +221,10 @@ def _here(report: Report) -> Table:
         table.add_column(name, overflow="fold")
     table.add_row("Python", machine.python)
     table.add_row("CPU", f"{machine.cpu}, {machine.cpus} usable")
-    table.add_row("CPU int8", machine.int8, "int8 faster than fp32")
+    gain = "int8 faster than fp32"
+    if machine.int8 == "none":  # measured: docs/decisions.md, 2026-11-21
+        gain = "without: int8 little faster than fp32, openvino:int8 less exact"
+    table.add_row("CPU int8", machine.int8, gain)
     table.add_row("CPU bfloat16", "yes" if machine.bf16 else "no", "openvino:bf16")
     table.add_row("memory", f"{machine.memory_bytes / 2**30:.1f} GiB usable")
     table.add_row("NVIDIA GPU", card)

@@ -249,6 +249,8 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
 def _set_backend(config: ModelConfig, backend: Backend, manifest: Manifest) -> None:
     """Hand the tower to a backend of the container."""
     group, kinds = config.instance_group[0], model_config_pb2.ModelInstanceGroup
+    for tensor in config.input:
+        tensor.ClearField("allow_ragged_batch")  # our model.py pads, these do not
     if backend == "tensorrt":
         config.ClearField("backend")
         config.platform = "tensorrt_plan"

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from serving.bundle import Bundle, TextSpec, Tower
 from serving.errors import TextError
 from serving.runners.base import Batch, open_runner
+from serving.tokenizer import runs_by_length
 
 
 class TowerModel:
@@ -38,7 +39,7 @@ class TowerModel:
                 self._runner.run(np.full((count, length), self._text.end_id, np.int32))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One run over all good requests; a bad one gets its own error."""
+        """As few runs over all good requests as pay; a bad one gets its own error."""
         answers: list[Any] = [None] * len(requests)
         good, batches = [], []
         for index, request in enumerate(requests):
@@ -51,19 +52,40 @@ class TowerModel:
                 continue
             good.append(index)
             batches.append(batch)
-        if not good:
-            return answers
+        # Texts of all lengths come together (allow_ragged_batch); pictures are of one shape.
+        runs = [list(range(len(batches)))] if batches else []
+        if self._text is not None:
+            runs = runs_by_length([(len(batch), batch.shape[1]) for batch in batches])
+        for run in runs:
+            for place, answer in zip(run, self._answers([batches[i] for i in run]), strict=True):
+                answers[good[place]] = answer
+        return answers
+
+    def _answers(self, batches: list[Batch]) -> list[Any]:
+        """Answers to requests that run as one."""
         try:
-            embeddings = self._runner.run(_join(batches))
+            embeddings = self._runner.run(self._joined(batches))
         except Exception as error:  # raised out of here, it would end the whole stub
             failure = f"{self._runner.name}: {error}"
-            for index in good:
-                answers[index] = _error(failure, pb_utils.TritonError.INTERNAL)
-            return answers
+            return [_error(failure, pb_utils.TritonError.INTERNAL) for _ in batches]
         ends = np.cumsum([len(batch) for batch in batches])
-        for index, part in zip(good, np.split(embeddings, ends[:-1]), strict=True):
-            answers[index] = pb_utils.InferenceResponse([pb_utils.Tensor(self._output, part)])
-        return answers
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor(self._output, part)])
+            for part in np.split(embeddings, ends[:-1])
+        ]
+
+    def _joined(self, batches: list[Batch]) -> Batch:
+        if len(batches) == 1:
+            return batches[0]
+        if self._text is None:
+            return np.concatenate(batches)
+        length = max(batch.shape[1] for batch in batches)
+        joined = np.full((sum(map(len, batches)), length), self._text.pad_id, np.int32)
+        start = 0
+        for batch in batches:
+            joined[start : start + len(batch), : batch.shape[1]] = batch
+            start += len(batch)
+        return joined
 
     def finalize(self) -> None:
         """Free the runner."""
@@ -84,10 +106,6 @@ def check_ids(ids: Batch, spec: TextSpec) -> None:
         )
     if not (ids == spec.end_id).any(axis=1).all():
         raise TextError(f"input_ids of a text lack the end-of-text token {spec.end_id}")
-
-
-def _join(batches: list[Any]) -> Any:
-    return batches[0] if len(batches) == 1 else np.concatenate(batches)
 
 
 def _error(message: str, code: int) -> Any:

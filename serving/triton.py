@@ -131,13 +131,15 @@ class TritonServer:
     working directory, so paths in a repository are to be absolute.
 
     Entering sets `http_url` and `grpc_url` (with scheme), `metrics_url` (host:port), `pid` (of
-    tritonserver) and `log`, where all output goes: by default a new temporary file, which is kept.
+    tritonserver), `name` (its own, with which its shared memory's names begin) and `log`, where all
+    output goes: by default a new temporary file, which is kept.
     """
 
     http_url: str
     grpc_url: str
     metrics_url: str
     pid: int
+    name: str
     log: Path
 
     def __init__(
@@ -170,7 +172,7 @@ class TritonServer:
         self.metrics_url = f"{HOST}:{self._ports.metrics}"
         self.log = self._asked_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._name = f"clip-deploy-{secrets.token_hex(8)}"
+        self.name = f"clip-deploy-{secrets.token_hex(8)}"
         self._supervisor = self._start(embedded)
         try:
             self._read_pid()
@@ -199,11 +201,11 @@ class TritonServer:
         )
         flags += embedded.lay_out(scratch)
         flags += [
-            f"--id={self._name}",
-            f"--backend-config=python,shm-region-prefix-name={self._name}",
+            f"--id={self.name}",
+            f"--backend-config=python,shm-region-prefix-name={self.name}",
         ]
         supervisor = [sys.executable, "-I", "-S", _supervisor.__file__]
-        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self._name]
+        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self.name]
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [*supervisor, str(embedded.binary), *flags],
@@ -243,7 +245,7 @@ class TritonServer:
     def _is_ready(self) -> bool:
         # The name tells our server from another one that took the port before it.
         return (
-            self._name.encode() in (_get(self._ports.http, "/v2") or b"")
+            self.name.encode() in (_get(self._ports.http, "/v2") or b"")
             and _get(self._ports.http, "/v2/health/ready") is not None
             and _get(self._ports.metrics, "/metrics") is not None
         )

@@ -22,6 +22,7 @@ from serving.client import ClipClient
 from serving.errors import ImageError, ServerError, TextError
 from serving.local import LocalClip
 from serving.repository import assemble
+from serving.runners.base import open_runner
 from serving.triton import TritonServer
 
 PROTOCOLS = ("grpc", "http")
@@ -226,16 +227,9 @@ def test_truncate_keeps_what_fits(client, local):
         client.embed_texts([long])
 
 
-def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
-    """Straight to the tower, where the requests really share one batch."""
-    spec = tiny_bundle.manifest.text
-    rows = []
-    for first in range(8):
-        row = np.full((1, 16), spec.end_id, np.int32)
-        row[0, :3] = (spec.start_id, 320 + first, spec.end_id)
-        rows.append(row)
-    rows[3][0, 1] = spec.vocab_size + 5
-    rows[5][:] = 7
+def answers_at_once(server, rows: list) -> list:
+    """Of the text tower itself, to token ids that are all sent before the first answer is awaited:
+    embeddings, or errors."""
     answers: list = [None] * len(rows)
     done = threading.Semaphore(0)
     with tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
@@ -253,12 +247,42 @@ def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
             raw.async_infer("text_tower", [tensor], keep(index))
         for _ in rows:
             assert done.acquire(timeout=30)
+    return answers
+
+
+def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
+    """Straight to the tower, where the requests really share one batch."""
+    spec = tiny_bundle.manifest.text
+    rows = []
+    for first in range(8):
+        row = np.full((1, 16), spec.end_id, np.int32)
+        row[0, :3] = (spec.start_id, 320 + first, spec.end_id)
+        rows.append(row)
+    rows[3][0, 1] = spec.vocab_size + 5
+    rows[5][:] = 7
+    answers = answers_at_once(server, rows)
     assert isinstance(answers[3], InferenceServerException)
     assert "expected 0 to 49407" in str(answers[3])
     assert isinstance(answers[5], InferenceServerException)
     assert "lack the end-of-text token" in str(answers[5])
     for index in (0, 1, 2, 4, 6, 7):
         assert answers[index].shape == (1, 32)
+
+
+def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
+    """Neighbours differ in length, so a batcher that wants one shape would run each alone."""
+    spec = tiny_bundle.manifest.text
+    rows = []
+    for place in range(36):
+        row = np.full((1, spec.buckets[place % len(spec.buckets)]), spec.pad_id, np.int32)
+        row[0, :3] = (spec.start_id, 320 + place, spec.end_id)
+        rows.append(row)
+    with open_runner(tiny_bundle, "text", "onnxruntime:fp32") as runner:
+        expected = np.concatenate([runner.run(row) for row in rows])
+    before = metric(server, "nv_inference_exec_count", "text_tower")
+    answers = answers_at_once(server, rows)
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
+    assert metric(server, "nv_inference_exec_count", "text_tower") - before < len(rows) - 10
 
 
 def test_a_deadline_is_kept(server):

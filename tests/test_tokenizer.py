@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from export.vocabulary import openai_tokenizer
 from serving.bundle import TextSpec
 from serving.errors import BundleError, CheckpointError, TextError
-from serving.tokenizer import END, START, Tokenizer, clean
+from serving.tokenizer import END, START, Tokenizer, clean, runs_by_length
 
 SPEC = TextSpec(context_length=77, vocab_size=49408, start_id=49406, end_id=49407, pad_id=0)
 PACKAGE = Path(importlib.util.find_spec("clip").submodule_search_locations[0])
@@ -340,3 +340,18 @@ def test_a_damaged_vocabulary_is_refused(replacement, message, tmp_path):
     wrong.write_bytes(gzip.compress("\n".join(lines).encode(), compresslevel=1))
     with pytest.raises(CheckpointError, match=message):
         openai_tokenizer(wrong)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "groups"),
+    [
+        ([], []),
+        ([(1, 77)], [[0]]),
+        ([(1, 77), (1, 8), (1, 77)], [[1], [0, 2]]),  # 69 tokens of padding against a run
+        ([(1, 16), (2, 8)], [[1, 0]]),  # 16 tokens of padding: as good
+        ([(1, 16), (3, 8)], [[1], [0]]),
+        ([(1, 24), (1, 8), (1, 16)], [[1, 2, 0]]),  # step by step
+    ],
+)
+def test_what_runs_as_one(shapes, groups):
+    assert runs_by_length(shapes) == groups

@@ -61,7 +61,7 @@ class TowerModel:
                 answers[good[place]] = answer
         return answers
 
-    def _answers(self, batches: list[Batch]) -> list[Any]:
+    def _answers(self, batches: list[Any]) -> list[Any]:
         """Answers to requests that run as one."""
         try:
             embeddings = self._runner.run(self._joined(batches))
@@ -74,7 +74,7 @@ class TowerModel:
             for part in np.split(embeddings, ends[:-1])
         ]
 
-    def _joined(self, batches: list[Batch]) -> Batch:
+    def _joined(self, batches: list[Any]) -> Batch:
         if len(batches) == 1:
             return batches[0]
         if self._text is None:

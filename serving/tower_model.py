@@ -74,7 +74,7 @@ class TowerModel:
             for part in np.split(embeddings, ends[:-1])
         ]
 
-    def _joined(self, batches: list[Any]) -> Batch:
+    def _joined(self, batches: list[Any]) -> Any:
         if len(batches) == 1:
             return batches[0]
         if self._text is None:

@@ -205,8 +205,9 @@ class Traffic:
         with ClipClient(self._server.grpc_url, timeout=0.005) as client:
             for _ in itertools.count():
                 with suppress(ServerError):
-                    client.embed_images(self._pictures[:8])
+                    client.embed_images(self._pictures[:2])
                 yield
+                time.sleep(0.2)
 
     def _strangers(self) -> Iterator[None]:
         """Who come, ask for what is not there, and go."""

@@ -242,7 +242,7 @@ def accuracy(
 ) -> None:
     """Zero-shot top-1 and top-5 of every runner on labelled pictures, against eager float32."""
     from benchmarks.accuracy import accuracy as measure
-    from benchmarks.accuracy import table
+    from benchmarks.accuracy_report import table
     from benchmarks.environment import environment
     from serving.zero_shot import read_templates
 

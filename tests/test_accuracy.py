@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.accuracy import METHODS, accuracy, table
+from benchmarks.accuracy import METHODS, accuracy
+from benchmarks.accuracy_report import table
 from benchmarks.intervals import paired_difference, wilson
 from benchmarks.labelled import read_folder
 from serving.bundle import Bundle

@@ -104,7 +104,7 @@ def test_assembled_facts(tiny_bundle, tmp_path):
         assert names == {"manifest.json", "tokenizer.json"}
 
 
-@pytest@pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
+@pytest @ pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("most", [None, 7])
 def test_every_queue_has_an_end(tiny_bundle, backend, most):
     """Without a batcher a model of Triton has a queue without limits; an ensemble has none."""
@@ -121,7 +121,7 @@ def test_every_queue_has_an_end(tiny_bundle, backend, most):
         assert policy.timeout_action == policy.REJECT
 
 
-.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_native_backends_get_the_graph_and_a_warm_up(tiny_bundle, tmp_path, backend):
     target = assemble(tiny_bundle, tmp_path / "repository", backend=backend)
     config = read(target / "text_tower" / "config.pbtxt")

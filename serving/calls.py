@@ -121,10 +121,9 @@ class Calls:
                 f"{self._url} is full, and refused the request ({reason}); send less at a time, or "
                 "try again later"
             )
-        refused = f"{self._url} refused the request ({status}): {reason}"
         if status in ("503", "StatusCode.UNAVAILABLE"):
-            return UnavailableError(refused)
-        return ServerError(refused)
+            return UnavailableError(f"{self._url} is not there, or not now ({status}): {reason}")
+        return ServerError(f"{self._url} refused the request ({status}): {reason}")
 
     def _late(self, reason: object) -> ServerError:
         return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")

@@ -191,9 +191,9 @@ class Refusal(Exception):  # noqa: N818  another model's error, with its code
     Triton (2.51) gives the code of an error on to us as internal, whatever it was.
     """
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
+    def __init__(self, model: str, message: str, code: int) -> None:
         self.busy = _BUSY.search(message) is not None
+        super().__init__(f"{model} has too much to do: {message}" if self.busy else message)
         self.code = pb_utils.TritonError.UNAVAILABLE if self.busy else code
 
 
@@ -210,7 +210,7 @@ def infer(
     ).exec()
     if response.has_error():
         message = re.sub(r"^in ensemble '\w+', ", "", response.error().message())
-        raise Refusal(message, response.error().code())
+        raise Refusal(model, message, response.error().code())
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 

@@ -104,7 +104,7 @@ def test_assembled_facts(tiny_bundle, tmp_path):
         assert names == {"manifest.json", "tokenizer.json"}
 
 
-@pytest @ pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("most", [None, 7])
 def test_every_queue_has_an_end(tiny_bundle, backend, most):
     """Without a batcher a model of Triton has a queue without limits; an ensemble has none."""

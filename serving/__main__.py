@@ -30,8 +30,8 @@ from serving.options import (
     picture_files,
 )
 from serving.rank_command import app as rank_app
+from serving.repository import MAX_QUEUE, assembled_backend, assembled_latencies
 from serving.repository import assemble as assemble_repository
-from serving.repository import assembled_backend, assembled_latencies
 from serving.search_command import app as search_app
 from serving.triton import TritonServer, attach
 from serving.zero_shot_command import classify
@@ -58,6 +58,9 @@ def assemble(
     ] = "auto",
     precision: Annotated[str, typer.Option(help="Of the graphs of the other backends.")] = "fp32",
     max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Requests that wait for a model; more are refused at once.")
+    ] = MAX_QUEUE,
     refused_too: Annotated[
         bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")
     ] = False,
@@ -78,6 +81,7 @@ def assemble(
             runner=runner,
             precision=precision,
             max_batch_size=max_batch_size,
+            max_queue=max_queue,
             refused_too=refused_too,
             fallback=fallback,
             progress=progress,

@@ -11,21 +11,18 @@ import functools
 import io
 import json
 import os
-import re
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
-from tritonclient.utils import InferenceServerException
 
+from serving.calls import Calls
 from serving.embedder import Floats, ModelIdentity
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
 from serving.preprocess import Picture, read_picture
-from serving.triton import attach
 from serving.zero_shot import LabelSet
 
 T = TypeVar("T")
@@ -39,24 +36,28 @@ class ClipClient:
 
     Args:
         url: `grpc://host:port` or `http://host:port`.
-        timeout: seconds a request may take; the server drops it from its queue after that time.
+        timeout: seconds a request may take, all its attempts included; the server drops it from its
+            queue after that time.
         batch_size: pictures or texts a request, at most the server's own limit.
         in_flight: requests under way at a time.
+        attempts: how often a request, or looking for the server in the beginning, is tried at most.
+            Tried again, after a moment, is what found nobody or a full server (`UnavailableError`);
+            never what was wrong, or took too long. 1 tries once.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 60.0, batch_size: int = 16, in_flight: int = 8
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        batch_size: int = 16,
+        in_flight: int = 8,
+        attempts: int = 4,
     ) -> None:
-        attach(url)
-        scheme, _, self._address = url.partition("://")
-        self._url, self._timeout, self._scheme = url, timeout, scheme
-        self._protocol = _protocol(scheme)
-        self._threads = threading.local()
-        self._connections: list[Any] = []
+        self._calls = Calls(url, timeout=timeout, attempts=attempts)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
         try:
-            config = self._call(lambda connection: connection.get_model_config("clip_image"))
-            config = config if isinstance(config, dict) else _as_dict(config.config)
+            config = self._calls.config("clip_image")
             facts = {key: v["string_value"] for key, v in config.get("parameters", {}).items()}
             self.logit_scale = float(facts["logit_scale"])
             self.templates: tuple[str, ...] = tuple(json.loads(facts["templates"]))
@@ -91,8 +92,7 @@ class ClipClient:
     def close(self) -> None:
         """End all connections."""
         self._pool.shutdown(cancel_futures=True)
-        while self._connections:
-            self._connections.pop().close()
+        self._calls.close()
 
     def embed_images(self, images: Sequence[Picture]) -> Floats:
         """Embed pictures.
@@ -105,7 +105,8 @@ class ClipClient:
 
         Raises:
             ImageError: a picture cannot be used; the message says which and why.
-            ServerError: the server did not answer in time, or failed.
+            OverloadedError: the server was full, at every attempt.
+            ServerError: it did not answer in time, or failed.
         """
         names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
         infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
@@ -119,7 +120,8 @@ class ClipClient:
 
         Raises:
             TextError: a text cannot be used; the message says which and why.
-            ServerError: the server did not answer in time, or failed.
+            OverloadedError: the server was full, at every attempt.
+            ServerError: it did not answer in time, or failed.
         """
         whole = functools.partial(self._infer_bytes, "clip_text", "text", "text_embeds")
         infer = self._infer_truncated if truncate else whole
@@ -147,7 +149,8 @@ class ClipClient:
         Raises:
             ImageError: a picture cannot be used; the message says which and why.
             TextError: labels or templates cannot be used; the message says which and why.
-            ServerError: the server has no `clip_zero_shot`, did not answer in time, or failed.
+            OverloadedError: the server was full, at every attempt.
+            ServerError: it has no `clip_zero_shot`, did not answer in time, or failed.
         """
         LabelSet.of(labels, self.templates if templates is None else templates)
         given = [self._strings("LABELS", _encoded("labels", labels))]
@@ -157,7 +160,7 @@ class ClipClient:
         def infer(data: list[bytes]) -> Floats:
             tensors = [self._strings("IMAGE", data), *given]
             try:
-                scores: Floats = self._infer("clip_zero_shot", tensors, "PROBABILITIES", {})
+                scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", {})
             except InputError as error:
                 if str(error).startswith("images"):
                     raise
@@ -209,9 +212,9 @@ class ClipClient:
         truncated to those who did not ask for that.
         """
         ids = self._infer_bytes("text_tokenize", "text", "input_ids", data, {"truncate": True})
-        tensor = self._protocol.InferInput("input_ids", ids.shape, "INT32")
+        tensor = self._calls.protocol.InferInput("input_ids", ids.shape, "INT32")
         tensor.set_data_from_numpy(ids)
-        embeddings: Floats = self._infer("text_tower", [tensor], "text_embeds", {})
+        embeddings: Floats = self._calls.infer("text_tower", [tensor], "text_embeds", {})
         return embeddings
 
     def _infer_bytes(
@@ -222,75 +225,13 @@ class ClipClient:
         data: list[bytes],
         parameters: dict[str, Any] | None = None,
     ) -> Any:
-        return self._infer(model, [self._strings(source, data, 1)], target, parameters or {})
+        return self._calls.infer(model, [self._strings(source, data, 1)], target, parameters or {})
 
     def _strings(self, name: str, data: list[bytes], *rest: int) -> Any:
         """An input of shape [len(data), *rest]."""
-        tensor = self._protocol.InferInput(name, [len(data), *rest], "BYTES")
+        tensor = self._calls.protocol.InferInput(name, [len(data), *rest], "BYTES")
         tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(len(data), *rest))
         return tensor
-
-    def _infer(
-        self, model: str, tensors: list[Any], target: str, parameters: dict[str, Any]
-    ) -> Any:
-        options: dict[str, Any] = {"timeout": int(self._timeout * 1e6), "parameters": parameters}
-        if self._scheme == "grpc":
-            options["client_timeout"] = self._timeout
-        result = self._call(lambda connection: connection.infer(model, tensors, **options))
-        return result.as_numpy(target)
-
-    def _call(self, action: Callable[[Any], Any]) -> Any:
-        """Do `action` with this thread's connection; errors become ours."""
-        try:
-            return action(self._connection())
-        except InferenceServerException as error:
-            raise self._translated(error) from error
-        except (OSError, TimeoutError) as error:
-            raise ServerError(
-                f"no answer from {self._url} within {self._timeout:g} s: {error}"
-            ) from error
-
-    def _translated(self, error: InferenceServerException) -> ServerError | InputError:
-        reason = re.sub(r"^in ensemble '\w+', ", "", error.message())
-        status = str(error.status())
-        if status in ("400", "StatusCode.INVALID_ARGUMENT"):
-            return InputError(reason)
-        if status in ("499", "StatusCode.DEADLINE_EXCEEDED"):
-            return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
-        if unknown := re.search(r"unknown model: '(\w+)'", reason):
-            return ServerError(
-                f"{self._url} serves no model {unknown[1]}; assemble its repository again with "
-                "`python -m serving assemble`"
-            )
-        return ServerError(f"{self._url} refused the request ({status}): {reason}")
-
-    def _connection(self) -> Any:
-        """A connection of this thread: tritonclient's HTTP client belongs to one thread."""
-        if not hasattr(self._threads, "connection"):
-            options: dict[str, Any] = {}
-            if self._scheme == "http":
-                options = {"connection_timeout": self._timeout, "network_timeout": self._timeout}
-            self._threads.connection = self._protocol.InferenceServerClient(
-                self._address, **options
-            )
-            self._connections.append(self._threads.connection)
-        return self._threads.connection
-
-
-def _protocol(scheme: str) -> ModuleType:
-    if scheme == "grpc":
-        import tritonclient.grpc as protocol
-    else:
-        import tritonclient.http as protocol
-    module: ModuleType = protocol
-    return module
-
-
-def _as_dict(message: Any) -> dict[str, Any]:
-    from google.protobuf.json_format import MessageToDict
-
-    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
-    return found
 
 
 def encode_picture(picture: Picture) -> bytes:

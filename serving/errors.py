@@ -9,6 +9,8 @@
     ├── BundleError           a bundle that is missing, incomplete, tampered with, or refused
     ├── RunnerError           a runner cannot give the device or precision it was asked for
     └── ServerError           a Triton server that cannot be started or reached, or that refused
+        └── UnavailableError    nobody answers there, or not now; asking later may help
+            └── OverloadedError   its queues are full
 
 A message says what was expected, what arrived, and what to do.
 """
@@ -51,6 +53,14 @@ class RunnerError(ClipDeployError):
 
 class ServerError(ClipDeployError):
     """A Triton server that cannot be started or reached, or that refused a request."""
+
+
+class UnavailableError(ServerError):
+    """A Triton server that is not there, or not now; asking later may help."""
+
+
+class OverloadedError(UnavailableError):
+    """A Triton server that refused a request because its queues are full."""
 
 
 def relocated(message: str, kind: str, start: int, names: Sequence[str]) -> str:

@@ -46,9 +46,14 @@ class Abandoned(Exception):  # noqa: N818  nothing went wrong
     """Nobody who waits for the set wants it any more."""
 
 
+class Full(Exception):  # noqa: N818  nothing went wrong
+    """Too much waits already; it says what."""
+
+
 @dataclass(slots=True)
 class _Job:
     work: Work
+    texts: int
     waiters: list[Waiter] = field(default_factory=list)
 
 
@@ -57,10 +62,13 @@ class LabelSetCache:
 
     Args:
         max_bytes: of all embeddings together; a set larger than that is embedded and not kept.
+        max_texts: of all sets under way together; a set larger than that is embedded alone.
+        max_waiters: of all sets together.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, *, max_texts: int, max_waiters: int) -> None:
+        self._max_bytes, self._max_texts = max_bytes, max_texts
+        self._max_waiters = max_waiters
         self._kept: OrderedDict[bytes, Floats] = OrderedDict()
         self._jobs: dict[bytes, _Job] = {}
         self._changed = threading.Condition()
@@ -68,20 +76,32 @@ class LabelSetCache:
         self._thread = threading.Thread(target=self._run, name="label-sets", daemon=True)
         self._thread.start()
 
-    def ask(self, key: bytes, start: Callable[[], Work], waiter: Waiter) -> Floats | None:
+    def ask(
+        self, key: bytes, start: Callable[[], Work], texts: int, waiter: Waiter
+    ) -> Floats | None:
         """The embeddings of a set that is kept; else None, and `waiter` is told when there are.
 
         Args:
             key: see `key_of`.
             start: makes the work, if nobody has begun it.
+            texts: of the set.
             waiter: told exactly once, if the set is not kept.
+
+        Raises:
+            Full: nothing was begun, and the waiter will not be told.
         """
         with self._changed:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
+            waiters = sum(len(job.waiters) for job in self._jobs.values())
+            if waiters >= self._max_waiters:
+                raise Full(f"{waiters} requests wait for their labels to be embedded")
             if key not in self._jobs:
-                self._jobs[key] = _Job(start())
+                under_way = sum(job.texts for job in self._jobs.values())
+                if under_way and under_way + texts > self._max_texts:
+                    raise Full(f"{under_way} texts of labels wait to be embedded")
+                self._jobs[key] = _Job(start(), texts)
             self._jobs[key].waiters.append(waiter)
             self._changed.notify()
             return None
@@ -154,10 +174,12 @@ def key_of(model: str, labels: LabelSet) -> bytes:
 def embedding_work(
     labels: LabelSet,
     tokenizer: Tokenizer,
-    embed: Callable[[NDArray[np.int32]], Floats],
+    embed: Callable[[NDArray[np.int32]], Floats | None],
     chunk: int,
 ) -> Work:
     """Embed a set by `embed`, which takes `input_ids` int32 [up to chunk, a bucket].
+
+    Where `embed` returns None, since its tower is busy with others, the same is asked again later.
 
     Raises:
         TextError: a text cannot be tokenized or is too long; the message says which label.
@@ -172,7 +194,9 @@ def embedding_work(
     sums: Floats | None = None
     for batch in batches_by_length(rows, chunk):
         length = tokenizer.bucket(len(rows[batch[-1]]))
-        embeddings = embed(tokenizer.padded([rows[index] for index in batch], length))
+        ids = tokenizer.padded([rows[index] for index in batch], length)
+        while (embeddings := embed(ids)) is None:
+            yield
         if sums is None:
             sums = np.zeros((len(labels.labels), embeddings.shape[1]), np.float32)
         np.add.at(sums, np.array(batch) // len(labels.templates), embeddings)

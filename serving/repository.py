@@ -34,6 +34,10 @@ _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
 
+MAX_QUEUE = 512
+"""Requests that wait for a model, at most: who is taken waits so many times as long as one request
+takes, and each holds its pictures in memory, at 224 pixels 0.15 MB a picture before the tower."""
+
 
 def assemble(
     bundle: Bundle,
@@ -43,6 +47,7 @@ def assemble(
     runner: str = "auto",
     precision: str = "fp32",
     max_batch_size: int = 64,
+    max_queue: int = MAX_QUEUE,
     refused_too: bool = False,
     fallback: bool = False,
     progress: Steps = silent,
@@ -55,6 +60,7 @@ def assemble(
         runner: of the embedded backend; `auto` times those that passed the gate, here and now, and
             takes the fastest of each tower.
         precision: of the graphs that the other backends get.
+        max_queue: requests that wait for a model, at most; the server refuses more at once.
         refused_too: take what the parity gate refused.
         fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
 
@@ -66,7 +72,7 @@ def assemble(
     if backend == "tensorrt":
         try:
             return _assemble(
-                bundle, target, backend, _plans(precision), max_batch_size, refused_too
+                bundle, target, backend, _plans(precision), max_batch_size, max_queue, refused_too
             )
         except (BundleError, RunnerError) as error:
             if not fallback:
@@ -81,7 +87,7 @@ def assemble(
         bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
     elif backend == "embedded":
         chosen = dict.fromkeys(TOWERS, runner)
-    return _assemble(bundle, target, backend, chosen, max_batch_size, refused_too)
+    return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too)
 
 
 def _plans(precision: str) -> dict[Tower, str]:
@@ -95,6 +101,7 @@ def _assemble(
     backend: Backend,
     chosen: dict[Tower, str],
     max_batch_size: int,
+    max_queue: int,
     refused_too: bool,
 ) -> Path:
     artifacts = {}
@@ -106,7 +113,7 @@ def _assemble(
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
             version = work / source.name / "1"
             version.mkdir(parents=True)
-            config = model_config(source.name, bundle.manifest, backend, max_batch_size)
+            config = model_config(source.name, bundle.manifest, backend, max_batch_size, max_queue)
             if source.name in _TOWERS:
                 tower = _TOWERS[source.name]
                 _add_tower(bundle, artifacts[tower], chosen[tower], config, version)
@@ -160,7 +167,11 @@ def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
 
 
 def model_config(
-    name: str, manifest: Manifest, backend: Backend, max_batch_size: int
+    name: str,
+    manifest: Manifest,
+    backend: Backend,
+    max_batch_size: int,
+    max_queue: int = MAX_QUEUE,
 ) -> ModelConfig:
     """The committed configuration of model `name`, with the facts of a bundle and a backend."""
     text = (SOURCE / name / "config.pbtxt").read_text()
@@ -170,8 +181,10 @@ def model_config(
     else:
         config.max_batch_size = max_batch_size
     _set_dimensions(config, manifest)
-    if config.platform == "ensemble":
+    if config.platform == "ensemble":  # which has no queue, its steps have
         _set_facts(config, manifest)
+    else:
+        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
     if name == "image_preprocess":
         config.instance_group[0].count = cpu_count()
     if name in _TOWERS and backend != "embedded":

@@ -27,7 +27,7 @@ from typing import NamedTuple, Self
 from tritonclient.utils import InferenceServerException
 
 from serving import _embedded, _supervisor
-from serving.errors import ServerError
+from serving.errors import ServerError, UnavailableError
 
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 5  # for requests in flight when the server is told to stop
@@ -277,7 +277,8 @@ def _get(port: int, path: str) -> bytes | None:
 def attach(url: str, timeout: float = 5.0) -> None:
     """Check that the server at `url` answers and is ready, within `timeout` seconds a question.
 
-    `url` is grpc://host:port or http://host:port. Raises ServerError that says what was tried.
+    `url` is grpc://host:port or http://host:port. Raises UnavailableError that says what was tried,
+    and ServerError on what is no such URL.
     """
     scheme, _, address = url.partition("://")
     if scheme not in ("grpc", "http") or not re.fullmatch(r"[^/]+:\d+", address):
@@ -285,12 +286,12 @@ def attach(url: str, timeout: float = 5.0) -> None:
     try:
         ready = _ask_grpc(address, timeout) if scheme == "grpc" else _ask_http(address, timeout)
     except (InferenceServerException, OSError, http.client.HTTPException, ValueError) as error:
-        raise ServerError(
+        raise UnavailableError(
             f"no Triton server answers at {url} ({error}). Is it started, and is this its "
             f"{scheme} port? By default 8000 is http and 8001 is grpc"
         ) from error
     if not ready:
-        raise ServerError(
+        raise UnavailableError(
             f"the Triton server at {url} answers, but is not ready: its models are still loading, "
             "or one of them failed to, as its log says"
         )

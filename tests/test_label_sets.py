@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from serving.errors import TextError
-from serving.label_sets import Abandoned, LabelSetCache, embedding_work, key_of
+from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.tokenizer import Tokenizer
 from serving.zero_shot import LabelSet
 
@@ -63,7 +63,7 @@ def tower():
 
 @pytest.fixture
 def cache():
-    opened = LabelSetCache(4 * ROW)
+    opened = LabelSetCache(4 * ROW, max_texts=100, max_waiters=8)
     yield opened
     opened.close()
     assert not opened._thread.is_alive()
@@ -71,7 +71,7 @@ def cache():
 
 def ask(cache, tower, name, chunks, **options):
     asker = Asker()
-    kept = cache.ask(name.encode(), lambda: tower.work(name, chunks, **options), asker)
+    kept = cache.ask(name.encode(), lambda: tower.work(name, chunks, **options), chunks, asker)
     return asker if kept is None else kept
 
 
@@ -150,8 +150,29 @@ def test_an_error_goes_to_those_who_wait_for_it_and_is_not_kept(cache, tower):
     assert isinstance(ask(cache, tower, "b", 1).answer(), np.ndarray)
 
 
+def test_what_is_too_much_is_refused_and_begins_nothing(cache, tower):
+    """Up to 100 texts and 8 who wait; a set that is larger goes alone."""
+    large = ask(cache, tower, "l", 120)
+    with pytest.raises(Full, match="120 texts of labels wait"):
+        ask(cache, tower, "s", 1)
+    others = [ask(cache, tower, "l", 120) for _ in range(7)]
+    with pytest.raises(Full, match="8 requests wait"):
+        ask(cache, tower, "l", 120)
+    tower.let.release(120)
+    assert {id(asker.answer()) for asker in (large, *others)} == {id(large.answer())}
+    assert {name for name, _ in tower.done} == {"l"}
+    sets = [ask(cache, tower, name, 50) for name in "ab"]
+    with pytest.raises(Full, match="100 texts"):
+        ask(cache, tower, "c", 1)
+    tower.let.release(100)
+    for asker in sets:
+        asker.answer()
+    tower.let.release(1)
+    assert isinstance(ask(cache, tower, "c", 1).answer(), np.ndarray)
+
+
 def test_closing_tells_those_who_wait(tower):
-    cache = LabelSetCache(ROW)
+    cache = LabelSetCache(ROW, max_texts=100, max_waiters=8)
     asker = ask(cache, tower, "a", 50)
     tower.let.release(1)
     while not tower.done:
@@ -176,6 +197,27 @@ def test_keys():
     keys = [key_of(model, labels) for model in ("one", "two") for labels in sets]
     assert len(set(keys)) == len(keys)
     assert key_of("one", LabelSet(("a", "b"), ("{}",))) == keys[0]
+
+
+def test_a_busy_tower_is_asked_for_the_same_again(tiny_bundle):
+    tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)
+    labels = LabelSet(("cat", "dog", "a bird that sings all the day long in a tree"), ("{}",))
+    asked = []
+
+    def embed(ids):
+        asked.append(ids)
+        return None if len(asked) % 3 else np.ones((len(ids), 8), np.float32)
+
+    pauses, found = 0, []
+
+    def finished():
+        found.append((yield from embedding_work(labels, tokenizer, embed, 2)))
+
+    for _ in finished():
+        pauses += 1
+    assert [ids.shape for ids in asked] == [(2, 8)] * 3 + [(1, 16)] * 3
+    assert pauses == 1 + 2 * 3
+    np.testing.assert_allclose(found[0], np.full((3, 8), 8**-0.5), rtol=1e-6)
 
 
 def test_the_work_asks_for_short_batches_of_buckets(tiny_bundle):

@@ -86,7 +86,6 @@ def test_assembled_facts(tiny_bundle, tmp_path):
     assert list(configs["clip_image"].output[0].dims) == [32]
     assert list(configs["text_tower"].input[0].dims) == [-1]
     assert configs["clip_text"].response_cache.enable
-    assert configs["image_tower"].dynamic_batching.default_queue_policy.max_queue_size
     assert configs["image_tower"].parameters["runner"].string_value == "onnxruntime:fp32"
     parameters = configs["clip_image"].parameters
     assert float(parameters["logit_scale"].string_value) == pytest.approx(
@@ -103,6 +102,23 @@ def test_assembled_facts(tiny_bundle, tmp_path):
     for name in ("text_tokenize", "clip_zero_shot"):
         names = {p.name for p in (target / name / "1" / "bundle").iterdir()}
         assert names == {"manifest.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("most", [None, 7])
+def test_every_queue_has_an_end(tiny_bundle, backend, most):
+    """Without a batcher a model of Triton has a queue without limits; an ensemble has none."""
+    for name in MODELS:
+        options = {} if most is None else {"max_queue": most}
+        config = model_config(name, tiny_bundle.manifest, backend, 16, **options)
+        if config.platform == "ensemble":
+            assert not config.HasField("dynamic_batching")
+            continue
+        policy = config.dynamic_batching.default_queue_policy
+        assert policy.max_queue_size == (most or 512)
+        assert policy.default_timeout_microseconds == 30_000_000
+        assert policy.allow_timeout_override
+        assert policy.timeout_action == policy.REJECT
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

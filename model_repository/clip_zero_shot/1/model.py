@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 
 from serving.bundle import Bundle
 from serving.errors import ImageError, InputError, TextError, relocated
-from serving.label_sets import Abandoned, LabelSetCache, embedding_work, key_of
+from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.tokenizer import Tokenizer
 from serving.zero_shot import LabelSet, softmax
 
 Floats = NDArray[np.float32]
 
 _UNDER_WAY = 32  # requests whose pictures are being embedded; more wait in Triton's queue
+_WAITING = 512  # requests whose pictures are embedded, and whose labels are not; more are refused
+_LARGEST_SETS = 2  # label sets as large as they may be that are under way together
+_BUSY_S = 0.05  # until a tower is asked again that was busy
+_BUSY = re.compile("maximum queue size|timeout expired")  # what Triton says then
 
 
 class TritonPythonModel:
@@ -40,7 +44,11 @@ class TritonPythonModel:
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
         self.chunk, self.max_texts = int(limits["chunk"]), int(limits["max_texts"])
-        self.cache = LabelSetCache(int(limits["cache_bytes"]))
+        self.cache = LabelSetCache(
+            int(limits["cache_bytes"]),
+            max_texts=_LARGEST_SETS * self.max_texts,
+            max_waiters=_WAITING,
+        )
         self.free = threading.Semaphore(_UNDER_WAY)
         self.threads = ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="clip-zero-shot")
 
@@ -54,14 +62,18 @@ class TritonPythonModel:
         """Embed a request's pictures, and answer it, or have it wait for its labels."""
         try:
             labels = self.label_set(call.request)
-            call.images = self.embed_images(call.request)
+            call.images = self.embed_images(call)
         except Exception as error:  # whatever it is, the client is to hear of it
             call.failed(error)
             return
         finally:
             self.free.release()
         key = key_of(self.manifest.provenance.weights_sha256, labels)
-        kept = self.cache.ask(key, lambda: self.work(labels), call)
+        try:
+            kept = self.cache.ask(key, lambda: self.work(labels), len(labels), call)
+        except Full as error:
+            call.failed(error)
+            return
         if kept is not None:
             call.ready(kept)
 
@@ -79,16 +91,16 @@ class TritonPythonModel:
             )
         return labels
 
-    def embed_images(self, request: Any) -> Floats:
+    def embed_images(self, call: "Call") -> Floats:
         """Embeddings of a request's pictures, by `clip_image`."""
-        pictures = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel()
+        pictures = pb_utils.get_input_tensor_by_name(call.request, "IMAGE").as_numpy().ravel()
         if not len(pictures):
             raise ImageError("no images to classify; give at least one")
         parts = []
         for start in range(0, len(pictures), self.chunk):
             batch = pictures[start : start + self.chunk].reshape(-1, 1)
             try:
-                parts.append(infer("clip_image", "image", batch, "image_embeds"))
+                parts.append(infer("clip_image", "image", batch, "image_embeds", call.left()))
             except Refusal as error:
                 # Its code does not tell (2.51: always internal), but a picture's error names it.
                 if not str(error).startswith("images["):
@@ -102,7 +114,7 @@ class TritonPythonModel:
         return embedding_work(
             labels,
             self.tokenizer,
-            lambda ids: infer("text_tower", "input_ids", ids, "text_embeds"),
+            embed_texts,
             self.chunk,
         )
 
@@ -126,7 +138,11 @@ class Call:
     def wanted(self) -> bool:
         """Whether its time is not over, and its client still there, as far as Triton knows."""
         # Over gRPC Triton tells of clients that went away, over HTTP (2.51) it does not.
-        return time.monotonic() < self.deadline and not self.sender.is_cancelled()
+        return self.left() > 0 and not self.sender.is_cancelled()
+
+    def left(self) -> float:
+        """Seconds of its time that are left; infinite if it has all the time."""
+        return self.deadline - time.monotonic()
 
     def ready(self, labels: Floats) -> None:
         """Answer with the pictures and their labels, float32 [labels, dim]."""
@@ -149,11 +165,14 @@ class Call:
         elif isinstance(error, Abandoned):
             code = pb_utils.TritonError.UNAVAILABLE  # CANCELLED is 400 over HTTP (2.51)
             message = "the client went away, or the server stops, before the labels were embedded"
-            if time.monotonic() >= self.deadline:
+            if self.left() <= 0:
                 message = (
                     f"the request's time of {self.seconds:g} s was over before its labels were "
                     "embedded; give it more time, or fewer labels and templates"
                 )
+        elif isinstance(error, Full):
+            code = pb_utils.TritonError.UNAVAILABLE
+            message = f"clip_zero_shot is full: {message}; try again later"
         elif isinstance(error, Refusal):
             code = error.code
         self.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
@@ -167,25 +186,44 @@ class Call:
 
 
 class Refusal(Exception):  # noqa: N818  another model's error, with its code
-    """What another model of this server answered instead of a result."""
+    """What another model of this server answered instead of a result.
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+    Triton (2.51) gives the code of an error on to us as internal, whatever it was.
+    """
+
+    def __init__(self, model: str, message: str, code: int) -> None:
+        self.busy = _BUSY.search(message) is not None
+        super().__init__(f"{model} has too much to do: {message}" if self.busy else message)
+        self.code = pb_utils.TritonError.UNAVAILABLE if self.busy else code
 
 
-def infer(model: str, source: str, data: NDArray[Any], target: str) -> Any:
-    """Ask another model of this server."""
+def infer(
+    model: str, source: str, data: NDArray[Any], target: str, seconds: float = math.inf
+) -> Any:
+    """Ask another model of this server; its queue drops what waits longer than `seconds`."""
     response = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=[target],
         inputs=[pb_utils.Tensor(source, data)],
+        timeout=0 if seconds == math.inf else max(1, int(seconds * 1e6)),
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     ).exec()
     if response.has_error():
         message = re.sub(r"^in ensemble '\w+', ", "", response.error().message())
-        raise Refusal(message, response.error().code())
+        raise Refusal(model, message, response.error().code())
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
+
+
+def embed_texts(ids: NDArray[np.int32]) -> Floats | None:
+    """Embeddings by `text_tower`, or None, after a moment, while that has too much to do."""
+    try:
+        embeddings: Floats = infer("text_tower", "input_ids", ids, "text_embeds")
+    except Refusal as error:
+        if not error.busy:
+            raise
+        time.sleep(_BUSY_S)
+        return None
+    return embeddings
 
 
 def texts(request: Any, name: str) -> tuple[str, ...] | None:

@@ -1,0 +1,170 @@
+"""Calls to the models of a Triton server: connections, deadlines, attempts, errors in our words.
+
+Does not know: which models there are, or what they take.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from tritonclient.utils import InferenceServerException
+
+from serving.errors import InputError, OverloadedError, ServerError, UnavailableError
+from serving.retries import retried
+from serving.triton import attach
+
+# Without these gRPC leaves a server that was away alone for 1 s, and for up to two minutes after
+# some attempts; how often is asked again is decided in `serving.retries`. Whoever gives arguments
+# gives them all: -1 is no limit of our own to the size of messages.
+_GRPC_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+# Triton's queues say both with one status, and so does clip_zero_shot.
+_LATE = re.compile(r"timeout expired|time of \S+ s was over")
+_FULL = re.compile(r"maximum queue size|\bis full\b")
+
+
+class Calls:
+    """Calls to one server; safe to share between threads. `close` it at the end.
+
+    Args:
+        url: `grpc://host:port` or `http://host:port`.
+        timeout: seconds for a call, all its attempts and the pauses between them.
+        attempts: how often a call is tried, at most; see `serving.retries`.
+
+    Raises:
+        UnavailableError: no server is there, or it is not ready, after these attempts.
+        ServerError: this is no such URL.
+        InputError: `attempts` is less than one.
+    """
+
+    def __init__(self, url: str, *, timeout: float, attempts: int) -> None:
+        if attempts < 1:
+            raise InputError(f"attempts is {attempts}; expected 1, to ask once, or more")
+        self._url, self._timeout, self._attempts = url, timeout, attempts
+        self._scheme, _, self._address = url.partition("://")
+        self._threads = threading.local()
+        self._connections: list[Any] = []
+        retried(lambda _: attach(url), attempts, timeout)
+        self.protocol, self._broken = _protocol(self._scheme)
+
+    def close(self) -> None:
+        """End all connections."""
+        while self._connections:
+            self._connections.pop().close()
+
+    def config(self, model: str) -> dict[str, Any]:
+        """A model's configuration."""
+        found = self._call(lambda connection, _: connection.get_model_config(model))
+        return found if isinstance(found, dict) else _as_dict(found.config)
+
+    def infer(self, model: str, tensors: list[Any], target: str, parameters: dict[str, Any]) -> Any:
+        """The output `target` of a model, an array; the server is told how long it may take.
+
+        Args:
+            tensors: `InferInput`s of `self.protocol`.
+
+        Raises:
+            InputError: the server says that the inputs cannot be used.
+            OverloadedError: the server was full, every time.
+            UnavailableError: the server was not there, every time.
+            ServerError: it did not answer in time, or failed.
+        """
+
+        def ask(connection: Any, left: float) -> Any:
+            options: dict[str, Any] = {"timeout": int(left * 1e6) or 1, "parameters": parameters}
+            if self._scheme == "grpc":
+                options["client_timeout"] = left
+            return connection.infer(model, tensors, **options)
+
+        return self._call(ask).as_numpy(target)
+
+    def _call(self, action: Callable[[Any, float], Any]) -> Any:
+        return retried(lambda left: self._attempt(action, left), self._attempts, self._timeout)
+
+    def _attempt(self, action: Callable[[Any, float], Any], left: float) -> Any:
+        """Do `action` with a connection, within `left` seconds; errors become ours."""
+        try:
+            with self._connection(left) as connection:
+                return action(connection, left)
+        except InferenceServerException as error:
+            raise self._translated(error) from error
+        except TimeoutError as error:
+            raise self._late(error) from error
+        except self._broken as error:
+            raise UnavailableError(
+                f"no answer from {self._url}: {error}. Was it stopped, or is this not its "
+                f"{self._scheme} port?"
+            ) from error
+
+    def _translated(self, error: InferenceServerException) -> ServerError | InputError:
+        reason = re.sub(r"^in ensemble '\w+', ", "", error.message())
+        status = str(error.status())
+        if status in ("400", "StatusCode.INVALID_ARGUMENT"):
+            return InputError(reason)
+        if status in ("499", "StatusCode.DEADLINE_EXCEEDED") or _LATE.search(reason):
+            return self._late(reason)
+        if unknown := re.search(r"unknown model: '(\w+)'", reason):
+            return ServerError(
+                f"{self._url} serves no model {unknown[1]}; assemble its repository again with "
+                "`python -m serving assemble`"
+            )
+        if _FULL.search(reason):
+            return OverloadedError(
+                f"{self._url} is full, and refused the request ({reason}); send less at a time, or "
+                "try again later"
+            )
+        if status in ("503", "StatusCode.UNAVAILABLE"):
+            return UnavailableError(f"{self._url} is not there, or not now ({status}): {reason}")
+        return ServerError(f"{self._url} refused the request ({status}): {reason}")
+
+    def _late(self, reason: object) -> ServerError:
+        return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
+
+    @contextmanager
+    def _connection(self, left: float) -> Iterator[Any]:
+        """A connection of this thread: tritonclient's HTTP client belongs to one thread.
+
+        Over HTTP, timeouts are a connection's; so what is asked again, with less time, gets one
+        of its own.
+        """
+        if self._scheme == "http" and left < self._timeout:
+            with self._opened(left) as connection:
+                yield connection
+            return
+        if not hasattr(self._threads, "connection"):
+            self._threads.connection = self._opened(self._timeout)
+            self._connections.append(self._threads.connection)
+        yield self._threads.connection
+
+    def _opened(self, timeout: float) -> Any:
+        options: dict[str, Any] = {"channel_args": _GRPC_OPTIONS}
+        if self._scheme == "http":
+            options = {"connection_timeout": timeout, "network_timeout": timeout}
+        return self.protocol.InferenceServerClient(self._address, **options)
+
+
+def _protocol(scheme: str) -> tuple[ModuleType, tuple[type[Exception], ...]]:
+    """tritonclient's module, and what it raises, besides its own, when a connection breaks."""
+    if scheme == "grpc":
+        import tritonclient.grpc
+
+        return tritonclient.grpc, ()
+    import tritonclient.http
+    from geventhttpclient.response import HTTPParseError
+
+    return tritonclient.http, (OSError, HTTPParseError)
+
+
+def _as_dict(message: Any) -> dict[str, Any]:
+    from google.protobuf.json_format import MessageToDict
+
+    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return found

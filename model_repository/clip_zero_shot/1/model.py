@@ -19,10 +19,12 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from serving.bundle import Bundle
-from serving.errors import ImageError, InputError, TextError, relocated
+from serving.errors import ImageError, InputError, relocated
 from serving.label_sets import Abandoned, LabelSetCache, embedding_work, key_of
-from serving.tokenizer import Tokenizer
-from serving.zero_shot import LabelSet, softmax
+from serving.labels import LabelSet
+from serving.limits import MAX_CLASSIFIED
+from serving.tokenizer import Tokenizer, decode_text
+from serving.zero_shot import softmax
 
 Floats = NDArray[np.float32]
 
@@ -33,14 +35,14 @@ class TritonPythonModel:
     """`IMAGE` [n], `LABELS` [labels], `TEMPLATES` -> `PROBABILITIES`, `LOGITS` [n, labels]."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read what the bundle says of the model, and the configuration of the limits."""
+        """Read what the bundle says of the model, and the configuration."""
         parameters = json.loads(args["model_config"])["parameters"]
-        limits = {key: value["string_value"] for key, value in parameters.items()}
+        settings = {key: int(value["string_value"]) for key, value in parameters.items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        self.chunk, self.max_texts = int(limits["chunk"]), int(limits["max_texts"])
-        self.cache = LabelSetCache(int(limits["cache_bytes"]))
+        self.chunk = settings["chunk"]
+        self.cache = LabelSetCache(settings["cache_bytes"])
         self.free = threading.Semaphore(_UNDER_WAY)
         self.threads = ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="clip-zero-shot")
 
@@ -68,22 +70,21 @@ class TritonPythonModel:
     def label_set(self, request: Any) -> LabelSet:
         """The labels and templates of a request."""
         templates = texts(request, "TEMPLATES")
-        labels = LabelSet(
+        return LabelSet(
             texts(request, "LABELS") or (),
             self.manifest.templates if templates is None else templates,
         )
-        if len(labels) > self.max_texts:
-            raise TextError(
-                f"{len(labels.labels)} labels x {len(labels.templates)} templates are "
-                f"{len(labels)} texts; this server takes up to {self.max_texts} in a request"
-            )
-        return labels
 
     def embed_images(self, request: Any) -> Floats:
         """Embeddings of a request's pictures, by `clip_image`."""
         pictures = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel()
         if not len(pictures):
             raise ImageError("no images to classify; give at least one")
+        if len(pictures) > MAX_CLASSIFIED:
+            raise ImageError(
+                f"{len(pictures)} images are more than the {MAX_CLASSIFIED} allowed in a request; "
+                "send them in several"
+            )
         parts = []
         for start in range(0, len(pictures), self.chunk):
             batch = pictures[start : start + self.chunk].reshape(-1, 1)
@@ -193,10 +194,5 @@ def texts(request: Any, name: str) -> tuple[str, ...] | None:
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         return None
-    found = []
-    for index, data in enumerate(tensor.as_numpy().ravel()):
-        try:
-            found.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise TextError(f"{name.lower()}[{index}] is not UTF-8: {error}") from error
-    return tuple(found)
+    data = tensor.as_numpy().ravel()
+    return tuple(decode_text(item, f"{name.lower()}[{index}]") for index, item in enumerate(data))

@@ -38,7 +38,7 @@ class LabelSet:
             raise TextError("no labels to choose from; give at least one")
         if not self.templates:
             raise TextError("no templates to put labels into; give at least one, such as '{}'")
-        self._refuse_numbers()
+        refuse_numbers(len(self.labels), len(self.templates))
         self._refuse_sizes()
         seen: set[str] = set()
         for index, label in enumerate(self.labels):
@@ -50,20 +50,6 @@ class LabelSet:
         for template in self.templates:
             if "{}" not in template:
                 raise TextError(f"template {template!r} has no {{}} for the label to go")
-
-    def _refuse_numbers(self) -> None:
-        labels, templates = len(self.labels), len(self.templates)
-        if labels > MAX_LABELS:
-            raise TextError(f"{labels} labels are more than the {MAX_LABELS} allowed; give fewer")
-        if templates > MAX_TEMPLATES:
-            raise TextError(
-                f"{templates} templates are more than the {MAX_TEMPLATES} allowed; give fewer"
-            )
-        if len(self) > MAX_LABEL_TEXTS:
-            raise TextError(
-                f"{labels} labels x {templates} templates are {len(self)} texts, more than the "
-                f"{MAX_LABEL_TEXTS} allowed; give fewer of either"
-            )
 
     def _refuse_sizes(self) -> None:
         """Of the texts, before one is made: a template may repeat a label thousands of times."""
@@ -111,6 +97,25 @@ class LabelSet:
         rest = message[found.end() :] if found else message
         return TextError(
             f"labels[{label}], put into the template {self.templates[template]!r}: {rest}"
+        )
+
+
+def refuse_numbers(labels: int, templates: int) -> None:
+    """Refuse more labels or templates than `serving.limits` allow, before one is looked at.
+
+    Raises:
+        TextError: there are more.
+    """
+    if labels > MAX_LABELS:
+        raise TextError(f"{labels} labels are more than the {MAX_LABELS} allowed; give fewer")
+    if templates > MAX_TEMPLATES:
+        raise TextError(
+            f"{templates} templates are more than the {MAX_TEMPLATES} allowed; give fewer"
+        )
+    if (texts := labels * templates) > MAX_LABEL_TEXTS:
+        raise TextError(
+            f"{labels} labels x {templates} templates are {texts} texts, more than the "
+            f"{MAX_LABEL_TEXTS} allowed; give fewer of either"
         )
 
 

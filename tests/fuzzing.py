@@ -385,13 +385,16 @@ def http_body(rng, request):
         headers["Content-Encoding"] = rng.choice(("gzip", "deflate", "br", "x", "gzip, gzip"))
         body = rng.choice((body, zlib.compress(body), zlib.compress(body)[:-5]))
     if rng.random() < 0.05:
+        return headers, iter([body[:100], body[100:200], body[200:]])  # sent in chunks
+    if rng.random() < 0.05:
         body = rng.choice((b"", b"{}", b"[]", b"null", b'"x"', body[: len(body) // 2]))
     return headers, body
 
 
 def _spoil_document(rng, document):
     """A value of another kind somewhere, or data in JSON instead of behind it."""
-    hostile = (None, [], {}, [[]], "x", -1, 2**70, 1e308, True, [None], {"a": {"b": []}})
+    deep = json.loads("[" * 300 + "]" * 300)
+    hostile = (None, [], {}, [[]], "x", -1, 2**70, 1e308, True, [None], {"a": {"b": []}}, deep)
     if rng.random() < 0.5 and document["inputs"]:
         given = rng.choice(document["inputs"])
         data = (["a cat"], [b"\xff".decode("latin-1")], [[["x"]]], [1, "x"], [-1] * 9, "x", [1e400])

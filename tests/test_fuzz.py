@@ -1,12 +1,14 @@
 """Mutated pictures, odd texts and malformed requests: an answer or a plain refusal, and no more.
 
-In process Hypothesis gives the seeds, and the one that repeats what fails. Against the live server each
-body has a seed, which a failure names: a crash there changes the state that a replay would need.
+In process Hypothesis gives the seeds, and the one that repeats what fails. Against the live server
+each request has a seed of its own, which a failure names.
 """
 
+import contextlib
 import html
 import http.client
 import io
+import json
 import os
 import random
 import re
@@ -24,6 +26,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_triton import make_repository
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from serving.bundle import ImageSpec
@@ -41,6 +44,18 @@ REQUESTS = 2_000 if SOAK else 200  # of each protocol
 DEADLINE_S = 30.0  # a mutated header may announce 64 megapixels, on a machine that is busy
 FILES = fuzzing.picture_files()
 SIZE = 32
+
+IDENTITY = """
+import triton_python_backend_utils as pb
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        return [pb.InferenceResponse([
+            pb.Tensor("SAME_" + name, pb.get_input_tensor_by_name(request, name).as_numpy())
+            for name in ("TEXT", "PIXELS")
+        ]) for request in requests]
+"""
 
 examples = settings(
     max_examples=BODIES,
@@ -202,6 +217,11 @@ def test_an_accepted_text_is_cleaned_as_openai_does(figure, tokenize):
 
 # ------------------------------------------------------------------ the live server
 
+# What the embedded Triton (2.51) answers with 500 of its own accord, before a model sees it.
+TRITONS = re.compile(
+    rb'\{"error":"(failed to (parse the request JSON|get request params)|Unable to (parse|set) )'
+)
+
 
 @pytest.fixture(scope="module")
 def server(fp32_bundle, tmp_path_factory):
@@ -235,7 +255,7 @@ class Http:
         """Status and body of the answer; None and the reason where the connection was ended."""
         connection = http.client.HTTPConnection(self.address, timeout=DEADLINE_S)
         try:
-            connection.request(method, path, body, headers)
+            connection.request(method, path, body, headers)  # without a length, in chunks
             answer = connection.getresponse()
             return answer.status, answer.read()
         except TimeoutError:
@@ -253,25 +273,29 @@ class Http:
 
     def good(self, request):
         document, tail = fuzzing.as_json(request)
-        head = fuzzing.json.dumps(document).encode()
+        head = json.dumps(document).encode()
         headers = {"Inference-Header-Content-Length": str(len(head))}
         return self.ask("POST", f"/v2/models/{request['model']}/infer", headers, head + tail)
 
     def ready(self):
         return self.ask("GET", "/v2/health/ready", {}, None)[0] == 200
 
-    internal = (500,)
+    def wrong(self, status, answer):
+        return status is None or (status == 500 and not TRITONS.match(answer))
 
 
 class Grpc:
+    """One connection for all."""
+
     def __init__(self, server):
-        limit = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
-        channel = grpc.insecure_channel(server.grpc_url.partition("://")[2], options=limit)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        self.channel = grpc.insecure_channel(server.grpc_url.partition("://")[2], options=limits)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
 
     def send(self, message):
         try:
-            return "OK", self.stub.ModelInfer(message, timeout=DEADLINE_S)
+            answer = self.stub.ModelInfer(message, timeout=DEADLINE_S)
+            return "OK", b"".join(answer.raw_output_contents)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise TimeoutError(error.details()) from error
@@ -281,39 +305,87 @@ class Grpc:
         return self.send(fuzzing.grpc_message(rng, request))
 
     def good(self, request):
-        status, answer = self.send(fuzzing.grpc_message(random.Random(1), request))
-        return status, b"".join(answer.raw_output_contents)
+        return self.send(fuzzing.grpc_message(random.Random(1), request))
 
     def ready(self):
         return self.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=DEADLINE_S).ready
 
-    internal = ("INTERNAL", "UNKNOWN", "UNAVAILABLE")
+    def wrong(self, status, answer):
+        # A request may itself ask for a timeout of a microsecond, and then gets UNAVAILABLE.
+        return status in ("INTERNAL", "UNKNOWN") or (
+            status == "UNAVAILABLE" and b"timeout" not in answer.lower()
+        )
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_the_server_answers_whatever_comes(server, protocol, figure):
     asker = {"http": Http, "grpc": Grpc}[protocol](server)
     files = list(FILES.values())
-    good = fuzzing.requests(random.Random(4), files, SIZE)
-    before, pids = asker.good(good), processes(server)
-    assert before[0] in (200, "OK")
-    seen, internal, slowest = Counter(), [], 0.0
+    # Of every model one: the same bytes must come before and after.
+    good = {}
+    for seed in range(40):
+        request = fuzzing.requests(random.Random(seed), files, SIZE)
+        good.setdefault(request["model"], request)
+    before, pids = [asker.good(request) for request in good.values()], processes(server)
+    assert len(good) == 7
+    assert {status for status, _ in before} <= {200, "OK"}
+    seen, slowest = Counter(), 0.0
     for seed in range(REQUESTS):
         rng = random.Random(seed)
         request = fuzzing.spoilt(rng, fuzzing.requests(rng, files, SIZE), files)
         began = time.perf_counter()
         status, answer = asker.fuzzed(rng, request)
         slowest = max(slowest, time.perf_counter() - began)
-        seen[status] += 1
-        if status in asker.internal or status is None:
-            internal.append((seed, request["model"], status, answer[:300]))
         assert processes(server) == pids, f"seed {seed}: a process ended"
+        assert not asker.wrong(status, answer), f"seed {seed}: {status} {answer[:300]!r}"
+        seen[status] += 1
     assert asker.ready()
-    assert asker.good(good) == before
-    assert not internal
-    answers = ", ".join(f"{count:,} x {status}" for status, count in seen.most_common())
+    assert [asker.good(request) for request in good.values()] == before
+    answers = ", ".join(f"{count:,} {status}" for status, count in seen.most_common())
     figure(
-        f"fuzzed {protocol} requests",
-        f"{REQUESTS:,}: 0 crashes, 0 hangs, slowest {slowest * 1000:.0f} ms, the same bytes for a "
-        f"good request before and after; answers {answers}",
+        f"fuzzed requests over {protocol}",
+        f"{REQUESTS:,}: 0 crashes, 0 hangs, slowest {slowest * 1000:.0f} ms; a good request to "
+        f"each of 7 models has the same bytes before and after; answers: {answers}",
     )
+
+
+# The generator makes neither of these, which end tritonserver 2.51 itself: JSON nested about
+# 100,000 deep (its parser calls itself), and a body in about a million chunks (it puts a list of
+# them on the stack). Once they do not any more, they belong into the generator.
+DEEP = 1_000_000
+ENDS_TRITON = {
+    "nested JSON": (
+        {"Content-Type": "application/json"},
+        b'{"inputs":' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}",
+    ),
+    "a body in a million chunks": (
+        {"Transfer-Encoding": "chunked"},
+        b"1\r\na\r\n" * 1_000_000 + b"0\r\n\r\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDS_TRITON)
+def test_what_is_left_out_ends_triton_without_any_code_of_ours(kind, tmp_path):
+    """On a repository that holds one model, which repeats its input."""
+    headers, body = ENDS_TRITON[kind]
+    with TritonServer(
+        make_repository(tmp_path / "echo", echo=IDENTITY), http_port=0, grpc_port=0, metrics_port=0
+    ) as running:
+        address = running.http_url.partition("://")[2]
+        connection = http.client.HTTPConnection(address, timeout=DEADLINE_S)
+        connection.putrequest("POST", "/v2/models/echo/infer")
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        if "Transfer-Encoding" not in headers:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection.send(body)
+            connection.getresponse()
+        connection.close()
+        ended = Path(f"/proc/{running.pid}/stat")
+        deadline = time.monotonic() + DEADLINE_S
+        while ended.exists() and ended.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            assert time.monotonic() < deadline, "it goes on"
+            time.sleep(0.05)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from serving.bundle import Bundle
 from serving.errors import ImageError, InputError, relocated
 from serving.label_sets import Abandoned, LabelSetCache, embedding_work, key_of
-from serving.labels import LabelSet
+from serving.labels import LabelSet, refuse_numbers
 from serving.limits import MAX_CLASSIFIED
 from serving.tokenizer import Tokenizer, decode_text
 from serving.zero_shot import softmax
@@ -69,16 +69,21 @@ class TritonPythonModel:
 
     def label_set(self, request: Any) -> LabelSet:
         """The labels and templates of a request."""
-        templates = texts(request, "TEMPLATES")
+        labels, templates = strings(request, "LABELS"), strings(request, "TEMPLATES")
+        own = self.manifest.templates
+        refuse_numbers(
+            0 if labels is None else len(labels), len(own if templates is None else templates)
+        )
         return LabelSet(
-            texts(request, "LABELS") or (),
-            self.manifest.templates if templates is None else templates,
+            () if labels is None else texts(labels, "labels"),
+            own if templates is None else texts(templates, "templates"),
         )
 
     def embed_images(self, request: Any) -> Floats:
         """Embeddings of a request's pictures, by `clip_image`."""
-        pictures = pb_utils.get_input_tensor_by_name(request, "IMAGE").as_numpy().ravel()
-        if not len(pictures):
+        pictures = strings(request, "IMAGE")
+        # Of a model with an optional input, Triton (2.51) counts the inputs and misses none.
+        if pictures is None or not len(pictures):
             raise ImageError("no images to classify; give at least one")
         if len(pictures) > MAX_CLASSIFIED:
             raise ImageError(
@@ -189,10 +194,12 @@ def infer(model: str, source: str, data: NDArray[Any], target: str) -> Any:
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 
-def texts(request: Any, name: str) -> tuple[str, ...] | None:
-    """An input of UTF-8 strings; None of an optional one that is not there."""
+def strings(request: Any, name: str) -> NDArray[np.object_] | None:
+    """An input of strings, still encoded; None of one that is not there."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    data = tensor.as_numpy().ravel()
-    return tuple(decode_text(item, f"{name.lower()}[{index}]") for index, item in enumerate(data))
+    return None if tensor is None else tensor.as_numpy().ravel()
+
+
+def texts(encoded: NDArray[np.object_], kind: str) -> tuple[str, ...]:
+    """UTF-8 strings, decoded."""
+    return tuple(decode_text(data, f"{kind}[{index}]") for index, data in enumerate(encoded))

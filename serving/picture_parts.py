@@ -14,7 +14,7 @@ from serving.errors import ImageError
 from serving.limits import MAX_JPEG_HEADER_BYTES, MAX_PARTS, MAX_SCANS
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 # Not a byte of coded data (ff 00), a fill byte (ff ff) or a restart (ff d0 to d7).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -44,25 +44,24 @@ def pixel_parts(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> bytes:
-    """Up to the end of the image, without application segments, comments and junk."""
-    view, at, header, scans = memoryview(data), 2, 0, 0
+    """Up to the end of the image, in front without application segments, comments and junk."""
+    view, at, header, first_scan, scans = memoryview(data), 2, 0, 0, 0
     kept = [view[:at]]
     for _ in range(MAX_PARTS):
         found = _JPEG_MARKER.search(data, at, len(data) if scans else at + _JUNK)
-        start = found.start() if found else len(data)
-        if scans:
-            kept.append(view[at:start])  # coded data; before the first scan it is junk
-        if found is None:
-            return b"".join(kept)  # cut off, as the decoder will say
-        marker, at = data[start + 1], start + 2
+        if found is None:  # cut off, as the decoder will say
+            return b"".join([*kept, view[first_scan:]] if scans else kept)
+        start, marker = found.start(), data[found.start() + 1]
+        at = start + 2
         if _has_length(marker):
             at += max(2, int.from_bytes(data[at : at + 2], "big"))
-        if not (_APP0 < marker <= _APP15 or marker == _COM) or marker == _APP14:
+        if marker == _EOI and scans:
+            return b"".join([*kept, view[first_scan:at]])
+        if marker == _SOS:
+            first_scan, scans = first_scan or start, scans + 1
+        if not scans and (not _APP0 < marker <= _APP15 or marker == _APP14) and marker != _COM:
             kept.append(view[start:at])
-            header += 0 if scans else len(kept[-1])
-        if marker == _EOI:
-            return b"".join(kept)
-        scans += marker == _SOS
+            header += len(kept[-1])
         if scans > MAX_SCANS:
             raise ImageError(
                 f"the JPEG has more than the {MAX_SCANS} scans allowed; save it again, not "
@@ -82,8 +81,8 @@ def _has_length(marker: int) -> bool:
 
 
 def _png(data: bytes) -> bytes:
-    """The critical chunks and transparency."""
-    view, at = memoryview(data), len(_PNG_MAGIC)
+    """The critical chunks, and transparency, which must come before the data."""
+    view, at, in_data = memoryview(data), len(_PNG_MAGIC), False
     kept = [view[:at]]
     for _ in range(MAX_PARTS):
         name = data[at + 4 : at + 8]
@@ -91,7 +90,8 @@ def _png(data: bytes) -> bytes:
             kept.append(view[at:])  # cut off or damaged, as the decoder will say
             return b"".join(kept)
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if name in _PNG_KEPT:
+        in_data = in_data or name == b"IDAT"
+        if name in _PNG_KEPT or (name == b"tRNS" and not in_data):
             kept.append(view[at:end])
         if name == b"IEND":
             return b"".join(kept)

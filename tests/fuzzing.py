@@ -418,7 +418,7 @@ def _values(place):
 
 
 def grpc_message(rng, request):
-    """The request as protobuf, its contents in any of the places that it has for them."""
+    """The request as protobuf, its contents in any of the places for them; as is without `rng`."""
     from tritonclient.grpc import service_pb2
 
     message = service_pb2.ModelInferRequest(
@@ -429,7 +429,7 @@ def grpc_message(rng, request):
         shape = [min(max(dim, -(2**63)), 2**63 - 1) for dim in given["shape"]]
         made = message.inputs.add(name=given["name"], datatype=given["datatype"], shape=shape)
         _fill(made.parameters, given["parameters"])
-        where = rng.random()
+        where = 0.0 if rng is None else rng.random()
         if where < 0.8:
             message.raw_input_contents.append(given["raw"])
         if where > 0.7:  # between, both
@@ -438,7 +438,7 @@ def grpc_message(rng, request):
             contents.extend([b"a cat", b"\xff"] if field == "bytes_contents" else [1, 2, 3])
     for wanted in request["outputs"]:
         _fill(message.outputs.add(name=wanted["name"]).parameters, wanted["parameters"])
-    if rng.random() < 0.05:
+    if rng is not None and rng.random() < 0.05:
         message.raw_input_contents.append(rng.randbytes(rng.randrange(50)))
     return message
 

@@ -101,7 +101,7 @@ def test_any_picture_is_pixels_or_an_image_error(figure):
     def check(rng, pipeline):
         nonlocal slowest
         data = fuzzing.mangled(rng, files)
-        began = time.perf_counter()
+        began, work = time.perf_counter(), time.process_time()
         try:
             pixels = preprocess(data, spec(pipeline))
         except ImageError:
@@ -109,16 +109,15 @@ def test_any_picture_is_pixels_or_an_image_error(figure):
         else:
             seen["pixels"] += 1
             assert (pixels.dtype, pixels.shape) == (np.uint8, (3, SIZE, SIZE))
-        took = time.perf_counter() - began
-        slowest = max(slowest, took)
-        assert took < DEADLINE_S
+        slowest = max(slowest, time.process_time() - work)
+        assert time.perf_counter() - began < DEADLINE_S
 
     check()
     assert min(seen.values()) > BODIES / 20
     figure(
         "fuzzed pictures",
         f"{seen.total():,} bodies: {seen['pixels']:,} embeddable, {seen['refused']:,} ImageError, "
-        f"nothing else; slowest {slowest * 1000:.0f} ms",
+        f"nothing else; slowest {slowest * 1000:.0f} ms of CPU",
     )
 
 
@@ -170,7 +169,7 @@ def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
         nonlocal slowest
         given_texts = (text, fuzzing.odd_text(rng), fuzzing.odd_bytes(rng))
         for one in given_texts:
-            began = time.perf_counter()
+            began, work = time.perf_counter(), time.process_time()
             try:
                 one = decode_text(one, "the text") if isinstance(one, bytes) else one
                 ids = tokenize([one], truncate=True)
@@ -183,16 +182,15 @@ def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
                 assert 0 <= ids.min() <= ids.max() < text_spec.vocab_size
                 assert ids[0, 0] == text_spec.start_id
                 assert (ids == text_spec.end_id).sum() >= 1
-            took = time.perf_counter() - began
-            slowest = max(slowest, took)
-            assert took < DEADLINE_S
+            slowest = max(slowest, time.process_time() - work)
+            assert time.perf_counter() - began < DEADLINE_S
 
     check()
     assert min(seen.values()) > BODIES / 20
     figure(
         "fuzzed texts",
         f"{seen.total():,} texts: {seen['ids']:,} token ids, {seen['refused']:,} TextError, "
-        f"nothing else; slowest {slowest * 1000:.0f} ms",
+        f"nothing else; slowest {slowest * 1000:.0f} ms of CPU",
     )
 
 
@@ -305,7 +303,7 @@ class Grpc:
         return self.send(fuzzing.grpc_message(rng, request))
 
     def good(self, request):
-        return self.send(fuzzing.grpc_message(random.Random(1), request))
+        return self.send(fuzzing.grpc_message(None, request))
 
     def ready(self):
         return self.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=DEADLINE_S).ready
@@ -326,6 +324,8 @@ def test_the_server_answers_whatever_comes(server, protocol, figure):
     for seed in range(40):
         request = fuzzing.requests(random.Random(seed), files, SIZE)
         good.setdefault(request["model"], request)
+    for request in good.values():
+        asker.good(request)  # an answer from Triton's cache lacks the parameters of the first one
     before, pids = [asker.good(request) for request in good.values()], processes(server)
     assert len(good) == 7
     assert {status for status, _ in before} <= {200, "OK"}

@@ -395,20 +395,26 @@ def test_the_server_keeps_the_same_limits(server, protocol, limit):
 
 
 def seconds(function, *arguments):
-    began = time.perf_counter()
+    """Of CPU, on which what else the machine does has no part."""
+    began = time.process_time()
     function(*arguments)
-    return time.perf_counter() - began
+    return time.process_time() - began
+
+
+def decoded(data):
+    with contextlib.suppress(ImageError):
+        preprocess(data, SPEC)
 
 
 def told(times, unit):
     name = max(times, key=times.get)
     scale = {"s": 1, "ms": 1000}[unit]
-    return f"{times[name] * scale:.1f} {unit} ({name}) of {len(times)} kinds"
+    return f"{times[name] * scale:.1f} {unit} of CPU ({name}) of {len(times)} kinds"
 
 
 def test_the_worst_pictures_within_the_limits(figure):
-    """A loose bound: a picture that says much of itself costs what its pixels do."""
-    times = {name: seconds(preprocess, data, SPEC) for name, data in hostile.small_bombs().items()}
+    """A loose bound: a picture that says much of itself costs what its pixels do, or is refused."""
+    times = {name: seconds(decoded, data) for name, data in hostile.small_bombs().items()}
     figure("worst decode within the limits, small pictures", told(times, "ms"))
     assert max(times.values()) < 10
     if SOAK:
@@ -416,7 +422,7 @@ def test_the_worst_pictures_within_the_limits(figure):
         for name, made in hostile.large_bombs().items():
             data = made()
             assert len(data) <= limits.MAX_PICTURE_BYTES
-            times[name] = seconds(preprocess, data, SPEC)
+            times[name] = seconds(decoded, data)
         figure("worst decode within the limits, 64 megapixels", told(times, "s"))
         assert max(times.values()) < 120
 

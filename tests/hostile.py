@@ -117,7 +117,7 @@ def small_bombs():
         "JPEG, 31 MB of junk": jpeg_with([])[:20] + b"\xff\0" * (31 << 19) + jpeg_with([])[20:],
         "JPEG, 19,000 segments": jpeg_with([(0xFE, b"")] * 19_000),
         "JPEG, 128 kB of tables": jpeg_tables(128 << 10),
-        "JPEG, 100 scans": jpeg_with_scans(MAX_SCANS, Image.new("RGB", (512, 512))),
+        "JPEG, 50 scans": jpeg_with_scans(MAX_SCANS, Image.new("RGB", (512, 512))),
         "GIF, 19,990 blocks of comment": gif_with(19_990),
         "GIF, 31 MB of junk": gif_with(0)[:13] + bytes(31 << 20) + gif_with(0)[13:],
         "BMP, runs of one pixel": bmp_of_single_pixels(1024),
@@ -153,7 +153,7 @@ def large_bombs():
         return grid.resize((side, side), Image.Resampling.BILINEAR)
 
     return {
-        "JPEG, 100 scans, 64 MP": lambda: jpeg_with_scans(MAX_SCANS, image("RGB")),
+        "JPEG, 50 scans, 64 MP": lambda: jpeg_with_scans(MAX_SCANS, image("RGB")),
         "JPEG, 64 MP": lambda: encoded(noise(), "JPEG"),
         "PNG, RGBA of 16 bits, 64 MP": png16,
         "PNG, RGBA, 64 MP": lambda: encoded(image("RGBA"), "PNG", compress_level=1),

@@ -98,7 +98,7 @@ PAST = {
         hostile.gif_with(limits.MAX_PARTS, 1),
         "the GIF has more than the 20000 blocks before its first frame allowed",
     ),
-    "scans": (hostile.jpeg_with_scans(101), "the JPEG has more than the 100 scans allowed"),
+    "scans": (hostile.jpeg_with_scans(51), "the JPEG has more than the 50 scans allowed"),
     "tables": (
         hostile.jpeg_tables(limits.MAX_JPEG_HEADER_BYTES + 1),
         "131073 bytes of tables before its first scan, more than the 131072 allowed",

@@ -41,10 +41,11 @@ from export.torch_runners import EagerRunner, TorchScriptRunner
 from serving.bundle import TOWERS, Bundle, ImageSpec, Tower
 from serving.commands import Steps
 from serving.errors import ImageError, InputError, RunnerError, TextError
+from serving.labels import LabelSet
 from serving.preprocess import preprocess
 from serving.runners.base import Batch, Embeddings, Runner, missing, open_runner, runners_of
 from serving.tokenizer import Tokenizer
-from serving.zero_shot import LabelSet, unit_length
+from serving.zero_shot import unit_length
 
 BATCH = 32
 """Of pictures and of texts."""

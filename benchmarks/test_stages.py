@@ -16,8 +16,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.latency import Inputs, Turns
 from benchmarks.load import jpegs
 from serving.bundle import Bundle, Tower
+from serving.decode import decode
 from serving.local import LocalClip
-from serving.preprocess import decode, to_pixels
+from serving.preprocess import to_pixels
 from serving.runners.base import open_runner
 from serving.selection import passed, time_runners
 from serving.tokenizer import Tokenizer

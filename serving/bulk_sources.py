@@ -18,8 +18,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
 from serving.bulk_parquet import read_rows, row_group_runs, survey
+from serving.decode import too_large
 from serving.errors import InputError
 from serving.folders import SUFFIXES
+from serving.limits import MAX_PICTURE_BYTES
 
 Kind = Literal["pictures", "parquet", "webdataset"]
 Row: TypeAlias = tuple[str, Path | bytes | InputError]
@@ -219,11 +221,9 @@ def _tar_rows(path: Path, name: str) -> Iterator[Row]:
                 tar.members = []  # type: ignore[attr-defined]  # they would pile up
                 if not member.isfile() or _kind(member.name) != "pictures":
                     continue
-                file = tar.extractfile(member)
-                assert file is not None
-                data = file.read()
+                picture = _member(tar, member)
                 found += 1
-                yield f"{name}/{printable(member.name)}", data
+                yield f"{name}/{printable(member.name)}", picture
             _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         yield (
@@ -236,6 +236,15 @@ def _tar_rows(path: Path, name: str) -> Iterator[Row]:
         return
     if not found:
         yield name, InputError(f"no pictures in this tar; expected members {', '.join(SUFFIXES)}")
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | InputError:
+    """A picture, or, before it is read, that it is too large."""
+    if member.size > MAX_PICTURE_BYTES:
+        return InputError(too_large(member.size))
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

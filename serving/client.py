@@ -20,10 +20,12 @@ import numpy as np
 from PIL import Image
 
 from serving.calls import Calls
+from serving.decode import read_picture, too_large
 from serving.embedder import Floats, ModelIdentity
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
-from serving.preprocess import Picture, read_picture
-from serving.zero_shot import LabelSet
+from serving.labels import LabelSet
+from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
+from serving.preprocess import Picture
 
 T = TypeVar("T")
 
@@ -238,8 +240,16 @@ def encode_picture(picture: Picture) -> bytes:
     """The encoded picture that is sent: files and bytes as they are, pixels as PNG (lossless).
 
     Raises:
-        ImageError: there is no such file, or the array is not uint8 [height, width, 3].
+        ImageError: there is no such file, the array is not uint8 [height, width, 3], or what would
+            be sent is over the limit.
     """
+    data = _encoded_picture(picture)
+    if len(data) > MAX_PICTURE_BYTES:
+        raise ImageError(too_large(len(data)))
+    return data
+
+
+def _encoded_picture(picture: Picture) -> bytes:
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | os.PathLike):
@@ -270,8 +280,13 @@ def _encode_text(text: str) -> bytes:
     if not isinstance(text, str):
         raise TextError(f"expected a str, got {type(text).__name__}")
     try:
-        return text.encode("utf-8")
+        data = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError(
             f"holds a lone surrogate at position {error.start}; it is no text"
         ) from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise TextError(
+            f"has {len(data)} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten it"
+        )
+    return data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from serving.preprocess import decode, read_picture
+from serving.decode import decode, read_picture
 
 _CELL, _GAP, _LINE = 160, 12, 18
 _INK, _FAINT, _GOOD, _BAD = "#1b1f24", "#667080", "#1a7f37", "#b42318"

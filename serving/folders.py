@@ -4,7 +4,7 @@ from pathlib import Path
 
 from serving.errors import InputError, TextError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def find_pictures(folder: Path) -> list[Path]:

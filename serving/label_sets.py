@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from serving.embedder import Floats
 from serving.errors import TextError
+from serving.labels import LabelSet
 from serving.tokenizer import Tokenizer, batches_by_length
-from serving.zero_shot import LabelSet, unit_length
+from serving.zero_shot import unit_length
 
 _TOKENIZED = 1024  # texts tokenized at a time, about as long as a tower takes for a chunk
 

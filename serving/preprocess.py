@@ -10,48 +10,32 @@ Two pipelines exist (`ImageSpec.pipeline`), and they differ in more than the ord
 - `huggingface`: transformers' `CLIPImageProcessorPil`. Converts to RGB first, transparency
   composited onto white, then resizes and crops.
 
-Neither applies EXIF orientation (Pillow itself turns TIFFs upright), and neither scales 16-bit
-pictures down: their values are clipped at 255. Both are followed here.
+Neither applies EXIF orientation, and neither scales 16-bit pictures down: their values are clipped
+at 255. Both are followed here.
 """
 
 import math
 import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from serving.bundle import ImageSpec
+from serving.decode import decode, loaded, read_picture
 from serving.errors import BundleError, ImageError
+from serving.limits import MAX_WHOLE_PIXELS
 
 Picture: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 """An encoded file's bytes, its path, a PIL image, or an RGB array uint8 [height, width, 3]."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is decoded, by Pillow's names; left alone, Pillow sniffs about 40 formats."""
-
-MAX_PIXELS = 64 * 1024 * 1024
-"""Most pixels a picture may have, width x height: about 256 MB decoded. Pillow itself only warns
-below 179 million."""
-
-_WHOLE_PIXELS = 4 * 1024 * 1024
-"""Most pixels of a picture that is resized whole, before the crop: about 16 MB."""
 
 _FILTER_RADIUS = 3
 """Reach of the widest filter, Lanczos, in pixels of the coarser of source and result."""
 
 _EXACT_STEPS = 1 << 20
 """Up to this start, nearest neighbour adds its positions up one by one, as Pillow does."""
-
-_quiet_lock = threading.Lock()
 
 
 def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -64,51 +48,6 @@ def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
         ImageError: the picture is unreadable, corrupt, of an unknown format, or too large.
     """
     return to_pixels(_as_image(picture), spec)
-
-
-def read_picture(picture: str | os.PathLike[str]) -> bytes:
-    """Reads an encoded picture from a file.
-
-    Raises:
-        ImageError: there is no such file, it is a directory, it is empty, or it is unreadable.
-    """
-    path = Path(picture)
-    try:
-        if path.is_dir():
-            raise ImageError(f"{path} is a directory; give the path of one picture")
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file; give the path of a picture") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise ImageError(f"{path} cannot be read: {error}") from error
-    if not data:
-        raise ImageError(f"{path} is empty (0 bytes); copy or download it again")
-    return data
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decodes an encoded picture; of an animation, the first frame.
-
-    Args:
-        data: the content of a file in one of `FORMATS`.
-
-    Returns:
-        The picture, loaded, in the mode its file has (`RGB`, `L`, `P`, `CMYK`, ...).
-
-    Raises:
-        ImageError: `data` is empty, of another format, truncated or corrupt, or its header
-            announces more than `MAX_PIXELS`; the last is found before anything is decoded.
-    """
-    try:
-        with _quiet():
-            image = Image.open(BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise ImageError(_not_a_picture(data)) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"the picture is too large to decode: {error}") from error
-    except Exception as error:  # damaged headers raise nearly anything, down to struct.error
-        raise ImageError(f"the picture's header is damaged: {error}") from error
-    return _loaded(image)
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -233,7 +172,7 @@ def _worth_resizing_whole(image: Image.Image, x: _Axis, y: _Axis) -> bool:
     alpha, which makes a level into dozens.
     """
     strays = image.mode in ("LA", "RGBA") or x.length < 2 * x.resized
-    return strays and x.resized * y.resized <= _WHOLE_PIXELS
+    return strays and x.resized * y.resized <= MAX_WHOLE_PIXELS
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -267,60 +206,16 @@ def _as_image(picture: Picture) -> Image.Image:
             except ImageError as error:
                 raise ImageError(f"{os.fspath(picture)}: {error}") from error
         case Image.Image():
-            return _loaded(picture)
+            return loaded(picture)
         case np.ndarray():
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
                 raise ImageError(
                     "expected an RGB array uint8 [height, width, 3], got "
                     f"{picture.dtype} {list(picture.shape)}"
                 )
-            return _loaded(Image.fromarray(picture))
+            return loaded(Image.fromarray(picture))
         case other:
             raise ImageError(
                 "expected encoded bytes, a path, a PIL image or an RGB array, got "
                 f"{type(other).__name__}"
             )
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    """Decodes the pixels of an opened picture, unless they are too many."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"the picture has {width} x {height} pixels, more than the {MAX_PIXELS} allowed; "
-            "scale it down first"
-        )
-    try:
-        # Of the formats allowed, only TIFF still reads metadata, and may warn, while loading.
-        with _quiet() if image.format == "TIFF" else nullcontext():
-            image.load()
-    except Exception as error:  # damaged data raises nearly anything, as damaged headers do
-        raise ImageError(
-            f"the picture is truncated or corrupt ({error}); copy or download it again"
-        ) from error
-    return image
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Pillow's warnings: about metadata that is not used here, and sizes it lets pass."""
-    # catch_warnings changes the whole process; two threads that interleave would leave it changed.
-    with _quiet_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _not_a_picture(data: bytes) -> str:
-    """Says what arrived instead of a picture, as far as its first bytes tell."""
-    expected = f"expected one of {', '.join(FORMATS)}"
-    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not data:
-        return f"{expected}, got 0 bytes"
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return f"{expected}, got a web page (HTML); give the address of the picture itself"
-    if data[4:8] == b"ftyp":
-        return f"{expected}, got HEIC, AVIF or a video; convert it to JPEG or PNG"
-    return (
-        f"{expected}, got {len(data)} bytes that start with {data[:16]!r}: another format, "
-        "not a picture, or only the beginning of one"
-    )

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from serving.commands import Json, log, out, steps
 from serving.contact_sheet import Cell, Row, contact_sheet
+from serving.decode import read_picture
 from serving.errors import ImageError, InputError, TextError
 from serving.options import LOCAL_RUNNER, LocalBundle, LocalRunner, Url, embedder_of
-from serving.preprocess import read_picture
 from serving.search import Term
 
 if TYPE_CHECKING:

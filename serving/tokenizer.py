@@ -16,10 +16,12 @@ from pathlib import Path
 import ftfy
 import numpy as np
 import tokenizers
+from ftfy.fixes import unescape_html
 from numpy.typing import NDArray
 
 from serving.bundle import TextSpec
 from serving.errors import BundleError, TextError
+from serving.limits import MAX_LINES, MAX_TEXT_BYTES, MAX_UNESCAPES, MAX_WORD
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -29,6 +31,7 @@ _RUN_TOKENS = 16
 fp32 and 40 by its int8 of ViT-B/32 on two CPUs (1 text of 16 tokens against 32)."""
 
 _WHITESPACE = re.compile(r"\s+")
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _LONE_SURROGATE = re.compile(
     "[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
 )
@@ -38,11 +41,58 @@ def clean(text: str) -> str:
     """Repairs, unescapes, collapses whitespace and lower-cases, in OpenAI's order.
 
     Source: `basic_clean`, `whitespace_clean` and `encode` in `clip/simple_tokenizer.py`.
+
+    Raises:
+        TextError: repairing takes more rounds than `MAX_UNESCAPES`, or a word is too long then.
     """
     # ftfy leaves printable ASCII as it is, an HTML entity apart, and takes most of the time.
     if not (text.isascii() and text.isprintable()) or "&" in text:
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = html.unescape(html.unescape(_repaired(text)))
     return _WHITESPACE.sub(" ", text.strip()).strip().lower()
+
+
+def _repaired(text: str) -> str:
+    """What `ftfy.fix_text` makes of a text, in a bounded number of rounds.
+
+    ftfy goes on until nothing changes: of nested HTML entities, `&amp;amp;...`, in quadratic time.
+    As in ftfy, lines are repaired one by one, and from the first `<` on, HTML is left alone.
+    """
+    repaired, unescaping = [], True
+    for line in _LINE.findall(text):
+        unescaping = unescaping and "<" not in line
+        repaired.append(_repaired_line(line) if unescaping else _fixed(line))
+    result = "".join(repaired)
+    _refuse_word(result)  # ftfy removes control characters, some of which are whitespace
+    return result
+
+
+def _repaired_line(line: str) -> str:
+    for _ in range(MAX_UNESCAPES + 1):
+        before, line = line, _fixed(unescape_html(line))
+        if line == before or "&" not in line:
+            return line
+    raise TextError(
+        f"has HTML that was escaped more than {MAX_UNESCAPES} times; unescape it before"
+    )
+
+
+def _fixed(line: str) -> str:
+    result: str = ftfy.fix_text_segment(line, unescape_html=False)
+    return result
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """A text from the network, called `name` in errors.
+
+    Raises:
+        TextError: it is too long, or not UTF-8.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise TextError(_too_long(name, len(data)))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{name} is not UTF-8: {error}") from error
 
 
 class Tokenizer:
@@ -210,6 +260,7 @@ def _checked(text: object, name: str) -> str:
     """Cleans a text, unless it is one that nobody can mean to tokenize."""
     if not isinstance(text, str):
         raise TextError(f"expected {name} to be a str, got {type(text).__name__}")
+    _refuse_size(text, name)
     if "\0" in text:
         raise TextError(f"{name} has a NUL character at position {text.index(chr(0))}; remove it")
     if surrogate := _LONE_SURROGATE.search(text):
@@ -217,10 +268,41 @@ def _checked(text: object, name: str) -> str:
             f"{name} has half a surrogate pair, {surrogate[0]!r}, at position "
             f"{surrogate.start()}; decode the text as UTF-8 and without 'surrogateescape'"
         )
-    cleaned = clean(text)
+    try:
+        cleaned = clean(text)
+    except TextError as error:
+        raise TextError(f"{name} {error}") from error
     if not cleaned:
         raise TextError(f"{name} is empty or only whitespace: {_excerpt(text)}; give it words")
     return cleaned
+
+
+def _refuse_size(text: str, name: str) -> None:
+    """Keeps to the limits of a text, before anything reads it character by character."""
+    size = len(text)
+    if size <= MAX_TEXT_BYTES and not text.isascii():
+        size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise TextError(_too_long(name, size))
+    if (lines := text.count("\n") + 1) > MAX_LINES:
+        raise TextError(f"{name} has {lines} lines, more than the {MAX_LINES} allowed; join them")
+    try:
+        _refuse_word(text)
+    except TextError as error:
+        raise TextError(f"{name} {error}") from error
+
+
+def _refuse_word(text: str) -> None:
+    longest = max(map(len, text.split()), default=0)
+    if longest > MAX_WORD:
+        raise TextError(
+            f"has {longest} characters without whitespace, more than the {MAX_WORD} allowed; "
+            "shorten it"
+        )
+
+
+def _too_long(name: str, size: int) -> str:
+    return f"{name} has {size} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten it"
 
 
 def _name(texts: Sequence[str], index: int) -> str:

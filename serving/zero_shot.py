@@ -15,7 +15,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +25,7 @@ from serving.embedder import Embedder, Floats, ModelIdentity
 from serving.errors import ImageError, InputError, TextError
 from serving.files import write_bytes
 from serving.folders import read_lines
+from serving.labels import LabelSet
 from serving.preprocess import Picture
 
 TEMPLATES = {
@@ -49,66 +50,6 @@ _GROUP = 8192  # texts embedded at a time: what their embeddings take stays smal
 
 Progress = Callable[[int, int], None]
 """Told how many texts are embedded, of how many."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabelSet:
-    """Labels and the templates they are put into; text i is label i // t in template i % t.
-
-    Raises:
-        TextError: no labels, an empty one, the same one twice, no templates, or one without `{}`.
-    """
-
-    labels: tuple[str, ...]
-    templates: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        for text in (*self.labels, *self.templates):
-            if not isinstance(text, str):
-                raise TextError(f"expected labels and templates to be str, got {text!r}")
-        if not self.labels:
-            raise TextError("no labels to choose from; give at least one")
-        if not self.templates:
-            raise TextError("no templates to put labels into; give at least one, such as '{}'")
-        seen: set[str] = set()
-        for index, label in enumerate(self.labels):
-            if not label.strip():
-                raise TextError(f"labels[{index}] is empty or only whitespace: {label!r}")
-            if label in seen:
-                raise TextError(f"label {label!r} is given more than once; labels must differ")
-            seen.add(label)
-        for template in self.templates:
-            if "{}" not in template:
-                raise TextError(f"template {template!r} has no {{}} for the label to go")
-
-    @classmethod
-    def of(cls, labels: Sequence[str], templates: Sequence[str]) -> Self:
-        """Of any sequences, but not of one str, which is a sequence too."""
-        if isinstance(labels, str) or isinstance(templates, str):
-            raise TextError("expected lists of labels and of templates, got one str; pass [str]")
-        return cls(tuple(labels), tuple(templates))
-
-    def __len__(self) -> int:
-        """Texts."""
-        return len(self.labels) * len(self.templates)
-
-    def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Texts `start` to `stop` (default: all)."""
-        count = len(self.templates)
-        return [
-            self.templates[index % count].replace("{}", self.labels[index // count])
-            for index in range(start, len(self) if stop is None else min(stop, len(self)))
-        ]
-
-    def blamed(self, error: TextError, start: int = 0) -> TextError:
-        """The error of one of `texts(start, ...)`, which names the label and the template."""
-        found = re.match(r"texts\[(\d+)\]:? ?|the text ", message := str(error))
-        index = start + (int(found[1]) if found and found[1] else 0)
-        label, template = divmod(index, len(self.templates))
-        rest = message[found.end() :] if found else message
-        return TextError(
-            f"labels[{label}], put into the template {self.templates[template]!r}: {rest}"
-        )
 
 
 def embed_labels(

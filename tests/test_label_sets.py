@@ -8,8 +8,8 @@ import pytest
 
 from serving.errors import TextError
 from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
+from serving.labels import LabelSet
 from serving.tokenizer import Tokenizer
-from serving.zero_shot import LabelSet
 
 ROW = 4 * 8  # bytes of one label of 8 dimensions
 

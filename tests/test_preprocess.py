@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from serving import preprocess as module
+from serving import limits
 from serving.bundle import ImageSpec
+from serving.decode import decode, read_picture
 from serving.errors import BundleError, ImageError
-from serving.preprocess import decode, preprocess, read_picture, to_pixels
+from serving.preprocess import preprocess, to_pixels
 
 MODES = ("RGB", "L", "P", "LA", "RGBA", "CMYK", "1", "I;16")
 SIZES = (
@@ -183,14 +184,14 @@ def test_preprocessing_leaves_the_callers_image_as_it_was():
 EXTREMES = """
 import resource
 from PIL import Image
-from serving import preprocess
+from serving import limits, preprocess
 from serving.bundle import ImageSpec
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.RLIM_INFINITY))
 for pipeline in ("openai", "huggingface"):
     spec = ImageSpec(size=224, resize=224, interpolation="bicubic", pipeline=pipeline,
                      mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     for mode in {modes}:
-        for size in ((1, 60000), (60000, 1), (1, preprocess.MAX_PIXELS // 8)):
+        for size in ((1, 60000), (60000, 1), (1, limits.MAX_PIXELS // 8)):
             assert preprocess.to_pixels(Image.new(mode, size), spec).shape == (3, 224, 224)
 """
 
@@ -237,7 +238,7 @@ def encoded(image, kind, **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", module.FORMATS)
+@pytest.mark.parametrize("kind", limits.FORMATS)
 def test_every_format_decodes(kind):
     image = picture("P" if kind == "GIF" else "RGB", (60, 40))
     data = encoded(image, kind)
@@ -258,7 +259,7 @@ def test_all_forms_of_a_picture_give_the_same_pixels(tmp_path):
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "lime", "blue")]
-    for kind in ("GIF", "WEBP", "TIFF"):
+    for kind in ("GIF", "WEBP", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert preprocess(data, spec())[:, 100, 100].tolist() == [255, 0, 0], kind
@@ -276,28 +277,6 @@ def test_sixteen_bit_greys_are_clipped_as_the_references_clip_them():
     assert preprocess(encoded(image, "PNG"), spec()).min() == 255
 
 
-def damaged_tiff():
-    """A TIFF whose directory announces a tag longer than the file: Pillow warns about it."""
-    data = bytearray(encoded(Image.new("RGB", (8, 8), "red"), "TIFF"))
-    offset = struct.unpack_from("<I", data, 4)[0]
-    for entry in range(struct.unpack_from("<H", data, offset)[0]):
-        at = offset + 2 + 12 * entry
-        if struct.unpack_from("<H", data, at)[0] == 284:  # PlanarConfiguration, 1 by default
-            struct.pack_into("<HHII", data, at, 284, 2, 100000, 8)
-    return bytes(data)
-
-
-def test_a_warning_of_pillow_reaches_nobody_and_no_filter_changes():
-    data = damaged_tiff()
-    with pytest.warns(UserWarning, match="larger than file|had too many|corrupt"):
-        Image.open(io.BytesIO(data)).load()
-    before = list(warnings.filters)
-    with ThreadPoolExecutor(4) as pool:
-        for pixels in pool.map(lambda _: preprocess(data, spec()), range(64)):
-            assert pixels[:, 100, 100].tolist() == [255, 0, 0]
-    assert warnings.filters == before
-
-
 def png_header(width, height):
     """A PNG that announces a size and holds nothing."""
     data = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
@@ -309,8 +288,23 @@ def png_header(width, height):
 # Within Pillow's own limit, where Pillow warns, where Pillow refuses, and far beyond.
 @pytest.mark.parametrize("size", [(8193, 8192), (10000, 10000), (20000, 20000), (2**30, 2**30)])
 def test_a_large_announced_size_is_refused_before_decoding(size):
-    with pytest.raises(ImageError, match=r"pixels.*allowed|too large to decode"):
+    with pytest.raises(ImageError, match=r"pixels.*allowed|too large"):
         decode(png_header(*size))
+
+
+def test_a_warning_of_pillow_reaches_nobody_and_no_filter_changes():
+    data = png_header(10000, 10000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        Image.open(io.BytesIO(data))
+    before = list(warnings.filters)
+
+    def refused(_):
+        with pytest.raises(ImageError, match="10000 x 10000 pixels"):
+            decode(data)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(refused, range(64)))
+    assert warnings.filters == before
 
 
 def test_the_largest_allowed_size_passes_the_check():
@@ -347,7 +341,7 @@ def test_what_is_no_picture_says_so(data, message):
 def test_damage_anywhere_is_an_image_error_or_a_picture():
     rng = np.random.default_rng(2)
     palette = picture("P", (64, 48))
-    intact = [encoded(palette.convert("RGB"), k) for k in module.FORMATS if k != "GIF"]
+    intact = [encoded(palette.convert("RGB"), k) for k in limits.FORMATS if k != "GIF"]
     for data in [*intact, encoded(palette, "GIF")]:
         for _ in range(60):
             broken = bytearray(data[: rng.integers(len(data) // 4, len(data))])

@@ -374,7 +374,7 @@ BAD = {
     "picture": ({"IMAGE": [b"nothing like it"]}, r"images\[0\]: expected one of JPEG, PNG"),
     "too many": (
         {"LABELS": MANY, "TEMPLATES": [f"{index} {{}}" for index in range(201)]},
-        "1000 labels x 201 templates are 201000 texts; this server takes up to 200000",
+        "1000 labels x 201 templates are 201000 texts, more than the 200000 allowed",
     ),
 }
 

@@ -19,10 +19,12 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from serving.bundle import Bundle
-from serving.errors import ImageError, InputError, TextError, relocated
+from serving.errors import ImageError, InputError, relocated
 from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
-from serving.tokenizer import Tokenizer
-from serving.zero_shot import LabelSet, softmax
+from serving.labels import LabelSet, refuse_numbers
+from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
+from serving.tokenizer import Tokenizer, decode_text
+from serving.zero_shot import softmax
 
 Floats = NDArray[np.float32]
 
@@ -37,16 +39,16 @@ class TritonPythonModel:
     """`IMAGE` [n], `LABELS` [labels], `TEMPLATES` -> `PROBABILITIES`, `LOGITS` [n, labels]."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read what the bundle says of the model, and the configuration of the limits."""
+        """Read what the bundle says of the model, and the configuration."""
         parameters = json.loads(args["model_config"])["parameters"]
-        limits = {key: value["string_value"] for key, value in parameters.items()}
+        settings = {key: int(value["string_value"]) for key, value in parameters.items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        self.chunk, self.max_texts = int(limits["chunk"]), int(limits["max_texts"])
+        self.chunk = settings["chunk"]
         self.cache = LabelSetCache(
-            int(limits["cache_bytes"]),
-            max_texts=_LARGEST_SETS * self.max_texts,
+            settings["cache_bytes"],
+            max_texts=_LARGEST_SETS * MAX_LABEL_TEXTS,
             max_waiters=_WAITING,
         )
         self.free = threading.Semaphore(_UNDER_WAY)
@@ -79,23 +81,27 @@ class TritonPythonModel:
 
     def label_set(self, request: Any) -> LabelSet:
         """The labels and templates of a request."""
-        templates = texts(request, "TEMPLATES")
-        labels = LabelSet(
-            texts(request, "LABELS") or (),
-            self.manifest.templates if templates is None else templates,
+        labels, templates = strings(request, "LABELS"), strings(request, "TEMPLATES")
+        own = self.manifest.templates
+        refuse_numbers(
+            0 if labels is None else len(labels), len(own if templates is None else templates)
         )
-        if len(labels) > self.max_texts:
-            raise TextError(
-                f"{len(labels.labels)} labels x {len(labels.templates)} templates are "
-                f"{len(labels)} texts; this server takes up to {self.max_texts} in a request"
-            )
-        return labels
+        return LabelSet(
+            () if labels is None else texts(labels, "labels"),
+            own if templates is None else texts(templates, "templates"),
+        )
 
     def embed_images(self, call: "Call") -> Floats:
         """Embeddings of a request's pictures, by `clip_image`."""
-        pictures = pb_utils.get_input_tensor_by_name(call.request, "IMAGE").as_numpy().ravel()
-        if not len(pictures):
+        pictures = strings(call.request, "IMAGE")
+        # Of a model with an optional input, Triton (2.51) counts the inputs and misses none.
+        if pictures is None or not len(pictures):
             raise ImageError("no images to classify; give at least one")
+        if len(pictures) > MAX_CLASSIFIED:
+            raise ImageError(
+                f"{len(pictures)} images are more than the {MAX_CLASSIFIED} allowed in a request; "
+                "send them in several"
+            )
         parts = []
         for start in range(0, len(pictures), self.chunk):
             batch = pictures[start : start + self.chunk].reshape(-1, 1)
@@ -226,15 +232,12 @@ def embed_texts(ids: NDArray[np.int32]) -> Floats | None:
     return embeddings
 
 
-def texts(request: Any, name: str) -> tuple[str, ...] | None:
-    """An input of UTF-8 strings; None of an optional one that is not there."""
+def strings(request: Any, name: str) -> NDArray[np.object_] | None:
+    """An input of strings, still encoded; None of one that is not there."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
-    if tensor is None:
-        return None
-    found = []
-    for index, data in enumerate(tensor.as_numpy().ravel()):
-        try:
-            found.append(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise TextError(f"{name.lower()}[{index}] is not UTF-8: {error}") from error
-    return tuple(found)
+    return None if tensor is None else tensor.as_numpy().ravel()
+
+
+def texts(encoded: NDArray[np.object_], kind: str) -> tuple[str, ...]:
+    """UTF-8 strings, decoded."""
+    return tuple(decode_text(data, f"{kind}[{index}]") for index, data in enumerate(encoded))

@@ -8,7 +8,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.bundle import Bundle
 from serving.errors import TextError
-from serving.tokenizer import Tokenizer
+from serving.tokenizer import Tokenizer, decode_text
 
 
 class TritonPythonModel:
@@ -28,17 +28,10 @@ class TritonPythonModel:
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
         try:
-            ids = self.tokenizer([decode(i, text) for i, text in enumerate(raw)], truncate=truncate)
+            texts = [decode_text(data, f"texts[{index}]") for index, data in enumerate(raw)]
+            ids = self.tokenizer(texts, truncate=truncate)
         except TextError as error:
             return pb_utils.InferenceResponse(
                 error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
             )
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])
-
-
-def decode(index: int, data: bytes) -> str:
-    """UTF-8 bytes -> str."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"texts[{index}] is not UTF-8: {error}") from error

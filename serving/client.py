@@ -15,17 +15,17 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from serving.connection import NO_CREDENTIALS, Credentials, attach
 from serving.embedder import Floats, ModelIdentity
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
 from serving.preprocess import Picture, read_picture
-from serving.triton import attach
 from serving.zero_shot import LabelSet
 
 T = TypeVar("T")
@@ -38,19 +38,25 @@ class ClipClient:
     time, so that the server decodes some while it runs others. Safe to share between threads.
 
     Args:
-        url: `grpc://host:port` or `http://host:port`.
+        url: `grpc://host:port` or `http://host:port`; with TLS `grpcs://` or `https://`.
         timeout: seconds a request may take; the server drops it from its queue after that time.
         batch_size: pictures or texts a request, at most the server's own limit.
         in_flight: requests under way at a time.
+        credentials: for TLS: whom to trust, and what to show.
     """
 
     def __init__(
-        self, url: str, *, timeout: float = 60.0, batch_size: int = 16, in_flight: int = 8
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        batch_size: int = 16,
+        in_flight: int = 8,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
-        attach(url)
-        scheme, _, self._address = url.partition("://")
-        self._url, self._timeout, self._scheme = url, timeout, scheme
-        self._protocol = _protocol(scheme)
+        self._endpoint = attach(url, credentials=credentials)
+        self._url, self._timeout = url, timeout
+        self._protocol = self._endpoint.module
         self._threads = threading.local()
         self._connections: list[Any] = []
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
@@ -234,7 +240,7 @@ class ClipClient:
         self, model: str, tensors: list[Any], target: str, parameters: dict[str, Any]
     ) -> Any:
         options: dict[str, Any] = {"timeout": int(self._timeout * 1e6), "parameters": parameters}
-        if self._scheme == "grpc":
+        if self._endpoint.protocol == "grpc":
             options["client_timeout"] = self._timeout
         result = self._call(lambda connection: connection.infer(model, tensors, **options))
         return result.as_numpy(target)
@@ -267,23 +273,9 @@ class ClipClient:
     def _connection(self) -> Any:
         """A connection of this thread: tritonclient's HTTP client belongs to one thread."""
         if not hasattr(self._threads, "connection"):
-            options: dict[str, Any] = {}
-            if self._scheme == "http":
-                options = {"connection_timeout": self._timeout, "network_timeout": self._timeout}
-            self._threads.connection = self._protocol.InferenceServerClient(
-                self._address, **options
-            )
+            self._threads.connection = self._endpoint.open(self._timeout)
             self._connections.append(self._threads.connection)
         return self._threads.connection
-
-
-def _protocol(scheme: str) -> ModuleType:
-    if scheme == "grpc":
-        import tritonclient.grpc as protocol
-    else:
-        import tritonclient.http as protocol
-    module: ModuleType = protocol
-    return module
 
 
 def _as_dict(message: Any) -> dict[str, Any]:

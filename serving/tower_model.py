@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from serving.answers import refused
 from serving.bundle import Bundle, TextSpec, Tower
 from serving.errors import TextError
 from serving.runners.base import Batch, open_runner
@@ -24,6 +25,7 @@ class TowerModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly chose, and run every shape once before Triton is ready."""
         config = json.loads(args["model_config"])
+        self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         self._text = bundle.manifest.text if self.tower == "text" else None
@@ -42,28 +44,31 @@ class TowerModel:
         answers: list[Any] = [None] * len(requests)
         good, batches = [], []
         for index, request in enumerate(requests):
-            batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
             try:
+                batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
                 if self._text is not None:
                     check_ids(batch, self._text)
-            except TextError as error:
-                answers[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+            except Exception as error:  # raised out of here, it would be everyone's answer
+                answers[index] = refused(self._name, error)
                 continue
             good.append(index)
             batches.append(batch)
-        if not good:
-            return answers
+        for index, answer in zip(good, self._run(batches), strict=True):
+            answers[index] = answer
+        return answers
+
+    def _run(self, batches: list[Batch]) -> list[Any]:
+        """The responses to some requests, all in one run; each in its own where that run fails."""
+        if not batches:
+            return []
         try:
             embeddings = self._runner.run(_join(batches))
-        except Exception as error:  # raised out of here, it would end the whole stub
-            failure = f"{self._runner.name}: {error}"
-            for index in good:
-                answers[index] = _error(failure, pb_utils.TritonError.INTERNAL)
-            return answers
-        ends = np.cumsum([len(batch) for batch in batches])
-        for index, part in zip(good, np.split(embeddings, ends[:-1]), strict=True):
-            answers[index] = pb_utils.InferenceResponse([pb_utils.Tensor(self._output, part)])
-        return answers
+            parts = np.split(embeddings, np.cumsum([len(batch) for batch in batches])[:-1])
+            return [pb_utils.InferenceResponse([pb_utils.Tensor(self._output, p)]) for p in parts]
+        except Exception as error:
+            if len(batches) == 1:
+                return [refused(self._name, error)]
+        return [answer for batch in batches for answer in self._run([batch])]
 
     def finalize(self) -> None:
         """Free the runner."""
@@ -88,7 +93,3 @@ def check_ids(ids: Batch, spec: TextSpec) -> None:
 
 def _join(batches: list[Any]) -> Any:
     return batches[0] if len(batches) == 1 else np.concatenate(batches)
-
-
-def _error(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -6,6 +6,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from serving.answers import answered
 from serving.bundle import Bundle
 from serving.errors import TextError
 from serving.tokenizer import Tokenizer
@@ -20,19 +21,14 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request."""
-        return [self.respond(request) for request in requests]
+        """Answer each request; what is wrong with one is its own answer, and nobody else's."""
+        return [answered("text_tokenize", self.respond, request) for request in requests]
 
     def respond(self, request: Any) -> Any:
-        """Answer one request; its first bad text is its answer, and nobody else's."""
+        """The token ids of one request; its first bad text raises."""
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
-        try:
-            ids = self.tokenizer([decode(i, text) for i, text in enumerate(raw)], truncate=truncate)
-        except TextError as error:
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            )
+        ids = self.tokenizer([decode(i, text) for i, text in enumerate(raw)], truncate=truncate)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])
 
 

@@ -45,9 +45,9 @@ _TLS_TROUBLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"wrong.version.number|record layer failure", "it does not speak TLS at this port"),
         (
-            r"certificate.required|alert|handshake|connection reset|socket closed|eof occurred",
-            "it ended the connection; if it asks clients for a certificate, show one that it "
-            "trusts and that has not expired (--cert, --key)",
+            r"certificate.required|alert|handshake|connection (reset|closed)|socket closed|eof ",
+            "it ended the connection. Is this a port with TLS? If the server asks clients for a "
+            "certificate, show one that it trusts and that has not expired (--cert, --key)",
         ),
     )
 )

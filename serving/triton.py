@@ -76,9 +76,12 @@ def server_flags(
         f"--model-repository={repository}",
         "--model-control-mode=none",
         *(exposure or Exposure()).flags(ports),
-        # Both would listen on all addresses, the second as soon as AIP_MODE=PREDICTION is set.
-        "--allow-sagemaker=false",
+        # AIP_MODE=PREDICTION in the environment would turn all of these round, and Vertex AI's port
+        # is on all addresses.
+        "--allow-http=true",
+        "--allow-grpc=true",
         "--allow-vertex-ai=false",
+        "--allow-sagemaker=false",
         "--metrics-config=summary_latencies=true",
         f"--cache-config=local,size={cache_bytes}",
         f"--http-restricted-api={restricted}",

@@ -4,6 +4,7 @@ The servers here are real. Where one is to fail, its assembled repository is bro
 """
 
 import ast
+import http.client
 import importlib.util
 import io
 import json
@@ -18,6 +19,8 @@ import threading
 import urllib.error
 import urllib.request
 from collections import Counter
+from contextlib import closing, suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 import numpy as np
@@ -76,22 +79,20 @@ def listening(pid):
     """`address:port` of every TCP socket that a process listens on."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        found = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
-        inodes |= {found[1]} if found else set()
-    addresses = []
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and fields[9] in inodes:
-            address, port = fields[1].split(":")
-            numbers = struct.unpack("4B", struct.pack("<I", int(address, 16)))
-            addresses.append(f"{'.'.join(map(str, numbers))}:{int(port, 16)}")
-    six = [
-        line
-        for line in Path(f"/proc/{pid}/net/tcp6").read_text().splitlines()[1:]
-        if line.split()[3] == "0A" and line.split()[9] in inodes
-    ]
-    assert six == []
-    return sorted(set(addresses))
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
+            inodes |= {found[1]} if found else set()
+    addresses = set()
+    for kind in ("tcp", "tcp6"):  # gRPC listens on the IPv4 addresses of IPv6: ::ffff:127.0.0.1
+        for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                address, port = fields[1].split(":")
+                words = struct.iter_unpack(">I", bytes.fromhex(address))
+                number = ip_address(b"".join(struct.pack("<I", *word) for word in words))
+                address = getattr(number, "ipv4_mapped", None) or number
+                addresses.add(f"{address}:{int(port, 16)}")
+    return sorted(addresses)
 
 
 def raw(server, protocol):
@@ -258,7 +259,10 @@ BY_GRPC = {
         "unregister_cuda_shared_memory": ("r",),
     },
     "statistics": {"get_inference_statistics": ()},
-    "trace": {"get_trace_settings": (), "update_trace_settings": ("clip_text", {"trace_rate": 1})},
+    "trace": {
+        "get_trace_settings": (),
+        "update_trace_settings": ("clip_text", {"trace_rate": "1"}),
+    },
     "logging": {"get_log_settings": (), "update_log_settings": ({"log_verbose_level": 1},)},
 }
 WRONG = ("", "0" * 32)
@@ -268,7 +272,7 @@ def ask_http(server, method, path, headers):
     """Status and body."""
     body = b"{}" if method == "POST" else None
     request = urllib.request.Request(
-        f"{server.http_url}/v2/{path}", method=method, headers=headers, data=body
+        f"{server.http_url}/v2/{path}".rstrip("/"), method=method, headers=headers, data=body
     )
     try:
         with urllib.request.urlopen(request) as answer:
@@ -303,6 +307,31 @@ def test_administration_needs_the_key_over_grpc(server, figure, api):
             if call.startswith("get_"):
                 getattr(client, call)(headers=admin_headers("grpc", server.admin_key))
     figure("administration over gRPC", f"{api}: {3 * len(BY_GRPC[api])} calls without the key")
+
+
+SPELLINGS = (
+    "//v2/repository/index",
+    "/v2//repository/index",
+    "/v2/./repository/index",
+    "/v2/repository/index/",
+    "/v2/%72epository/index",
+    "/v2/models/../repository/index",
+    "/v2/repository/other/index",
+    "/v2/repository/index?x=1",
+    "/V2/repository/index",
+    "/v2;x/repository/index",
+)
+"""Other ways to write one path; CVE-2026-24206 and -24207 are about such."""
+
+
+def test_no_other_spelling_of_a_path_gets_around_the_key(server, figure):
+    address = server.http_url.removeprefix("http://")
+    for spelling in SPELLINGS:
+        with closing(http.client.HTTPConnection(address, timeout=10)) as connection:
+            connection.request("POST", spelling, body=b"{}")
+            with connection.getresponse() as answer:
+                assert answer.status in (403, 404), spelling
+    figure("administration over HTTP", f"{len(SPELLINGS)} other spellings of a path, 403 or 404")
 
 
 def test_the_two_servers_of_a_user_have_different_keys(server):
@@ -631,7 +660,7 @@ class Bomb:
 
 def malicious_npy(victim):
     buffer = io.BytesIO()
-    np.save(buffer, np.array([Bomb(victim)], dtype=object), allow_pickle=True)
+    np.save(buffer, np.array([Bomb(victim)], dtype=object))
     return buffer.getvalue()
 
 

@@ -149,7 +149,7 @@ def test_mutual_tls_gives_what_plain_http_gives(server, url, ours, client_files,
         assert client.classify(files, ["cat", "dog"]).shape == (len(files), 2)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    figure("mutual TLS", f"{len(files)} pictures and 2 texts over {url[:5]} as over plain HTTP")
+    figure("TLS", f"{len(files)} pictures, 2 texts over {url[:5]}, both sides shown, as plain")
 
 
 def refusal(url, **credentials):
@@ -162,20 +162,19 @@ def test_an_authority_that_is_not_trusted(url, theirs, client_files, figure):
     for untrusting in (theirs.ca, None):
         told = refusal(url, ca=untrusting, **client_files)
         assert "from an authority that is not trusted here; name the file" in told
-    figure("TLS refuses", f"another authority over {url[:5]}")
+    figure("TLS", f"{url[:5]} refused a server certificate of another authority")
 
 
-@pytest.mark.parametrize("which", ["none", "of another authority", "expired"])
-def test_a_client_certificate_is_asked_for(url, ours, theirs, which, figure):
+def test_a_client_certificate_is_asked_for(url, ours, theirs, figure):
     shown = {
-        "none": lambda: {},
-        "of another authority": lambda: theirs.issue("stranger", "stranger@example.org"),
-        "expired": lambda: ours.issue("old", "old@example.org", not_after=YESTERDAY),
-    }[which]()
-    assert "If the server asks clients for a certificate, show one" in refusal(
-        url, ca=ours.ca, **shown
-    )
-    figure("TLS refuses", f"client certificate {which} over {url[:5]}")
+        "none": {},
+        "of another authority": theirs.issue("stranger", "stranger@example.org"),
+        "expired": ours.issue("old", "old@example.org", not_after=YESTERDAY),
+    }
+    for credentials in shown.values():
+        told = refusal(url, ca=ours.ca, **credentials)
+        assert "If the server asks clients for a certificate, show one" in told
+    figure("TLS", f"{url[:5]} refused client certificates: {', '.join(shown)}")
 
 
 def idle(root):
@@ -219,7 +218,7 @@ def test_a_server_that_is_not_trusted(
         pytest.raises(ServerError, match=f"no connection to {url}: {message}"),
     ):
         attach(url, credentials=Credentials(ca=ours.ca))
-    figure("TLS refuses", f"server certificate {which} over {scheme}")
+    figure("TLS", f"{scheme} refused a server certificate: {which}")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -524,6 +524,27 @@ def test_a_request_that_a_runtime_refuses_fails_alone(broken, fp32_bundle, figur
     figure("a bad row", f"1 of 8 requests at once failed, {log.count('in text_tower')} logged")
 
 
+def test_a_dead_stub_tells_nothing_of_the_inside(tmp_path, figure):
+    repository = tiny_repository(tmp_path / "dying")
+    with TritonServer(repository, **ANY, log=tmp_path / "log") as running:
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                line = (process / "cmdline").read_bytes().decode(errors="replace")
+                if line.split("\0")[0].endswith("_stub") and str(repository) in line:
+                    os.kill(int(process.name), signal.SIGKILL)
+        told = []
+        for protocol in PROTOCOLS:
+            module, client = raw(running, protocol)
+            tensor = module.InferInput("I", [1], "FP32")
+            tensor.set_data_from_numpy(np.zeros(1, np.float32))
+            with client, pytest.raises(InferenceServerException) as failure:
+                client.infer("idle", [tensor])
+            told.append(failure.value.message())
+    assert all("is not healthy" in message for message in told)
+    assert not any("/" in message or "clip-deploy" in message for message in told)
+    figure("errors", f"of a dead stub: {told[0]!r}")
+
+
 MALFORMED = [
     ("POST", "models/clip_text/infer", b"{"),
     ("POST", "models/clip_text/infer", b'{"inputs": 3}'),

@@ -45,7 +45,7 @@ _TLS_TROUBLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"wrong.version.number|record layer failure", "it does not speak TLS at this port"),
         (
-            r"certificate.required|alert|handshake|(connection|socket) (reset|closed)|broken pipe|eof ",
+            r"alert|handshake|(connection|socket) (reset|closed)|broken pipe|eof ",
             "it ended the connection. Is this a port with TLS? If the server asks clients for a "
             "certificate, show one that it trusts and that has not expired (--cert, --key)",
         ),

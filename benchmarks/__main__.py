@@ -142,6 +142,13 @@ def served(
     http_url: Annotated[
         str | None, typer.Option(help="http://host:port of the same running server.")
     ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CLIP_ADMIN_KEY",
+            help="Of the running server, whose statistics are read; better given by the variable.",
+        ),
+    ] = None,
     repository: Annotated[Path, typer.Option()] = Path("build/benchmark_repository"),
     output: Output = None,
     as_json: Json = False,
@@ -154,7 +161,7 @@ def served(
     opened, urls = Bundle.open(bundle), urls_of(url, http_url)
     with steps("loading") as progress:
         if urls:
-            report = measure_running(opened, plan, urls, progress)
+            report = measure_running(opened, plan, urls, progress, admin_key)
         else:
             report = measure_embedded(opened, plan, repository, runner, progress)
     _finish(asdict(report), output, as_json)

@@ -65,6 +65,8 @@ class Load:
     """Requests under way at a time, or requests a second at random moments (Poisson)."""
     window_s: float
     """WINDOWS of them are measured."""
+    admin_key: str | None = None
+    """With which perf_analyzer reads the server's statistics; it cannot do without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.load import WINDOWS, Load, Measured, Workload, steady
+from serving.connection import admin_headers
 from serving.errors import RunnerError, ServerError
 from serving.machine import cpu_count
 
@@ -196,11 +197,13 @@ def arguments(load: Load, data: Path, report: Path) -> list[str]:
         mode = ["--concurrency-range", f"{value}:{value}:1"]
     else:
         mode = ["--request-rate-range", f"{value}:{value}:1", "--request-distribution", "poisson"]
+    headers = admin_headers(load.wire, load.admin_key)
     return [
         *("-v", "--async", "-m", load.workload.model, "-i", load.wire, "-u", load.address),
         *("--input-data", str(data), *mode, "-f", str(report), "--verbose-csv"),
         *("--measurement-interval", f"{load.window_s * 1e3:.0f}", "--max-trials", str(WINDOWS)),
         *("--stability-percentage", _ANY_STABILITY),
+        *(part for name, value in headers.items() for part in ("-H", f"{name}:{value}")),
     ]
 
 

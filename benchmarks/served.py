@@ -76,14 +76,20 @@ def measure_embedded(
             perf_analyzer=None,
         )
         urls: Urls = {"grpc": server.grpc_url, "http": server.http_url}
-        return _measure(bundle, plan, urls, report, progress)
+        return _measure(bundle, plan, urls, server.admin_key, report, progress)
 
 
-def measure_running(bundle: Bundle, plan: Plan, urls: Urls, progress: Steps) -> Report:
+def measure_running(
+    bundle: Bundle, plan: Plan, urls: Urls, progress: Steps, admin_key: str | None = None
+) -> Report:
     """Measure the server at `urls`, which serves `bundle`; a protocol without a URL is left out.
 
+    Args:
+        admin_key: that its statistics are behind, if they are.
+
     Raises:
-        ServerError: it does not answer, serves something else, or others use it meanwhile.
+        ServerError: it does not answer, serves something else, asks for another key, or others use
+            it meanwhile.
     """
     hosts = {url.partition("://")[2].rpartition(":")[0] for url in urls.values()}
     report = Report(
@@ -96,7 +102,7 @@ def measure_running(bundle: Bundle, plan: Plan, urls: Urls, progress: Steps) -> 
         perf_analyzer=None,
     )
     plan = replace(plan, sweeps=tuple(sweep for sweep in plan.sweeps if sweep.wire in urls))
-    return _measure(bundle, plan, urls, report, progress)
+    return _measure(bundle, plan, urls, admin_key, report, progress)
 
 
 def urls_of(grpc: str | None, http: str | None) -> Urls:
@@ -120,14 +126,21 @@ def switch_cache_off(repository: Path) -> None:
         path.write_text(text_format.MessageToString(config))
 
 
-def _measure(bundle: Bundle, plan: Plan, urls: Urls, report: Report, progress: Steps) -> Report:
+def _measure(
+    bundle: Bundle,
+    plan: Plan,
+    urls: Urls,
+    admin_key: str | None,
+    report: Report,
+    progress: Steps,
+) -> Report:
     start = time.monotonic()
     for url in urls.values():
         ClipClient(url).close()  # answers, and serves a CLIP of ours
     report.window_s = plan.window_s
     with ExitStack() as stack:
         client = _main_client(stack, report)
-        session = _Session(bundle, plan, urls, report, client, progress)
+        session = _Session(bundle, plan, urls, admin_key, report, client, progress)
         for sweep in plan.sweeps:
             session.sweep(sweep)
     url = urls.get("grpc") or urls["http"]
@@ -154,10 +167,18 @@ class _Session:
     """Measures sweeps, and adds what it measures to `report`."""
 
     def __init__(
-        self, bundle: Bundle, plan: Plan, urls: Urls, report: Report, client: Client, show: Steps
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        urls: Urls,
+        admin_key: str | None,
+        report: Report,
+        client: Client,
+        show: Steps,
     ) -> None:
         self._bundle, self._plan, self._urls, self._show = bundle, plan, urls, show
         self._report, self._client, self._second = report, client, AsyncClient()
+        self._key = admin_key
         self._pictures = mixed_pictures()
         # A server that was measured before may have kept the texts of that time in its cache.
         self._seeds = itertools.count(0 if report.response_cache == "off" else int(time.time()))
@@ -216,7 +237,7 @@ class _Session:
         what = f"{sweep.model} over {sweep.wire}, {amount:g} {unit}, {client.name}"
         self._show(what, self._done, self._total)
         load = self._load(sweep, mode, amount)
-        statistics = Statistics(self._urls[sweep.wire])
+        statistics = Statistics(self._urls[sweep.wire], self._key)
         before = statistics.at_rest()
         try:
             measured = client.measure(load)
@@ -258,4 +279,5 @@ class _Session:
             mode=mode,
             load=amount,
             window_s=self._plan.window_s,
+            admin_key=self._key,
         )

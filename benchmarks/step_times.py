@@ -7,12 +7,12 @@ meanwhile. Its failures are not read: 2.51 counts each failure of an ensemble tw
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.load import Model
+from serving.connection import Endpoint, admin_headers
 from serving.errors import ServerError
 
 STEPS: Mapping[Model, tuple[str, ...]] = {
@@ -21,6 +21,7 @@ STEPS: Mapping[Model, tuple[str, ...]] = {
 }
 """The models of each ensemble, in order."""
 _REST_S, _REST_WITHIN_S = 0.1, 5.0
+_TIMEOUT_S = 60.0
 _COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 Counters = dict[str, dict[str, int]]
@@ -51,16 +52,20 @@ class Counted:
 
 
 class Statistics:
-    """The statistics of the server at `url`, grpc://host:port or http://host:port."""
+    """The statistics of the server at `url`, grpc://host:port or http://host:port.
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    Args:
+        admin_key: which a server of `serving.triton` asks for.
+    """
+
+    def __init__(self, url: str, admin_key: str | None) -> None:
+        self._url, self._key = url, admin_key
 
     def at_rest(self) -> Counters:
         """The counters, once they rest: Triton counts a request a moment after it answered.
 
         Raises:
-            ServerError: the server does not answer, or others keep it busy.
+            ServerError: the server does not answer, wants a key, or others keep it busy.
         """
         last, deadline = self._read(), time.monotonic() + _REST_WITHIN_S
         while time.monotonic() < deadline:
@@ -75,12 +80,18 @@ class Statistics:
         )
 
     def _read(self) -> Counters:
-        scheme, _, address = self._url.partition("://")
-        options: dict[str, Any] = {"as_json": True} if scheme == "grpc" else {}
+        endpoint = Endpoint.of(self._url)
+        options: dict[str, Any] = {"as_json": True} if endpoint.protocol == "grpc" else {}
         try:
-            with _protocol(scheme).InferenceServerClient(address) as client:
-                answer = client.get_inference_statistics(**options)
+            with endpoint.open(_TIMEOUT_S) as client:
+                headers = admin_headers(endpoint.protocol, self._key)
+                answer = client.get_inference_statistics(headers=headers, **options)
         except (InferenceServerException, OSError) as error:
+            if "restricted" in str(error):
+                raise ServerError(
+                    f"{self._url} tells its statistics only to who has its administrative key; "
+                    "give it as --admin-key, or in CLIP_ADMIN_KEY"
+                ) from error
             raise ServerError(f"no statistics from {self._url}: {error}") from error
         return {model["name"]: _counters(model) for model in answer["model_stats"]}
 
@@ -123,12 +134,3 @@ def _counters(model: Mapping[str, Any]) -> dict[str, int]:
         "inferences": int(model.get("inference_count", 0)),
         "executions": int(model.get("execution_count", 0)),
     }
-
-
-def _protocol(scheme: str) -> ModuleType:
-    if scheme == "grpc":
-        import tritonclient.grpc as protocol
-    else:
-        import tritonclient.http as protocol
-    module: ModuleType = protocol
-    return module

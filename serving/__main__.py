@@ -16,24 +16,35 @@ from serving.bulk_command import bulk
 from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.commands import Json, log, out, run, steps
+from serving.connection import Credentials
 from serving.demo import demo as run_demo
 from serving.demo import tables
 from serving.errors import InputError
+from serving.exposure import HOST
 from serving.folders import read_lines
 from serving.options import (
     LOCAL_RUNNER,
+    AdminKey,
     BundlePath,
+    Ca,
+    Cert,
+    ClientCa,
+    Host,
+    Key,
     LocalBundle,
     LocalRunner,
+    TlsCert,
+    TlsKey,
     Url,
     embedder_of,
     picture_files,
+    server_tls,
 )
 from serving.rank_command import app as rank_app
 from serving.repository import MAX_QUEUE, assembled_backend, assembled_latencies
 from serving.repository import assemble as assemble_repository
 from serving.search_command import app as search_app
-from serving.triton import TritonServer, attach
+from serving.triton import TritonServer
 from serving.zero_shot_command import classify
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -109,16 +120,24 @@ def up(
         Path, typer.Argument(help="What `python -m serving assemble` wrote.")
     ] = REPOSITORY,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
     log_file: Annotated[Path | None, typer.Option("--log", help="Of Triton itself.")] = None,
+    host: Host = HOST,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    client_ca: ClientCa = None,
+    admin_key: AdminKey = None,
     as_json: Json = False,
 ) -> None:
     """Start the embedded Triton server, Ctrl-C stops it; with --url, look at a running one."""
     if url is not None:
-        attach(url)
-        with ClipClient(url) as client:
+        credentials = Credentials(ca=ca, certificate=cert, key=key)
+        with ClipClient(url, credentials=credentials) as client:
             if as_json:
                 print(json.dumps({"url": url, **client.facts}))
             else:
@@ -130,7 +149,12 @@ def up(
         grpc_port=grpc_port,
         metrics_port=metrics_port,
         log=log_file,
+        host=host,
+        tls=server_tls(tls_cert, tls_key, client_ca),
+        admin_key=admin_key,
     ) as server:
+        for line in server.exposed:
+            log.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
         urls = {"http": server.http_url, "grpc": server.grpc_url}
         facts = {**urls, "metrics": f"http://{server.metrics_url}/metrics", "log": str(server.log)}
         if as_json:
@@ -155,6 +179,9 @@ def embed(
         typer.Option(help="NumPy .npz with `embeddings` float32 [n, dim] and `names` [n]."),
     ] = None,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = (
@@ -167,7 +194,7 @@ def embed(
     if not files and not text:
         raise InputError("nothing to embed; give picture files or folders, or --text")
     parts = []
-    with embedder_of(url, bundle, runner) as embedder:
+    with embedder_of(url, bundle, runner, ca, cert, key) as embedder:
         starts = track(range(0, len(files), 64), "embedding pictures", console=log)
         parts += [embedder.embed_images(files[start : start + 64]) for start in starts]
         if text:

@@ -7,24 +7,13 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
+from serving.connection import Credentials, Endpoint, Protocol, attach
 from serving.errors import InputError, OverloadedError, ServerError, UnavailableError
 from serving.retries import retried
-from serving.triton import attach
-
-# Without these gRPC leaves a server that was away alone for 1 s, and for up to two minutes after
-# some attempts; how often is asked again is decided in `serving.retries`. Whoever gives arguments
-# gives them all: -1 is no limit of our own to the size of messages.
-_GRPC_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
 
 # Triton's queues say both with one status, and so does clip_zero_shot.
 _LATE = re.compile(r"timeout expired|time of \S+ s was over")
@@ -35,25 +24,29 @@ class Calls:
     """Calls to one server; safe to share between threads. `close` it at the end.
 
     Args:
-        url: `grpc://host:port` or `http://host:port`.
+        url: as `serving.connection.Endpoint.of` takes it.
         timeout: seconds for a call, all its attempts and the pauses between them.
         attempts: how often a call is tried, at most; see `serving.retries`.
+        credentials: for TLS.
 
     Raises:
         UnavailableError: no server is there, or it is not ready, after these attempts.
-        ServerError: this is no such URL.
-        InputError: `attempts` is less than one.
+        ServerError: this is no such URL, or no connection with these credentials.
+        InputError: `attempts` is less than one, or credentials cannot be used.
     """
 
-    def __init__(self, url: str, *, timeout: float, attempts: int) -> None:
+    def __init__(
+        self, url: str, *, timeout: float, attempts: int, credentials: Credentials
+    ) -> None:
         if attempts < 1:
             raise InputError(f"attempts is {attempts}; expected 1, to ask once, or more")
         self._url, self._timeout, self._attempts = url, timeout, attempts
-        self._scheme, _, self._address = url.partition("://")
         self._threads = threading.local()
         self._connections: list[Any] = []
-        retried(lambda _: attach(url), attempts, timeout)
-        self.protocol, self._broken = _protocol(self._scheme)
+        self._endpoint: Endpoint = retried(
+            lambda _: attach(url, credentials=credentials), attempts, timeout
+        )
+        self.protocol, self._broken = self._endpoint.module, _broken(self._endpoint.protocol)
 
     def close(self) -> None:
         """End all connections."""
@@ -80,7 +73,7 @@ class Calls:
 
         def ask(connection: Any, left: float) -> Any:
             options: dict[str, Any] = {"timeout": int(left * 1e6) or 1, "parameters": parameters}
-            if self._scheme == "grpc":
+            if self._endpoint.protocol == "grpc":
                 options["client_timeout"] = left
             return connection.infer(model, tensors, **options)
 
@@ -101,7 +94,7 @@ class Calls:
         except self._broken as error:
             raise UnavailableError(
                 f"no answer from {self._url}: {error}. Was it stopped, or is this not its "
-                f"{self._scheme} port?"
+                f"{self._endpoint.protocol} port?"
             ) from error
 
     def _translated(self, error: InferenceServerException) -> ServerError | InputError:
@@ -135,32 +128,23 @@ class Calls:
         Over HTTP, timeouts are a connection's; so what is asked again, with less time, gets one
         of its own.
         """
-        if self._scheme == "http" and left < self._timeout:
-            with self._opened(left) as connection:
+        if self._endpoint.protocol == "http" and left < self._timeout:
+            with self._endpoint.open(left) as connection:
                 yield connection
             return
         if not hasattr(self._threads, "connection"):
-            self._threads.connection = self._opened(self._timeout)
+            self._threads.connection = self._endpoint.open(self._timeout)
             self._connections.append(self._threads.connection)
         yield self._threads.connection
 
-    def _opened(self, timeout: float) -> Any:
-        options: dict[str, Any] = {"channel_args": _GRPC_OPTIONS}
-        if self._scheme == "http":
-            options = {"connection_timeout": timeout, "network_timeout": timeout}
-        return self.protocol.InferenceServerClient(self._address, **options)
 
-
-def _protocol(scheme: str) -> tuple[ModuleType, tuple[type[Exception], ...]]:
-    """tritonclient's module, and what it raises, besides its own, when a connection breaks."""
-    if scheme == "grpc":
-        import tritonclient.grpc
-
-        return tritonclient.grpc, ()
-    import tritonclient.http
+def _broken(protocol: Protocol) -> tuple[type[Exception], ...]:
+    """What tritonclient raises, besides its own, when a connection breaks."""
+    if protocol == "grpc":
+        return ()
     from geventhttpclient.response import HTTPParseError
 
-    return tritonclient.http, (OSError, HTTPParseError)
+    return OSError, HTTPParseError
 
 
 def _as_dict(message: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from serving.calls import Calls
+from serving.connection import NO_CREDENTIALS, Credentials
 from serving.decode import read_picture, too_large
 from serving.embedder import Floats, ModelIdentity
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
@@ -37,7 +38,7 @@ class ClipClient:
     time, so that the server decodes some while it runs others. Safe to share between threads.
 
     Args:
-        url: `grpc://host:port` or `http://host:port`.
+        url: `grpc://host:port` or `http://host:port`; with TLS `grpcs://` or `https://`.
         timeout: seconds a request may take, all its attempts included; the server drops it from its
             queue after that time.
         batch_size: pictures or texts a request, at most the server's own limit.
@@ -45,6 +46,7 @@ class ClipClient:
         attempts: how often a request, or looking for the server in the beginning, is tried at most.
             Tried again, after a moment, is what found nobody or a full server (`UnavailableError`);
             never what was wrong, or took too long. 1 tries once.
+        credentials: for TLS: whom to trust, and what to show.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class ClipClient:
         batch_size: int = 16,
         in_flight: int = 8,
         attempts: int = 4,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
-        self._calls = Calls(url, timeout=timeout, attempts=attempts)
+        self._calls = Calls(url, timeout=timeout, attempts=attempts, credentials=credentials)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
         try:
             config = self._calls.config("clip_image")

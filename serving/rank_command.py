@@ -16,6 +16,9 @@ from serving.errors import InputError
 from serving.folders import read_lines
 from serving.options import (
     LOCAL_RUNNER,
+    Ca,
+    Cert,
+    Key,
     LocalBundle,
     LocalRunner,
     Url,
@@ -49,6 +52,9 @@ def rank(
         bool, typer.Option("--truncate", help="Cut texts that are too long.")
     ] = False,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -58,7 +64,7 @@ def rank(
         raise InputError("give the texts to rank either by --text or by --texts FILE")
     choices = text or (read_lines(texts) if texts else [])
     files = picture_files(pictures)
-    with embedder_of(url, bundle, runner) as embedder, _embedding() as progress:
+    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _embedding() as progress:
         ranked = rank_texts(embedder, files, choices, truncate=truncate, progress=progress)
     if as_json:
         rows = [
@@ -82,12 +88,15 @@ def answer(
         str, typer.Option(help="How the two are put together; {question} may be left out.")
     ] = QUESTION_TEMPLATE,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
 ) -> None:
     """Answer a multiple-choice question about a picture."""
-    with embedder_of(url, bundle, runner) as embedder:
+    with embedder_of(url, bundle, runner, ca, cert, key) as embedder:
         scores = rank_answers(embedder, picture, question, candidate, template=template)
     if as_json:
         answers = [asdict(score) for score in scores]
@@ -112,13 +121,16 @@ def caption(
     ] = THRESHOLD,
     separator: Annotated[str, typer.Option(help="Between the words of a caption.")] = SEPARATOR,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
 ) -> None:
     """Caption pictures: the best word of each category of a vocabulary, joined."""
     categories, files = read_vocabulary(vocabulary), picture_files(pictures)
-    with embedder_of(url, bundle, runner) as embedder, _embedding() as progress:
+    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _embedding() as progress:
         captions = caption_pictures(
             embedder,
             files,

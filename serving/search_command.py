@@ -16,7 +16,16 @@ from serving.commands import Json, log, out, steps
 from serving.contact_sheet import Cell, Row, contact_sheet
 from serving.decode import read_picture
 from serving.errors import ImageError, InputError, TextError
-from serving.options import LOCAL_RUNNER, LocalBundle, LocalRunner, Url, embedder_of
+from serving.options import (
+    LOCAL_RUNNER,
+    Ca,
+    Cert,
+    Key,
+    LocalBundle,
+    LocalRunner,
+    Url,
+    embedder_of,
+)
 from serving.search import Term
 
 if TYPE_CHECKING:
@@ -50,6 +59,9 @@ def build(
         ),
     ] = None,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -60,7 +72,10 @@ def build(
     """
     from serving import search_build
 
-    with embedder_of(url, bundle, runner) as embedder, steps(f"looking at {folder}") as progress:
+    with (
+        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
+        steps(f"looking at {folder}") as progress,
+    ):
         outcome = search_build.build(folder, index, embedder, kind, progress=progress)
     _tell(index, outcome, as_json)
 
@@ -72,6 +87,9 @@ def update(
         Path | None, typer.Option(help="Where the pictures are now, if they were moved.")
     ] = None,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -79,7 +97,10 @@ def update(
     """Embed new and changed files of the index's folder, and take out those that are gone."""
     from serving import search_build
 
-    with embedder_of(url, bundle, runner) as embedder, steps(f"updating {index}") as progress:
+    with (
+        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
+        steps(f"updating {index}") as progress,
+    ):
         outcome = search_build.update(index, embedder, folder, progress=progress)
     _tell(index, outcome, as_json)
 
@@ -89,6 +110,9 @@ def add(
     index: IndexPath,
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -96,7 +120,10 @@ def add(
     """Add pictures to an index; those that changed since are embedded again."""
     from serving import search_build
 
-    with embedder_of(url, bundle, runner) as embedder, steps(f"adding to {index}") as progress:
+    with (
+        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
+        steps(f"adding to {index}") as progress,
+    ):
         outcome = search_build.add(index, pictures, embedder, progress=progress)
     _tell(index, outcome, as_json)
 
@@ -169,6 +196,9 @@ def query(
         False
     ),
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -183,7 +213,7 @@ def query(
 
     opened = SearchIndex.open(index)
     count = min(_TOP, opened.manifest.count) if top is None else top
-    with embedder_of(url, bundle, runner) as embedder, _offering_truncate():
+    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _offering_truncate():
         hits = opened.find(embedder, terms, count, glob or (), truncate=truncate)
     if len(hits) < count:
         log.print(f"only {len(hits)} pictures fit --glob", highlight=False)

@@ -77,7 +77,7 @@ class SearchIndex:
             verify(path, file, manifest)
         faiss = library()
         index = faiss.read_index(str(path / manifest.index.name), faiss.IO_FLAG_MMAP_IFC)
-        embeddings = np.load(path / manifest.embeddings.name, mmap_mode="r", allow_pickle=False)
+        embeddings = _mapped(path / manifest.embeddings.name)
         lines = (path / manifest.paths.name).read_text(encoding="utf-8").splitlines()
         entries = tuple(Entry(**json.loads(line)) for line in lines)
         return cls(path, manifest, entries, embeddings, index)
@@ -185,3 +185,13 @@ class SearchIndex:
             found = np.take_along_axis(found, best, axis=1)
             cosines = np.take_along_axis(cosines, best, axis=1)
         return found, cosines
+
+
+def _mapped(file: Path) -> Floats:
+    try:
+        embeddings: Floats = np.load(file, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:  # of Python objects, which would be unpickled, or no .npy at all
+        raise InputError(
+            f"{file} holds no embeddings ({error}); where is it from? Build the index again"
+        ) from error
+    return embeddings

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from serving.answers import refused
 from serving.bundle import Bundle, TextSpec, Tower
 from serving.errors import TextError
 from serving.runners.base import Batch, open_runner
@@ -25,6 +26,7 @@ class TowerModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly chose, and run every shape once before Triton is ready."""
         config = json.loads(args["model_config"])
+        self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         self._text = bundle.manifest.text if self.tower == "text" else None
@@ -43,12 +45,12 @@ class TowerModel:
         answers: list[Any] = [None] * len(requests)
         good, batches = [], []
         for index, request in enumerate(requests):
-            batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
             try:
+                batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
                 if self._text is not None:
                     check_ids(batch, self._text)
-            except TextError as error:
-                answers[index] = _error(str(error), pb_utils.TritonError.INVALID_ARG)
+            except Exception as error:  # raised out of here, it would be everyone's answer
+                answers[index] = refused(self._name, error)
                 continue
             good.append(index)
             batches.append(batch)
@@ -57,22 +59,20 @@ class TowerModel:
         if self._text is not None:
             runs = runs_by_length([(len(batch), batch.shape[1]) for batch in batches])
         for run in runs:
-            for place, answer in zip(run, self._answers([batches[i] for i in run]), strict=True):
+            for place, answer in zip(run, self._run([batches[i] for i in run]), strict=True):
                 answers[good[place]] = answer
         return answers
 
-    def _answers(self, batches: list[Any]) -> list[Any]:
-        """Answers to requests that run as one."""
+    def _run(self, batches: list[Any]) -> list[Any]:
+        """The responses to some requests, all in one run; each in its own where that run fails."""
         try:
             embeddings = self._runner.run(self._joined(batches))
-        except Exception as error:  # raised out of here, it would end the whole stub
-            failure = f"{self._runner.name}: {error}"
-            return [_error(failure, pb_utils.TritonError.INTERNAL) for _ in batches]
-        ends = np.cumsum([len(batch) for batch in batches])
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor(self._output, part)])
-            for part in np.split(embeddings, ends[:-1])
-        ]
+            parts = np.split(embeddings, np.cumsum([len(batch) for batch in batches])[:-1])
+            return [pb_utils.InferenceResponse([pb_utils.Tensor(self._output, p)]) for p in parts]
+        except Exception as error:
+            if len(batches) == 1:
+                return [refused(self._name, error)]
+        return [answer for batch in batches for answer in self._run([batch])]
 
     def _joined(self, batches: list[Any]) -> Any:
         if len(batches) == 1:
@@ -106,7 +106,3 @@ def check_ids(ids: Batch, spec: TextSpec) -> None:
         )
     if not (ids == spec.end_id).any(axis=1).all():
         raise TextError(f"input_ids of a text lack the end-of-text token {spec.end_id}")
-
-
-def _error(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,11 +1,11 @@
-"""Start and stop a real Triton server on a model repository, or check one that already runs.
+"""Start and stop a real Triton server on a model repository.
 
     with TritonServer(Path("build/model_repository"), http_port=0, grpc_port=0) as server:
         ...  # server.http_url, server.grpc_url, server.metrics_url
 
 The server is the one that `serving._embedded` finds in a wheel. It is from 2024-10, and every
-security bulletin since touches it; so it listens on loopback only, and production runs a container
-(26.07 or later), to which `attach` and the client connect.
+security bulletin since touches it; so it listens on loopback unless it is told otherwise, and
+production runs a container (26.07 or later), to which the client connects (`serving.connection`).
 
 This module knows nothing of CLIP.
 """
@@ -14,26 +14,31 @@ import http.client
 import os
 import re
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
-
-from tritonclient.utils import InferenceServerException
+from typing import Self
 
 from serving import _embedded, _supervisor
-from serving.errors import ServerError, UnavailableError
+from serving.errors import ServerError
+from serving.exposure import (
+    ADMIN_APIS,
+    HOST,
+    Exposure,
+    Ports,
+    ServerTls,
+    check_key,
+    choose_ports,
+    port_error,
+)
 
-HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 5  # for requests in flight when the server is told to stop
 KILL_AFTER_S = EXIT_TIMEOUT_S + 3  # its models may take a little longer; then we end it
 MAX_REQUEST_BYTES = 64 << 20
-ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 LOOK_S = 0.05  # how often we look whether the server is ready
 # A line of Triton's log at level E, `E1120 19:03:06.203810 4365 main.cc:245] "message"`, without
 # the quotes where gRPC wrote it; and protobuf's and main's own, on a configuration or a flag.
@@ -41,7 +46,7 @@ _ERROR_LINE = re.compile(
     r'^(?:E\d{4} \S+ +\d+ \S+\] +"?(.+?) *"?|(\[libprotobuf ERROR .+|error: .+))$', re.MULTILINE
 )
 _LOAD_FAILURE = re.compile(r"failed to load '|Poll failed ")
-_LOST_PORT = re.compile(rf"Socket '{re.escape(HOST)}:(\d+)' already in use")
+_LOST_PORT = re.compile(r"Socket '([\d.]+):(\d+)' already in use")
 # Written at level E on every machine without a GPU, the second for each ensemble; and what "failed
 # to load" says once more.
 _NOISE = (
@@ -51,36 +56,36 @@ _NOISE = (
 )
 
 
-class Ports(NamedTuple):
-    """The TCP ports of one server."""
-
-    http: int
-    grpc: int
-    metrics: int
-
-
 def server_flags(
-    version: tuple[int, int], *, repository: Path, ports: Ports, cache_bytes: int, key: str
+    version: tuple[int, int],
+    *,
+    repository: Path,
+    ports: Ports,
+    cache_bytes: int,
+    key: str,
+    exposure: Exposure | None = None,
 ) -> list[str]:
     """Return the flags for a tritonserver of release `version`, e.g. (2, 51), wherever it lies.
 
     An unknown flag makes tritonserver exit, so what is newer is given to newer releases only.
-    A request to an administrative API must carry the key, over HTTP as header `admin-key`, over
-    gRPC as `triton-grpc-protocol-admin-key`. Triton takes the key from its command line only, where
-    other users of the machine can read it.
+    A request to one of ADMIN_APIS must carry the key, see `connection.admin_headers`. Triton takes
+    it from its command line only, where other users of the machine can read it.
     """
+    restricted = f"{','.join(ADMIN_APIS)}:admin-key={key}"
     flags = [
         f"--model-repository={repository}",
-        f"--http-address={HOST}",
-        f"--http-port={ports.http}",
-        f"--grpc-address={HOST}",
-        f"--grpc-port={ports.grpc}",
-        f"--metrics-address={HOST}",
-        f"--metrics-port={ports.metrics}",
+        "--model-control-mode=none",
+        *(exposure or Exposure()).flags(ports),
+        # AIP_MODE=PREDICTION in the environment would turn all of these round, and Vertex AI's port
+        # is on all addresses.
+        "--allow-http=true",
+        "--allow-grpc=true",
+        "--allow-vertex-ai=false",
+        "--allow-sagemaker=false",
         "--metrics-config=summary_latencies=true",
         f"--cache-config=local,size={cache_bytes}",
-        f"--http-restricted-api={ADMIN_APIS}:admin-key={key}",
-        f"--grpc-restricted-protocol={ADMIN_APIS}:admin-key={key}",
+        f"--http-restricted-api={restricted}",
+        f"--grpc-restricted-protocol={restricted}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--strict-readiness=true",
         "--disable-auto-complete-config",
@@ -92,26 +97,6 @@ def server_flags(
     return flags
 
 
-def choose_ports(http: int, grpc: int, metrics: int) -> Ports:
-    """Check that three ports of the loopback are free; 0 is replaced by a free one."""
-    chosen = []
-    with ExitStack() as held:  # all at once, so that none is given twice
-        for port in (http, grpc, metrics):
-            try:
-                listener = held.enter_context(socket.create_server((HOST, port)))
-            except OSError as error:
-                raise _port_error(port, error.strerror or str(error)) from error
-            chosen.append(listener.getsockname()[1])
-    return Ports(*chosen)
-
-
-def _port_error(port: int, reason: str) -> ServerError:
-    return ServerError(
-        f"Triton cannot listen on {HOST}:{port}: {reason}. Stop what listens there, give another "
-        "port, or give port 0 to take a free one"
-    )
-
-
 def log_errors(text: str) -> list[str]:
     """Return the messages of a Triton log that say why it failed, in order, each once."""
     lines = dict.fromkeys(match[1] or match[2] for match in _ERROR_LINE.finditer(text))
@@ -121,25 +106,28 @@ def log_errors(text: str) -> list[str]:
 class TritonServer:
     """The embedded Triton server, running on `repository` while the context is open.
 
-    Ports are TCP ports of 127.0.0.1, 0 for any free one; `ready_timeout` is in seconds and covers
-    the loading of all models; `cache_bytes` is the size of the response cache, for the models
-    whose configuration asks for it. Entering returns when all models are ready, and raises
+    Ports are TCP ports, 0 for any free one; `ready_timeout` is in seconds and covers the loading of
+    all models; `cache_bytes` is the size of the response cache, for the models whose configuration
+    asks for it; `host` and `tls` are as in `Exposure`; `admin_key` is needed for ADMIN_APIS, by
+    default a random one. Entering returns when all models are ready, and raises
     ServerError when one does not load. Leaving stops the server and every process of its models;
     so does the end of this process, whatever its cause (see `serving._supervisor`).
 
     A model.py can import what this environment can, and the package `serving`. It runs in an empty
     working directory, so paths in a repository are to be absolute.
 
-    Entering sets `http_url` and `grpc_url` (with scheme), `metrics_url` (host:port), `pid` (of
-    tritonserver), `name` (its own, with which its shared memory's names begin) and `log`, where all
-    output goes: by default a new temporary file, which is kept.
+    Entering sets `http_url` and `grpc_url` (with scheme, for clients on this machine),
+    `metrics_url` (host:port), `exposed` (what is open to other machines, in sentences; empty on
+    loopback), `pid` (of tritonserver), `regions` (with which the names of its shared memory begin)
+    and `log`, where all output goes: by default a new temporary file, which is kept.
     """
 
     http_url: str
     grpc_url: str
     metrics_url: str
+    exposed: list[str]
     pid: int
-    name: str
+    regions: str
     log: Path
 
     def __init__(
@@ -152,12 +140,17 @@ class TritonServer:
         log: Path | None = None,
         ready_timeout: float = 120.0,
         cache_bytes: int = 64 << 20,
+        host: str = HOST,
+        tls: ServerTls | None = None,
+        admin_key: str | None = None,
     ) -> None:
         self.repository = repository.resolve()
         self._asked_ports = Ports(http_port, grpc_port, metrics_port)
         self._asked_log = log
         self._ready_timeout = ready_timeout
         self._cache_bytes = cache_bytes
+        self._exposure = Exposure(host=host, tls=tls)
+        self.admin_key = secrets.token_hex(16) if admin_key is None else check_key(admin_key)
 
     def __enter__(self) -> Self:
         if not self.repository.is_dir():
@@ -165,14 +158,17 @@ class TritonServer:
                 f"expected a model repository, a directory; {self.repository} is none. "
                 "python -m serving assemble makes one"
             )
+        self._exposure.check()
         embedded = _embedded.find_embedded()
-        self._ports = choose_ports(*self._asked_ports)
-        self.http_url = f"http://{HOST}:{self._ports.http}"
-        self.grpc_url = f"grpc://{HOST}:{self._ports.grpc}"
+        self._ports = choose_ports(*self._asked_ports, self._exposure)
+        self.http_url, self.grpc_url = self._exposure.urls(self._ports)
         self.metrics_url = f"{HOST}:{self._ports.metrics}"
+        self.exposed = self._exposure.told(self._ports, _embedded.VERSION)
         self.log = self._asked_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.name = f"clip-deploy-{secrets.token_hex(8)}"
+        # Clients are told the name; that of the shared memory is not theirs to know.
+        self._name = f"clip-deploy-{secrets.token_hex(8)}"
+        self.regions = f"clip-deploy-{secrets.token_hex(8)}"
         self._supervisor = self._start(embedded)
         try:
             self._read_pid()
@@ -197,15 +193,16 @@ class TritonServer:
             repository=self.repository,
             ports=self._ports,
             cache_bytes=self._cache_bytes,
-            key=secrets.token_hex(16),
+            key=self.admin_key,
+            exposure=self._exposure,
         )
         flags += embedded.lay_out(scratch)
         flags += [
-            f"--id={self.name}",
-            f"--backend-config=python,shm-region-prefix-name={self.name}",
+            f"--id={self._name}",
+            f"--backend-config=python,shm-region-prefix-name={self.regions}",
         ]
         supervisor = [sys.executable, "-I", "-S", _supervisor.__file__]
-        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self.name]
+        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self.regions]
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 [*supervisor, str(embedded.binary), *flags],
@@ -235,7 +232,9 @@ class TritonServer:
             ended = self._supervisor.poll() is not None  # before reading, so that we read all
             text = self.log.read_text(errors="replace")
             if (port := _LOST_PORT.search(text)) is not None:
-                raise _port_error(int(port[1]), "it was taken while the models were loading")
+                raise port_error(
+                    port[1], int(port[2]), "it was taken while the models were loading"
+                )
             if ended or any(map(_LOAD_FAILURE.match, log_errors(text))):
                 raise self._failure("Triton did not start")
             if time.monotonic() > deadline:
@@ -245,9 +244,9 @@ class TritonServer:
     def _is_ready(self) -> bool:
         # The name tells our server from another one that took the port before it.
         return (
-            self.name.encode() in (_get(self._ports.http, "/v2") or b"")
-            and _get(self._ports.http, "/v2/health/ready") is not None
-            and _get(self._ports.metrics, "/metrics") is not None
+            self._name.encode() in (_get(self.http_url, "/v2") or b"")
+            and _get(self.http_url, "/v2/health/ready") is not None
+            and _get(self.metrics_url, "/metrics") is not None
         )
 
     def _failure(self, what: str) -> ServerError:
@@ -262,9 +261,10 @@ def _temporary_log() -> Path:
     return Path(name)
 
 
-def _get(port: int, path: str) -> bytes | None:
+def _get(server: str, path: str) -> bytes | None:
     """Return the body of an answer with status 200, and None for all else."""
-    with closing(http.client.HTTPConnection(HOST, port, timeout=2)) as connection:
+    address = server.removeprefix("http://")
+    with closing(http.client.HTTPConnection(address, timeout=2)) as connection:
         try:
             connection.request("GET", path)
             response = connection.getresponse()
@@ -272,47 +272,3 @@ def _get(port: int, path: str) -> bytes | None:
         except (OSError, http.client.HTTPException):
             return None
     return body if response.status == 200 else None
-
-
-def attach(url: str, timeout: float = 5.0) -> None:
-    """Check that the server at `url` answers and is ready, within `timeout` seconds a question.
-
-    `url` is grpc://host:port or http://host:port. Raises UnavailableError that says what was tried,
-    and ServerError on what is no such URL.
-    """
-    scheme, _, address = url.partition("://")
-    if scheme not in ("grpc", "http") or not re.fullmatch(r"[^/]+:\d+", address):
-        raise ServerError(f"expected grpc://host:port or http://host:port of a server, got {url!r}")
-    try:
-        ready = _ask_grpc(address, timeout) if scheme == "grpc" else _ask_http(address, timeout)
-    except (InferenceServerException, OSError, http.client.HTTPException, ValueError) as error:
-        raise UnavailableError(
-            f"no Triton server answers at {url} ({error}). Is it started, and is this its "
-            f"{scheme} port? By default 8000 is http and 8001 is grpc"
-        ) from error
-    if not ready:
-        raise UnavailableError(
-            f"the Triton server at {url} answers, but is not ready: its models are still loading, "
-            "or one of them failed to, as its log says"
-        )
-
-
-# Both ask for metadata first: Triton's metrics port answers 200 to any question, also to "ready?".
-
-
-def _ask_grpc(address: str, timeout: float) -> bool:
-    import tritonclient.grpc
-
-    with tritonclient.grpc.InferenceServerClient(address) as client:
-        client.get_server_metadata(client_timeout=timeout)
-        return bool(client.is_server_ready(client_timeout=timeout))
-
-
-def _ask_http(address: str, timeout: float) -> bool:
-    import tritonclient.http
-
-    with tritonclient.http.InferenceServerClient(
-        address, connection_timeout=timeout, network_timeout=timeout
-    ) as client:
-        client.get_server_metadata()
-        return bool(client.is_server_ready())

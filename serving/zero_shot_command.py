@@ -17,6 +17,9 @@ from serving.folders import read_lines
 from serving.local import LocalClip
 from serving.options import (
     LOCAL_RUNNER,
+    Ca,
+    Cert,
+    Key,
     LocalBundle,
     LocalRunner,
     Url,
@@ -45,6 +48,9 @@ def classify(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels shown a picture.")] = 3,
     url: Url = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     bundle: LocalBundle = None,
     runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
@@ -53,7 +59,10 @@ def classify(
     files = picture_files(pictures)
     names = [*(label or []), *(read_lines(labels) if labels else [])]
     prompts = [*(template or []), *(read_templates(templates) if templates else [])]
-    with embedder_of(url, bundle, runner) as embedder, steps("classifying") as progress:
+    with (
+        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
+        steps("classifying") as progress,
+    ):
         scores = _classified(embedder, files, names, prompts or None, progress)
     if as_json:
         rows = [

@@ -48,7 +48,7 @@ def held(server: TritonServer) -> Held:
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
             rss += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
             files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return Held(rss, len(list(_SHARED_MEMORY.glob(f"{server.name}*"))), files, every)
+    return Held(rss, len(list(_SHARED_MEMORY.glob(f"{server.regions}*"))), files, every)
 
 
 def _group(leader: int) -> Iterator[int]:

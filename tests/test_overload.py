@@ -284,7 +284,7 @@ def test_refusals_leave_nothing_behind(server, figure, model):
 
 def memory(server):
     """Bytes of shared memory, and of anonymous memory of all processes, of a server."""
-    regions = Path("/dev/shm").glob(f"{server._name}*")
+    regions = Path("/dev/shm").glob(f"{server.regions}*")
     shared = sum(region.stat().st_blocks * 512 for region in regions)
     resident = 0
     for pid in (server.pid, *processes(server)):

@@ -68,6 +68,7 @@ def load_of(server, wire="grpc", workload=None, mode="concurrency", load=2, wind
         mode=mode,
         load=load,
         window_s=window_s,
+        admin_key=server.admin_key,
     )
 
 
@@ -130,7 +131,7 @@ def test_pictures_are_of_the_sizes_they_are_said_to_be():
 @pytest.mark.parametrize("wire", PROTOCOLS)
 @pytest.mark.parametrize(("mode", "amount"), [("concurrency", 3), ("rate", 40.0)])
 def test_asyncio_counts_what_triton_counts(server, wire, mode, amount):
-    statistics = Statistics(getattr(server, f"{wire}_url"))
+    statistics = Statistics(getattr(server, f"{wire}_url"), server.admin_key)
     before = statistics.at_rest()
     measured = AsyncClient().measure(load_of(server, wire, mode=mode, load=amount))
     steps = counted("clip_image", before, statistics.at_rest()).steps
@@ -147,7 +148,7 @@ def test_asyncio_counts_what_triton_counts(server, wire, mode, amount):
 
 @pytest.mark.parametrize("wire", PROTOCOLS)
 def test_asyncio_counts_errors_and_goes_on(server, wire):
-    statistics = Statistics(server.grpc_url)
+    statistics = Statistics(server.grpc_url, server.admin_key)
     before = statistics.at_rest()
     measured = AsyncClient().measure(load_of(server, wire, corrupt()))
     tower = counted("clip_image", before, statistics.at_rest()).steps[1]
@@ -187,7 +188,7 @@ def test_at_a_rate_latency_counts_from_when_a_request_was_due():
 @pytest.mark.parametrize("wire", PROTOCOLS)
 @pytest.mark.parametrize(("mode", "amount"), [("concurrency", 3), ("rate", 40.0)])
 def test_perf_analyzer_counts_what_triton_counts(server, analyzer, fp32_bundle, wire, mode, amount):
-    statistics = Statistics(getattr(server, f"{wire}_url"))
+    statistics = Statistics(getattr(server, f"{wire}_url"), server.admin_key)
     texts = mixed_texts(fp32_bundle, seed=30 + len(wire + mode), count=4000)
     before = statistics.at_rest()
     measured = analyzer.measure(load_of(server, wire, texts, mode, amount))
@@ -431,7 +432,7 @@ def test_a_running_server_without_perf_analyzer(server, fp32_bundle, no_analyzer
         Sweep(model="clip_text", wire="grpc", concurrency=(2, 4)),
         Sweep(model="clip_text", wire="http", concurrency=(2,)),
     )
-    report = measure_running(fp32_bundle, plan, {"grpc": server.grpc_url}, silent)
+    report = measure_running(fp32_bundle, plan, {"grpc": server.grpc_url}, silent, server.admin_key)
     assert [(p.client, p.protocol) for p in report.points] == [("asyncio", "grpc")] * 2
     assert report.perf_analyzer is None
     assert [left.what for left in report.left_out] == ["perf_analyzer"]
@@ -449,7 +450,7 @@ def test_a_running_server_without_perf_analyzer(server, fp32_bundle, no_analyzer
 
 def test_hits_of_the_response_cache_are_counted(server, fp32_bundle):
     texts = mixed_texts(fp32_bundle, seed=77, count=4)
-    statistics = Statistics(server.grpc_url)
+    statistics = Statistics(server.grpc_url, server.admin_key)
     before = statistics.at_rest()
     AsyncClient().measure(load_of(server, workload=texts))
     found = counted("clip_text", before, statistics.at_rest())
@@ -462,7 +463,7 @@ def test_a_load_with_errors_is_measured_by_the_client_that_goes_on(
 ):
     monkeypatch.setattr(served, "mixed_pictures", corrupt)
     plan = plan_of(Sweep(model="clip_image", wire="grpc", concurrency=(2,)))
-    report = measure_running(fp32_bundle, plan, {"grpc": server.grpc_url}, silent)
+    report = measure_running(fp32_bundle, plan, {"grpc": server.grpc_url}, silent, server.admin_key)
     (only,) = report.points
     assert only.client == "asyncio"
     assert only.errors > 0
@@ -480,7 +481,7 @@ def test_another_users_load_is_noticed(server, monkeypatch):
         noise = asyncio.create_task(AsyncClient()._measure(load))
         await asyncio.sleep(0.5)
         with pytest.raises(ServerError, match=r"did not rest .* other clients"):
-            await asyncio.to_thread(Statistics(server.grpc_url).at_rest)
+            await asyncio.to_thread(Statistics(server.grpc_url, server.admin_key).at_rest)
         await noise
 
     asyncio.run(both())
@@ -507,7 +508,12 @@ def test_command(server, fp32_bundle, no_analyzer, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(Plan, "quick", lambda concurrency: plan)
     output = tmp_path / "new" / "served.json"
     command.served(
-        fp32_bundle.path, quick=True, http_url=server.http_url, output=output, as_json=True
+        fp32_bundle.path,
+        quick=True,
+        http_url=server.http_url,
+        admin_key=server.admin_key,
+        output=output,
+        as_json=True,
     )
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads(output.read_text())

@@ -19,8 +19,10 @@ import tritonclient.grpc
 import tritonclient.http
 
 from serving import _embedded, triton
+from serving.connection import attach
 from serving.errors import ServerError
-from serving.triton import Ports, TritonServer, attach
+from serving.exposure import Ports
+from serving.triton import TritonServer
 
 if importlib.util.find_spec("pytriton") is None:
     pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)

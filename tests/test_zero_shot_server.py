@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from tritonclient.utils import InferenceServerException
 
 from serving.client import ClipClient
+from serving.connection import admin_headers
 from serving.errors import ImageError, ServerError, TextError
 from serving.local import LocalClip
 from serving.repository import assemble
@@ -102,7 +103,9 @@ def counts(server, model):
     with client:
         seen = []
         while len(seen) < 3 or len(set(seen[-3:])) > 1:
-            stats = client.get_inference_statistics(model)["model_stats"][0]
+            stats = client.get_inference_statistics(
+                model, headers=admin_headers("http", server.admin_key)
+            )["model_stats"][0]
             seen.append((int(stats["inference_count"]), int(stats["execution_count"])))
             time.sleep(0.05)
     return np.array(seen[-1])
@@ -247,7 +250,9 @@ def test_eighty_thousand_texts_and_others_meanwhile(server, local, picture):
 def counts_now(server, model):
     _, client = raw(server, "http")
     with client:
-        stats = client.get_inference_statistics(model)["model_stats"][0]
+        stats = client.get_inference_statistics(
+            model, headers=admin_headers("http", server.admin_key)
+        )["model_stats"][0]
     return int(stats["inference_count"])
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from serving.answers import may_be_told, refused, response
 from serving.bundle import Bundle
-from serving.errors import ImageError, InputError, relocated
+from serving.errors import ImageError, relocated
 from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.labels import LabelSet, refuse_numbers
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
@@ -165,28 +166,27 @@ class Call:
 
     def failed(self, error: Exception) -> None:
         """Answer with an error."""
-        code, message = pb_utils.TritonError.INTERNAL, str(error) or repr(error)
-        if isinstance(error, InputError):
-            code = pb_utils.TritonError.INVALID_ARG
-        elif isinstance(error, Abandoned):
-            code = pb_utils.TritonError.UNAVAILABLE  # CANCELLED is 400 over HTTP (2.51)
+        if isinstance(error, Abandoned):
             message = "the client went away, or the server stops, before the labels were embedded"
             if self.left() <= 0:
                 message = (
                     f"the request's time of {self.seconds:g} s was over before its labels were "
                     "embedded; give it more time, or fewer labels and templates"
                 )
+            # CANCELLED is 400 over HTTP (2.51).
+            self.send(response(message, pb_utils.TritonError.UNAVAILABLE))
         elif isinstance(error, Full):
-            code = pb_utils.TritonError.UNAVAILABLE
-            message = f"clip_zero_shot is full: {message}; try again later"
-        elif isinstance(error, Refusal):
-            code = error.code
-        self.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)))
+            message = f"clip_zero_shot is full: {error}; try again later"
+            self.send(response(message, pb_utils.TritonError.UNAVAILABLE))
+        elif isinstance(error, Refusal) and may_be_told(str(error)):
+            self.send(response(str(error), error.code))
+        else:
+            self.send(refused("clip_zero_shot", error))
 
-    def send(self, response: Any) -> None:
+    def send(self, answer: Any) -> None:
         """Send the one answer."""
         try:
-            self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self.sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:
             pb_utils.Logger.log_error(f"clip_zero_shot: an answer could not be sent: {error}")
 

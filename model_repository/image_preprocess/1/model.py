@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.answers import answered
 from serving.bundle import Bundle
 from serving.errors import ImageError
 from serving.preprocess import preprocess
@@ -20,19 +21,16 @@ class TritonPythonModel:
         self.spec = Bundle.open(bundle).manifest.image
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request."""
-        return [self.respond(request) for request in requests]
+        """Answer each request; what is wrong with one is its own answer, and nobody else's."""
+        return [answered("image_preprocess", self.respond, request) for request in requests]
 
     def respond(self, request: Any) -> Any:
-        """Answer one request; its first bad picture is its answer, and nobody else's."""
+        """The pixels of one request; its first bad picture raises."""
         pictures = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().ravel()
         pixels = np.empty((len(pictures), 3, self.spec.size, self.spec.size), np.uint8)
         for index, picture in enumerate(pictures):
             try:
                 pixels[index] = preprocess(picture, self.spec)
             except ImageError as error:
-                message = f"images[{index}]: {error}"
-                return pb_utils.InferenceResponse(
-                    error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
-                )
+                raise ImageError(f"images[{index}]: {error}") from error
         return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])

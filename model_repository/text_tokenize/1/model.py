@@ -6,8 +6,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from serving.answers import answered
 from serving.bundle import Bundle
-from serving.errors import TextError
 from serving.tokenizer import Tokenizer, decode_text
 
 
@@ -20,18 +20,13 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request."""
-        return [self.respond(request) for request in requests]
+        """Answer each request; what is wrong with one is its own answer, and nobody else's."""
+        return [answered("text_tokenize", self.respond, request) for request in requests]
 
     def respond(self, request: Any) -> Any:
-        """Answer one request; its first bad text is its answer, and nobody else's."""
+        """The token ids of one request; its first bad text raises."""
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
-        try:
-            texts = [decode_text(data, f"texts[{index}]") for index, data in enumerate(raw)]
-            ids = self.tokenizer(texts, truncate=truncate)
-        except TextError as error:
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            )
+        texts = [decode_text(data, f"texts[{index}]") for index, data in enumerate(raw)]
+        ids = self.tokenizer(texts, truncate=truncate)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])

@@ -28,6 +28,7 @@ LocalRunner = Annotated[
     ),
 ]
 LOCAL_RUNNER = "onnxruntime:fp32"
+REPOSITORY = Path("build/model_repository")
 
 
 def embedder_of(url: str | None, bundle: Path | None, runner: str) -> ClipClient | LocalClip:

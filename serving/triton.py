@@ -11,6 +11,7 @@ This module knows nothing of CLIP.
 """
 
 import http.client
+import math
 import os
 import re
 import secrets
@@ -28,13 +29,15 @@ from tritonclient.utils import InferenceServerException
 
 from serving import _embedded, _supervisor
 from serving.errors import ServerError
+from serving.stubs import is_alive, stubs_of
 
 HOST = "127.0.0.1"
-EXIT_TIMEOUT_S = 5  # for requests in flight when the server is told to stop
-KILL_AFTER_S = EXIT_TIMEOUT_S + 3  # its models may take a little longer; then we end it
+EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
+KILL_AFTER_S = 3  # its models may take a little longer than that; then we end it
 MAX_REQUEST_BYTES = 64 << 20
 ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 LOOK_S = 0.05  # how often we look whether the server is ready
+SILENCE_S = 60.0  # without an answer to "live?" until a server that runs counts as dead
 # A line of Triton's log at level E, `E1120 19:03:06.203810 4365 main.cc:245] "message"`, without
 # the quotes where gRPC wrote it; and protobuf's and main's own, on a configuration or a flag.
 _ERROR_LINE = re.compile(
@@ -60,7 +63,13 @@ class Ports(NamedTuple):
 
 
 def server_flags(
-    version: tuple[int, int], *, repository: Path, ports: Ports, cache_bytes: int, key: str
+    version: tuple[int, int],
+    *,
+    repository: Path,
+    ports: Ports,
+    cache_bytes: int,
+    exit_timeout: int,
+    key: str,
 ) -> list[str]:
     """Return the flags for a tritonserver of release `version`, e.g. (2, 51), wherever it lies.
 
@@ -81,7 +90,7 @@ def server_flags(
         f"--cache-config=local,size={cache_bytes}",
         f"--http-restricted-api={ADMIN_APIS}:admin-key={key}",
         f"--grpc-restricted-protocol={ADMIN_APIS}:admin-key={key}",
-        f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        f"--exit-timeout-secs={exit_timeout}",
         "--strict-readiness=true",
         "--disable-auto-complete-config",
     ]
@@ -150,12 +159,14 @@ class TritonServer:
         log: Path | None = None,
         ready_timeout: float = 120.0,
         cache_bytes: int = 64 << 20,
+        exit_timeout: int = EXIT_TIMEOUT_S,
     ) -> None:
         self.repository = repository.resolve()
         self._asked_ports = Ports(http_port, grpc_port, metrics_port)
         self._asked_log = log
         self._ready_timeout = ready_timeout
         self._cache_bytes = cache_bytes
+        self._exit_timeout = exit_timeout
 
     def __enter__(self) -> Self:
         if not self.repository.is_dir():
@@ -164,10 +175,10 @@ class TritonServer:
                 "python -m serving assemble makes one"
             )
         embedded = _embedded.find_embedded()
-        self._ports = choose_ports(*self._asked_ports)
-        self.http_url = f"http://{HOST}:{self._ports.http}"
-        self.grpc_url = f"grpc://{HOST}:{self._ports.grpc}"
-        self.metrics_url = f"{HOST}:{self._ports.metrics}"
+        self.ports = choose_ports(*self._asked_ports)
+        self.http_url = f"http://{HOST}:{self.ports.http}"
+        self.grpc_url = f"grpc://{HOST}:{self.ports.grpc}"
+        self.metrics_url = f"{HOST}:{self.ports.metrics}"
         self.log = self._asked_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._name = f"clip-deploy-{secrets.token_hex(8)}"
@@ -176,8 +187,9 @@ class TritonServer:
             self._read_pid()
             self._wait_until_ready()
         except BaseException:  # a Ctrl-C too
-            self._stop()
+            self.stop(KILL_AFTER_S)
             raise
+        self._stubs, self._answered = stubs_of(self.pid), time.monotonic()
         return self
 
     def __exit__(
@@ -186,15 +198,42 @@ class TritonServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stop()
+        self.stop()
+
+    def stop(self, patience: float = math.inf) -> None:
+        """Let requests under way end, for `patience` or `exit_timeout` seconds at most, and stop.
+
+        A second call, from a signal handler or another thread, stops at once.
+        """
+        self._supervisor.terminate()
+        try:
+            self._supervisor.wait(None if patience == math.inf else patience)
+        except subprocess.TimeoutExpired:
+            self._supervisor.terminate()
+            self._supervisor.wait()
+
+    def fault(self) -> str | None:
+        """Why the server does not serve any more, or not all models; None while it does."""
+        status = self._supervisor.poll()
+        if status is not None:
+            return f"Triton ended by itself (status {status}); its log is {self.log}"
+        if _get(self.ports.http, "/v2/health/live") is not None:
+            self._answered = time.monotonic()
+        elif time.monotonic() - self._answered > SILENCE_S:
+            return f"Triton has not answered for {SILENCE_S:g} s; its log is {self.log}"
+        dead = [stub.model for stub in self._stubs if not is_alive(stub, self.pid)]
+        if dead:
+            return f"the process of model {dead[0]} died; the log is {self.log}"
+        return None
 
     def _start(self, embedded: _embedded.Embedded) -> subprocess.Popen[bytes]:
         scratch = Path(tempfile.mkdtemp(prefix="clip-deploy-triton-"))  # the supervisor removes it
         flags = server_flags(
             _embedded.VERSION,
             repository=self.repository,
-            ports=self._ports,
+            ports=self.ports,
             cache_bytes=self._cache_bytes,
+            exit_timeout=self._exit_timeout,
             key=secrets.token_hex(16),
         )
         flags += embedded.lay_out(scratch)
@@ -203,8 +242,10 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._name}",
         ]
         supervisor = [sys.executable, "-I", "-S", _supervisor.__file__]
-        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self._name]
-        with self.log.open("wb") as log:
+        supervisor += [str(os.getpid()), str(self._exit_timeout + KILL_AFTER_S)]
+        supervisor += [str(scratch), self._name]
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
             return subprocess.Popen(
                 [*supervisor, str(embedded.binary), *flags],
                 cwd=scratch,  # a stub has its working directory first on sys.path
@@ -214,10 +255,6 @@ class TritonServer:
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C reaches us alone, and we stop the server
             )
-
-    def _stop(self) -> None:
-        self._supervisor.terminate()
-        self._supervisor.wait()
 
     def _read_pid(self) -> None:
         assert self._supervisor.stdout is not None  # since it is a pipe
@@ -231,7 +268,7 @@ class TritonServer:
         deadline = time.monotonic() + self._ready_timeout
         while not self._is_ready():
             ended = self._supervisor.poll() is not None  # before reading, so that we read all
-            text = self.log.read_text(errors="replace")
+            text = self._logged()
             if (port := _LOST_PORT.search(text)) is not None:
                 raise _port_error(int(port[1]), "it was taken while the models were loading")
             if ended or any(map(_LOAD_FAILURE.match, log_errors(text))):
@@ -243,15 +280,19 @@ class TritonServer:
     def _is_ready(self) -> bool:
         # The name tells our server from another one that took the port before it.
         return (
-            self._name.encode() in (_get(self._ports.http, "/v2") or b"")
-            and _get(self._ports.http, "/v2/health/ready") is not None
-            and _get(self._ports.metrics, "/metrics") is not None
+            self._name.encode() in (_get(self.ports.http, "/v2") or b"")
+            and _get(self.ports.http, "/v2/health/ready") is not None
+            and _get(self.ports.metrics, "/metrics") is not None
         )
 
     def _failure(self, what: str) -> ServerError:
-        told = log_errors(self.log.read_text(errors="replace"))
+        told = log_errors(self._logged())
         reasons = "".join(f"\n{line}" for line in told)
         return ServerError(f"{what} on {self.repository}; its log is {self.log}{reasons}")
+
+    def _logged(self) -> str:
+        """What this server has written to its log, which may hold another's before."""
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
 
 def _temporary_log() -> Path:

@@ -11,7 +11,6 @@ This module knows nothing of CLIP.
 """
 
 import http.client
-import math
 import os
 import re
 import secrets
@@ -20,20 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from tritonclient.utils import InferenceServerException
 
-from serving import _embedded, _supervisor
+from serving import _embedded, _stopping, _supervisor
 from serving.errors import ServerError
-from serving.stubs import is_alive, stubs_of
+from serving.processes import is_alive, stubs_of
 
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
-KILL_AFTER_S = 3  # its models may take a little longer than that; then we end it
 MAX_REQUEST_BYTES = 64 << 20
 ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 LOOK_S = 0.05  # how often we look whether the server is ready
@@ -187,7 +185,7 @@ class TritonServer:
             self._read_pid()
             self._wait_until_ready()
         except BaseException:  # a Ctrl-C too
-            self.stop(KILL_AFTER_S)
+            self._abandon()
             raise
         self._stubs, self._answered = stubs_of(self.pid), time.monotonic()
         return self
@@ -200,17 +198,24 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def stop(self, patience: float = math.inf) -> None:
-        """Let requests under way end, for `patience` or `exit_timeout` seconds at most, and stop.
+    def stop(self, patience: float | None = None) -> None:
+        """Finish the requests that were accepted, and end; see `serving._stopping`.
 
-        A second call, from a signal handler or another thread, stops at once.
+        Args:
+            patience: seconds for the requests; default: `exit_timeout`.
         """
+        if self._supervisor.poll() is None:
+            seconds = self._exit_timeout if patience is None else patience
+            address = (HOST, self.ports.http)
+            _stopping.stop(self._supervisor, self.pid, address, seconds, self._logged)
+
+    def _abandon(self) -> None:
+        """Stop what has not become ready."""
         self._supervisor.terminate()
-        try:
-            self._supervisor.wait(None if patience == math.inf else patience)
-        except subprocess.TimeoutExpired:
-            self._supervisor.terminate()
-            self._supervisor.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._supervisor.wait(_stopping.UNLOAD_S)
+        self._supervisor.terminate()
+        self._supervisor.wait()
 
     def fault(self) -> str | None:
         """Why the server does not serve any more, or not all models; None while it does."""
@@ -242,7 +247,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._name}",
         ]
         supervisor = [sys.executable, "-I", "-S", _supervisor.__file__]
-        supervisor += [str(os.getpid()), str(self._exit_timeout + KILL_AFTER_S)]
+        supervisor += [str(os.getpid()), str(self._exit_timeout + _stopping.UNLOAD_S)]
         supervisor += [str(scratch), self._name]
         with self.log.open("ab") as log:
             self._log_start = log.tell()

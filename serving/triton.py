@@ -226,9 +226,9 @@ class TritonServer:
             self._answered = time.monotonic()
         elif time.monotonic() - self._answered > SILENCE_S:
             return f"Triton has not answered for {SILENCE_S:g} s; its log is {self.log}"
-        dead = [stub.model for stub in self._stubs if not is_alive(stub, self.pid)]
+        dead = {stub.model for stub in self._stubs if not is_alive(stub, self.pid)}
         if dead:
-            return f"the process of model {dead[0]} died; the log is {self.log}"
+            return f"a process of {', '.join(sorted(dead))} died; the log is {self.log}"
         return None
 
     def _start(self, embedded: _embedded.Embedded) -> subprocess.Popen[bytes]:

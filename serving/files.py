@@ -166,7 +166,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        folder = next(f for f in (path, *path.absolute().parents) if f.is_dir())
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         free = shutil.disk_usage(folder).free
         unexplained = free < _LEAST_FREE and not isinstance(error, ClipDeployError)
         if not (_says_full(error) or unexplained):

@@ -1,19 +1,23 @@
 """Kills what writes a directory over a good one, and looks at what is left; run by a test.
 
     python killed_writes.py assemble BUNDLE WORK KILLS
-    python killed_writes.py export CHECKPOINT WORK KILLS
+    python killed_writes.py export CHECKPOINT BUNDLE WORK KILLS
 
-Each run happens in a fork of this process and dies by SIGKILL, at one of its file operations or
-after a random time. What is left must be an output, whole; in the end a run must succeed, and leave
-nothing of all that behind. Prints, as JSON, how the runs ended.
+Each run happens in a fork of this process and dies by SIGKILL: an assembly at one of its file
+operations or after a random time, an export a random time after one of its steps. What is left must
+be an output, whole; in the end a run must succeed, and leave nothing of all that behind. Prints, as
+JSON, how the runs ended.
 """
 
+import functools
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,49 +78,84 @@ def counted(change):
     return json.loads(os.read(reader, 1000))
 
 
-def killed_at(point, change, target):
-    """Kill a run at its file operation `point`, an int, or after `point` seconds, a float."""
-    if isinstance(point, int):
-        child = forked(die_at, point, lambda _: change(), target)
-    else:
-        child = forked(change)
-        time.sleep(point)
-        os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), f"not killed at {point}"
+def killed_after(seconds, change):
+    """Kill a run; one that was quicker than that ended well."""
+    child = forked(change)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
 
 
-def main(what, source, work, kills):
+def killed_at(operation, change):
+    status = os.waitpid(forked(die_at, operation, lambda _: change(), None), 0)[1]
+    assert status == signal.SIGKILL, status
+    return True
+
+
+def killed_in(step, seconds, checkpoint, target):
+    """Kill an export so many seconds after it tells of its step number `step`."""
+
+    def progress(text, done=0, total=0):
+        nonlocal step
+        step -= 1
+        if step == 0:
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    status = os.waitpid(forked(build, checkpoint, target, progress, Options(kinds=())), 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+
+def survived(work, kills, check, again):
+    """Do all `kills` over one output, looking at it after each; then a whole run."""
+    told = {"kills": 0, "changed": 0, "littered": 0}
     target = work / "target"
-    if what == "assemble":
-        bundle, check = Bundle.open(source), check_repository
-        assemble(bundle, target, runner="onnxruntime:fp32", max_batch_size=8)
-
-        def change():
-            assemble(bundle, target, runner="onnxruntime:fp32", max_batch_size=16)
-    else:
-        checkpoint, check = load_checkpoint(str(source)), check_bundle
-
-        def change():
-            build(checkpoint, target, silent, Options(kinds=()))
-
-        change()
-    count, seconds = counted(change)
-    rng = random.Random(0)
-    points = rng.sample(range(1, count + 1), min(count, kills - kills // 2))
-    points += [rng.uniform(0, 0.9 * seconds) for _ in range(kills // 2)]
-    changed = littered = 0
-    for point in points:
+    for kill in kills:
         before = contents(target)
-        killed_at(point, change, target)
+        told["kills"] += kill()
         check(target)
-        changed += contents(target) != before
-        littered += {path.name for path in work.iterdir()} != {"target"}
-    change()
+        told["changed"] += contents(target) != before
+        told["littered"] += {path.name for path in work.iterdir()} != {"target"}
+    again()
     check(target)
     assert [path.name for path in work.iterdir()] == ["target"]
-    told = {"kills": len(points), "changed": changed, "littered": littered}
-    print(json.dumps({**told, "operations": count, "seconds": seconds}))
+    return told
+
+
+def assembled(bundle, work, count):
+    def change(size=16):
+        options = {"runner": "onnxruntime:fp32", "max_batch_size": size}
+        assemble(Bundle.open(bundle), work / "target", **options)
+
+    change(8)
+    operations, seconds = counted(change)
+    rng = random.Random(0)
+    kills = [
+        functools.partial(killed_at, operation, change)
+        for operation in [
+            *rng.sample(range(1, operations), min(operations - 1, count // 2)),
+            *range(operations - 2, operations + 1),  # when the new one has taken its place
+        ]
+    ]
+    while len(kills) < count:
+        kills.append(functools.partial(killed_after, rng.uniform(0, seconds), change))
+    return survived(work, kills, check_repository, change)
+
+
+def exported(source, bundle, work, count):
+    checkpoint, target, rng = load_checkpoint(str(source)), work / "target", random.Random(0)
+    shutil.copytree(bundle, target)
+    kills = [
+        functools.partial(killed_in, rng.randint(1, 5), rng.uniform(0, 1.5), checkpoint, target)
+        for _ in range(count)
+    ]
+    again = functools.partial(build, checkpoint, target, silent, Options(kinds=()))
+    return survived(work, kills, check_bundle, again)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    what, *paths, number = sys.argv[1:]
+    run = {"assemble": assembled, "export": exported}[what]
+    print(json.dumps(run(*map(Path, paths), int(number))))

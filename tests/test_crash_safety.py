@@ -25,7 +25,7 @@ from serving.search_build import build
 CHECKOUT = Path(__file__).resolve().parents[1]
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 ASSEMBLY_KILLS = 120 if SOAK else 20
-EXPORT_KILLS = 30 if SOAK else 4
+EXPORT_KILLS = 30 if SOAK else 3
 
 
 def script(name, *arguments, wrapper=()):
@@ -50,23 +50,24 @@ def script(name, *arguments, wrapper=()):
 
 def test_a_killed_assembly(fp32_bundle, tmp_path, figure):
     told = script("killed_writes.py", "assemble", fp32_bundle.path, tmp_path, ASSEMBLY_KILLS)
-    assert told["kills"] == ASSEMBLY_KILLS
-    assert told["littered"] > 0, told  # else no kill hit the work itself
+    assert told["kills"] >= ASSEMBLY_KILLS * 0.8, told  # some runs are quicker than their kill
+    assert told["littered"] > 0 < told["changed"], told  # while it worked, and when it was done
     figure(
         "killed assembly",
-        f"{told['kills']} kills at {told['operations']} file operations and at random: the "
-        "repository was whole each time, the next run left nothing behind",
+        f"after each of {told['kills']} kills the repository was whole; the next run left nothing "
+        "behind",
     )
 
 
-def test_a_killed_export(tiny_checkpoint, tmp_path, figure):
-    told = script("killed_writes.py", "export", tiny_checkpoint, tmp_path, EXPORT_KILLS)
-    assert told["kills"] == EXPORT_KILLS
+def test_a_killed_export(tiny_checkpoint, fp32_bundle, tmp_path, figure):
+    paths = tiny_checkpoint, fp32_bundle.path, tmp_path
+    told = script("killed_writes.py", "export", *paths, EXPORT_KILLS)
+    assert told["kills"] >= EXPORT_KILLS / 2, told
     assert told["littered"] > 0, told
     figure(
         "killed export",
-        f"{told['kills']} kills at {told['operations']} file operations and at random: the bundle "
-        "was whole each time, the next run left nothing behind",
+        f"after each of {told['kills']} kills the bundle was whole; the next run left nothing "
+        "behind",
     )
 
 

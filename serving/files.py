@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from serving.errors import ClipDeployError, InputError, StorageError
@@ -41,13 +41,10 @@ def new_directory(target: Path, sign: str) -> Iterator[Path]:
     """
     with ExitStack() as stack, disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent, wait=True) as sole:  # so that nobody sweeps what we begin
-            if sole:
-                _sweep(target)
-            _check_replaceable(target, sign)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            stack.enter_context(_locked(scratch, wait=False))
-            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        _sweep(target)
+        _check_replaceable(target, sign)
+        scratch = _scratch(target, stack)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         new = scratch / "new"
         new.mkdir()
         yield new
@@ -72,30 +69,45 @@ def _check_replaceable(target: Path, sign: str) -> None:
         )
 
 
+def _scratch(target: Path, stack: ExitStack) -> Path:
+    """A new directory beside `target`, locked as long as `stack` is open."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            stack.enter_context(_locked(scratch))
+        except (FileNotFoundError, BlockingIOError):  # swept before it was locked
+            continue
+        except OSError:  # a file system that locks no directories, such as NFS: nobody sweeps
+            return scratch
+        if scratch.exists():
+            return scratch
+
+
 def _sweep(target: Path) -> None:
     """Remove what killed processes left of `new_directory(target)`; those that live hold a lock."""
     for scratch in target.parent.glob(f".{glob.escape(target.name)}.????????"):  # mkdtemp's eight
         if scratch.is_symlink() or not scratch.is_dir():
             continue
-        with _locked(scratch, wait=False) as dead:
-            if not dead or {item.name for item in scratch.iterdir()} - {"new", "old"}:
+        with suppress(OSError), _locked(scratch):
+            inside = {item.name for item in scratch.iterdir()}
+            if inside - {"new", "old"}:
                 continue
-            if (scratch / "old").exists() and not target.exists():
+            if "old" in inside and not target.exists():
                 (scratch / "old").rename(target)
             shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a directory's lock, which ends with this process; False where it cannot be had."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which ends with this process.
+
+    Raises:
+        OSError: another holds it (BlockingIOError), or the file system has no such locks.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:  # another has it; or a file system that locks no directories, such as NFS
-            yield False
-        else:
-            yield True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(descriptor)
 

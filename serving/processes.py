@@ -62,6 +62,11 @@ def is_alive(stub: Stub, server: int) -> bool:
     return status is not None and status.parent == server
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie."""
+    return _status(pid) is None
+
+
 def wait_until_idle(group: int, seconds: float, ended: Callable[[], bool]) -> bool:
     """Wait until the processes of a group do nothing worth the name; False if not in `seconds`.
 

@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving import _embedded, _stopping, _supervisor
 from serving.errors import ServerError
-from serving.processes import is_alive, stubs_of
+from serving.processes import has_ended, is_alive, stubs_of
 
 HOST = "127.0.0.1"
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
@@ -130,20 +130,24 @@ class TritonServer:
 
     Ports are TCP ports of 127.0.0.1, 0 for any free one; `ready_timeout` is in seconds and covers
     the loading of all models; `cache_bytes` is the size of the response cache, for the models
-    whose configuration asks for it. Entering returns when all models are ready, and raises
-    ServerError when one does not load. Leaving stops the server and every process of its models;
-    so does the end of this process, whatever its cause (see `serving._supervisor`).
+    whose configuration asks for it; `exit_timeout`, in seconds, is for the requests under way when
+    the server is to stop. Entering returns when all models are ready, and raises ServerError when
+    one does not load. Leaving finishes what was accepted (see `serving._stopping`), and stops the
+    server and every process of its models; so does the end of this process, whatever its cause
+    (see `serving._supervisor`).
 
     A model.py can import what this environment can, and the package `serving`. It runs in an empty
     working directory, so paths in a repository are to be absolute.
 
     Entering sets `http_url` and `grpc_url` (with scheme), `metrics_url` (host:port), `pid` (of
-    tritonserver) and `log`, where all output goes: by default a new temporary file, which is kept.
+    tritonserver) and `log`, where all output goes, after what is there: by
+    default a new temporary file, which is kept.
     """
 
     http_url: str
     grpc_url: str
     metrics_url: str
+    ports: Ports
     pid: int
     log: Path
 
@@ -219,6 +223,9 @@ class TritonServer:
 
     def fault(self) -> str | None:
         """Why the server does not serve any more, or not all models; None while it does."""
+        if has_ended(self.pid):
+            with suppress(subprocess.TimeoutExpired):  # which cleans up
+                self._supervisor.wait(_stopping.UNLOAD_S)
         status = self._supervisor.poll()
         if status is not None:
             return f"Triton ended by itself (status {status}); its log is {self.log}"

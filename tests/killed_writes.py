@@ -113,10 +113,10 @@ def survived(work, kills, check, again):
     told = {"kills": 0, "changed": 0, "littered": 0}
     target = work / "target"
     for kill in kills:
-        before = contents(target)
+        before = target.stat().st_ino
         told["kills"] += kill()
         check(target)
-        told["changed"] += contents(target) != before
+        told["changed"] += target.stat().st_ino != before
         told["littered"] += {path.name for path in work.iterdir()} != {"target"}
     again()
     check(target)

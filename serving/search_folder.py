@@ -211,9 +211,9 @@ def commit(
     """
     generation = path / f"{_GENERATION}{old.generation + 1 if old else 1}"
     _remove_generations(path, old)
-    generation.mkdir()
     files = [generation / name for name in _FILES]
     try:
+        generation.mkdir()
         embeddings = _created(files[1], (len(entries), model.embed_dim))
         fill(embeddings)
         embeddings.flush()
@@ -224,22 +224,22 @@ def commit(
         with files[0].open("wb") as out:  # FAISS itself does not tell of an error on closing
             library().write_index(index, library().PyCallbackIOWriter(out.write))
         sync(generation)
+        manifest = IndexManifest(
+            format=FORMAT,
+            created=_now(),
+            model=model,
+            folder=str(folder),
+            count=len(entries),
+            layout=layout,
+            skipped=tuple(skipped),
+            index=describe_file(files[0], path),
+            embeddings=describe_file(files[1], path),
+            paths=describe_file(files[2], path),
+        )
+        _publish(path, manifest)
     except Exception:  # such as a full disk, of which this is a part
-        shutil.rmtree(generation)
+        _remove_generations(path, read_manifest(path) if (path / MANIFEST).exists() else None)
         raise
-    manifest = IndexManifest(
-        format=FORMAT,
-        created=_now(),
-        model=model,
-        folder=str(folder),
-        count=len(entries),
-        layout=layout,
-        skipped=tuple(skipped),
-        index=describe_file(files[0], path),
-        embeddings=describe_file(files[1], path),
-        paths=describe_file(files[2], path),
-    )
-    _publish(path, manifest)
     _remove_generations(path, manifest)
     return manifest
 

@@ -1,7 +1,6 @@
 """`python -m serving`: bundle -> running service, and its use."""
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,42 +13,32 @@ from rich.table import Table
 
 from serving.bulk_command import bulk
 from serving.bundle import Bundle
-from serving.client import ClipClient
 from serving.commands import Json, log, out, run, steps
-from serving.connection import Credentials
 from serving.demo import demo as run_demo
 from serving.demo import tables
 from serving.errors import InputError
-from serving.exposure import HOST
 from serving.folders import read_lines
 from serving.options import (
     LOCAL_RUNNER,
-    AdminKey,
+    REPOSITORY,
     BundlePath,
     Ca,
     Cert,
-    ClientCa,
-    Host,
     Key,
     LocalBundle,
     LocalRunner,
-    TlsCert,
-    TlsKey,
     Url,
     embedder_of,
     picture_files,
-    server_tls,
 )
 from serving.rank_command import app as rank_app
 from serving.repository import MAX_QUEUE, assembled_backend, assembled_latencies
 from serving.repository import assemble as assemble_repository
 from serving.search_command import app as search_app
-from serving.triton import TritonServer
+from serving.up_command import up
 from serving.zero_shot_command import classify
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-
-REPOSITORY = Path("build/model_repository")
 
 
 @app.command()
@@ -114,58 +103,7 @@ def assemble(
     out.print(f"{path}: {', '.join(models)}")
 
 
-@app.command()
-def up(
-    repository: Annotated[
-        Path, typer.Argument(help="What `python -m serving assemble` wrote.")
-    ] = REPOSITORY,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
-    log_file: Annotated[Path | None, typer.Option("--log", help="Of Triton itself.")] = None,
-    host: Host = HOST,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    client_ca: ClientCa = None,
-    admin_key: AdminKey = None,
-    as_json: Json = False,
-) -> None:
-    """Start the embedded Triton server, Ctrl-C stops it; with --url, look at a running one."""
-    if url is not None:
-        credentials = Credentials(ca=ca, certificate=cert, key=key)
-        with ClipClient(url, credentials=credentials) as client:
-            if as_json:
-                print(json.dumps({"url": url, **client.facts}))
-            else:
-                _facts(url, client.facts)
-        return
-    with TritonServer(
-        repository,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        log=log_file,
-        host=host,
-        tls=server_tls(tls_cert, tls_key, client_ca),
-        admin_key=admin_key,
-    ) as server:
-        for line in server.exposed:
-            log.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        urls = {"http": server.http_url, "grpc": server.grpc_url}
-        facts = {**urls, "metrics": f"http://{server.metrics_url}/metrics", "log": str(server.log)}
-        if as_json:
-            print(json.dumps(facts), flush=True)
-        else:
-            _facts(f"Triton serves {repository}; Ctrl-C stops it", facts)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            log.print("stopping")
+app.command()(up)
 
 
 @app.command()
@@ -249,13 +187,6 @@ def demo(
         f"HTTP and gRPC differ by at most {outcome.protocols_differ_by:.1e}"
     )
     out.print(f"wrote {outcome.contact_sheet}")
-
-
-def _facts(title: str, facts: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, value)
-    out.print(table)
 
 
 def _save(path: Path, embeddings: NDArray[np.float32], names: list[str]) -> None:

@@ -5,8 +5,8 @@
 It knows nothing of Triton. It runs COMMAND in a process group of its own, prints the command's pid
 as its only line on stdout, gives its stderr to the command's stdout and stderr, and ends the whole
 group when the command exits, when it is told to (SIGTERM, SIGINT, SIGHUP), or when the process
-PARENT is gone. Then it removes the directory SCRATCH and the shared memory SHM_PREFIX*, and exits
-with the command's status.
+PARENT is gone; the command has GRACE_S to exit by itself, unless we are told twice. Then it removes
+the directory SCRATCH and the shared memory SHM_PREFIX*, and exits with the command's status.
 
 Why a process of its own: a parent that got `kill -9` cleans nothing up. Asking the kernel for a
 signal on the parent's death (PR_SET_PDEATHSIG) would fire when the *thread* that started us ends,
@@ -19,11 +19,13 @@ second. Linux only, as Triton is.
 """
 
 import ctypes
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,15 +56,19 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _wait(child: subprocess.Popen[bytes], parent: int, grace: float) -> None:
-    """Return when `child` exited by itself, or `grace` seconds after it was asked to, at most."""
-    while child.poll() is None and os.getppid() == parent:
+    """Return when `child` has exited, or `grace` seconds after it was asked to, at most.
+
+    It is asked to when we are told to stop, or the parent is gone. Told a second time, return.
+    """
+    end = math.inf
+    while child.poll() is None and time.monotonic() < end:
         received = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, LOOK_S)
-        if received is not None and received.si_signo in STOP_SIGNALS:
-            break
-    if child.poll() is None:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
+        told = received is not None and received.si_signo in STOP_SIGNALS
+        if told and end < math.inf:
+            return
+        if end == math.inf and (told or os.getppid() != parent):
+            child.terminate()
+            end = time.monotonic() + grace
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

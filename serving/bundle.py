@@ -18,9 +18,17 @@ from typing import Literal
 from serving.engines import Engine, Library
 from serving.errors import BundleError
 from serving.files import sha256_of
+from serving.integrity import (
+    check_external_data,
+    check_names,
+    check_seal,
+    checked_file,
+    sealed,
+    unsealed,
+)
 from serving.typed_json import from_json
 
-FORMAT = 1
+FORMAT = 2
 """Of `manifest.json`; a reader refuses any other."""
 
 Tower = Literal["image", "text"]
@@ -221,7 +229,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return sealed(asdict(self))
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All that it vouches for."""
+        return (self.tokenizer, *(file for artifact in self.artifacts for file in artifact.files))
 
 
 class Bundle:
@@ -236,7 +249,8 @@ class Bundle:
         """Read the manifest of the bundle at `path`.
 
         Raises:
-            BundleError: there is no bundle, or its manifest is not of this format.
+            BundleError: there is no bundle, or its manifest is not of this format, was edited or
+                damaged, or names files outside of the bundle.
         """
         file = path / "manifest.json"
         if not file.exists():
@@ -252,7 +266,10 @@ class Bundle:
                     f"{file}: manifest format {found!r}, this version reads {FORMAT}; "
                     "export the checkpoint again"
                 )
-            return cls(path, from_json(Manifest, document))
+            manifest = from_json(Manifest, unsealed(document))
+            check_seal(document)
+            check_names(vouched.name for vouched in manifest.files)
+            return cls(path, manifest)
         except ValueError as error:
             raise BundleError(f"{file}: {error}; export the checkpoint again") from error
 
@@ -305,21 +322,16 @@ class Bundle:
         """The path of `artifact`'s graph, after comparing its files with the manifest.
 
         Raises:
-            BundleError: a file is missing or is not the one that was exported.
+            BundleError: a file is missing, is not the one that was exported, or reads others that
+                the manifest does not vouch for.
         """
-        return self._verified(artifact.files)
+        path = self._verified(artifact.files)
+        if artifact.kind == "onnx":
+            check_external_data(path, {Path(file.name).name for file in artifact.files[1:]})
+        return path
 
     def _verified(self, files: Iterable[File]) -> Path:
-        paths = [self.path / file.name for file in files]
-        for path, file in zip(paths, files, strict=True):
-            if not path.is_file():
-                raise BundleError(f"{path} is missing; export the checkpoint again")
-            if (found := sha256_of(path)) != file.sha256:
-                raise BundleError(
-                    f"{path} is not the file that was exported: its sha256 is {found[:16]}..., the "
-                    f"manifest says {file.sha256[:16]}...; it was changed or damaged, export the "
-                    "checkpoint again"
-                )
+        paths = [checked_file(self.path, file.name, file.sha256) for file in files]
         return paths[0]
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
 from typer.core import TyperGroup
 
 from serving.errors import ClipDeployError
+from serving.files import NO_SPACE
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 """Results."""
@@ -77,5 +78,14 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except ClipDeployError as error:
-        log.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _tell(str(error))
+    except OSError as error:  # of what is not written by `serving.files`, such as a picture
+        if error.errno not in NO_SPACE:
+            raise
+        where = f" to write {error.filename}" if error.filename else ""
+        _tell(f"no space is left on the disk{where}; free some, or write elsewhere")
+
+
+def _tell(message: str) -> None:
+    log.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+    sys.exit(2)

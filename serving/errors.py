@@ -51,6 +51,10 @@ class RunnerError(ClipDeployError):
     """A runner that cannot give what it was asked for."""
 
 
+class StorageError(ClipDeployError):
+    """A disk that is full."""
+
+
 class ServerError(ClipDeployError):
     """A Triton server that cannot be started or reached, or that refused a request."""
 

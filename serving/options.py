@@ -71,6 +71,7 @@ LocalRunner = Annotated[
     ),
 ]
 LOCAL_RUNNER = "onnxruntime:fp32"
+REPOSITORY = Path("build/model_repository")
 
 
 def embedder_of(

@@ -17,19 +17,21 @@ damage and half a copy; they are no protection against someone who may write to 
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from serving.bundle import File, describe_file
 from serving.embedder import Floats, ModelIdentity
 from serving.errors import InputError
-from serving.files import sha256_of, write_text
+from serving.files import disk_errors, sha256_of, sync, write_text
 from serving.search_kinds import Kind, Layout, library, make
 from serving.typed_json import from_json
 
@@ -163,6 +165,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         InputError: it holds something else than an index, or another process is at it.
+        StorageError: the disk became full in the block.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; expected the name of a folder for the index")
@@ -187,7 +190,8 @@ def locked(path: Path) -> Iterator[None]:
             raise InputError(
                 f"another process changes {path} at the moment; wait until it is done"
             ) from error
-        yield
+        with disk_errors(path):
+            yield
 
 
 def commit(
@@ -207,33 +211,51 @@ def commit(
     """
     generation = path / f"{_GENERATION}{old.generation + 1 if old else 1}"
     _remove_generations(path, old)
-    generation.mkdir()
     files = [generation / name for name in _FILES]
-    embeddings = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-        files[1], "w+", np.float32, (len(entries), model.embed_dim)
-    )
-    fill(embeddings)
-    embeddings.flush()
-    lines = (json.dumps(asdict(entry)) + "\n" for entry in entries)
-    with files[2].open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    index, layout = make(kind, embeddings)
-    library().write_index(index, str(files[0]))
-    manifest = IndexManifest(
-        format=FORMAT,
-        created=_now(),
-        model=model,
-        folder=str(folder),
-        count=len(entries),
-        layout=layout,
-        skipped=tuple(skipped),
-        index=describe_file(files[0], path),
-        embeddings=describe_file(files[1], path),
-        paths=describe_file(files[2], path),
-    )
-    _publish(path, manifest)
+    try:
+        generation.mkdir()
+        embeddings = _created(files[1], (len(entries), model.embed_dim))
+        fill(embeddings)
+        embeddings.flush()
+        lines = (json.dumps(asdict(entry)) + "\n" for entry in entries)
+        with files[2].open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+        index, layout = make(kind, embeddings)
+        with files[0].open("wb") as out:  # FAISS itself does not tell of an error on closing
+            library().write_index(index, library().PyCallbackIOWriter(out.write))
+        sync(generation)
+        manifest = IndexManifest(
+            format=FORMAT,
+            created=_now(),
+            model=model,
+            folder=str(folder),
+            count=len(entries),
+            layout=layout,
+            skipped=tuple(skipped),
+            index=describe_file(files[0], path),
+            embeddings=describe_file(files[1], path),
+            paths=describe_file(files[2], path),
+        )
+        _publish(path, manifest)
+    except Exception:  # such as a full disk, of which this is a part
+        _remove_generations(path, read_manifest(path) if (path / MANIFEST).exists() else None)
+        raise
     _remove_generations(path, manifest)
     return manifest
+
+
+def _created(file: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """A new .npy of float32, mapped for writing, with its space on the disk.
+
+    Else the disk could become full while a page is written, of which a process dies (SIGBUS).
+    """
+    embeddings = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        file, "w+", np.float32, shape
+    )
+    with file.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+    created: np.memmap[Any, np.dtype[np.float32]] = embeddings
+    return created
 
 
 def amend(

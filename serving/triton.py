@@ -18,12 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from serving import _embedded, _supervisor
+from serving import _embedded, _stopping, _supervisor
 from serving.errors import ServerError
 from serving.exposure import (
     ADMIN_APIS,
@@ -35,11 +35,12 @@ from serving.exposure import (
     choose_ports,
     port_error,
 )
+from serving.processes import has_ended, is_alive, stubs_of
 
-EXIT_TIMEOUT_S = 5  # for requests in flight when the server is told to stop
-KILL_AFTER_S = EXIT_TIMEOUT_S + 3  # its models may take a little longer; then we end it
+EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
 MAX_REQUEST_BYTES = 64 << 20
 LOOK_S = 0.05  # how often we look whether the server is ready
+SILENCE_S = 60.0  # without an answer to "live?" until a server that runs counts as dead
 # A line of Triton's log at level E, `E1120 19:03:06.203810 4365 main.cc:245] "message"`, without
 # the quotes where gRPC wrote it; and protobuf's and main's own, on a configuration or a flag.
 _ERROR_LINE = re.compile(
@@ -62,6 +63,7 @@ def server_flags(
     repository: Path,
     ports: Ports,
     cache_bytes: int,
+    exit_timeout: int,
     key: str,
     exposure: Exposure | None = None,
 ) -> list[str]:
@@ -86,7 +88,7 @@ def server_flags(
         f"--cache-config=local,size={cache_bytes}",
         f"--http-restricted-api={restricted}",
         f"--grpc-restricted-protocol={restricted}",
-        f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        f"--exit-timeout-secs={exit_timeout}",
         "--strict-readiness=true",
         "--disable-auto-complete-config",
     ]
@@ -108,24 +110,28 @@ class TritonServer:
 
     Ports are TCP ports, 0 for any free one; `ready_timeout` is in seconds and covers the loading of
     all models; `cache_bytes` is the size of the response cache, for the models whose configuration
-    asks for it; `host` and `tls` are as in `Exposure`; `admin_key` is needed for ADMIN_APIS, by
-    default a random one. Entering returns when all models are ready, and raises
-    ServerError when one does not load. Leaving stops the server and every process of its models;
-    so does the end of this process, whatever its cause (see `serving._supervisor`).
+    asks for it; `exit_timeout`, in seconds, is for the requests under way when the server is to
+    stop; `host` and `tls` are as in `Exposure`; `admin_key` is needed for ADMIN_APIS, by default a
+    random one. Entering returns when all models are ready, and raises ServerError when one does not
+    load. Leaving finishes what was accepted (see `serving._stopping`), and stops the server and
+    every process of its models; so does the end of this process, whatever its cause (see
+    `serving._supervisor`).
 
     A model.py can import what this environment can, and the package `serving`. It runs in an empty
     working directory, so paths in a repository are to be absolute.
 
     Entering sets `http_url` and `grpc_url` (with scheme, for clients on this machine),
-    `metrics_url` (host:port), `exposed` (what is open to other machines, in sentences; empty on
-    loopback), `pid` (of tritonserver), `regions` (with which the names of its shared memory begin)
-    and `log`, where all output goes: by default a new temporary file, which is kept.
+    `metrics_url` (host:port), `ports`, `exposed` (what is open to other machines, in sentences;
+    empty on loopback), `pid` (of tritonserver), `regions` (with which the names of its shared
+    memory begin) and `log`, where all output goes, after what is there: by default a new temporary
+    file, which is kept.
     """
 
     http_url: str
     grpc_url: str
     metrics_url: str
     exposed: list[str]
+    ports: Ports
     pid: int
     regions: str
     log: Path
@@ -140,6 +146,7 @@ class TritonServer:
         log: Path | None = None,
         ready_timeout: float = 120.0,
         cache_bytes: int = 64 << 20,
+        exit_timeout: int = EXIT_TIMEOUT_S,
         host: str = HOST,
         tls: ServerTls | None = None,
         admin_key: str | None = None,
@@ -149,6 +156,7 @@ class TritonServer:
         self._asked_log = log
         self._ready_timeout = ready_timeout
         self._cache_bytes = cache_bytes
+        self._exit_timeout = exit_timeout
         self._exposure = Exposure(host=host, tls=tls)
         self.admin_key = secrets.token_hex(16) if admin_key is None else check_key(admin_key)
 
@@ -160,10 +168,10 @@ class TritonServer:
             )
         self._exposure.check()
         embedded = _embedded.find_embedded()
-        self._ports = choose_ports(*self._asked_ports, self._exposure)
-        self.http_url, self.grpc_url = self._exposure.urls(self._ports)
-        self.metrics_url = f"{HOST}:{self._ports.metrics}"
-        self.exposed = self._exposure.told(self._ports, _embedded.VERSION)
+        self.ports = choose_ports(*self._asked_ports, self._exposure)
+        self.http_url, self.grpc_url = self._exposure.urls(self.ports)
+        self.metrics_url = f"{HOST}:{self.ports.metrics}"
+        self.exposed = self._exposure.told(self.ports, _embedded.VERSION)
         self.log = self._asked_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # Clients are told the name; that of the shared memory is not theirs to know.
@@ -174,8 +182,9 @@ class TritonServer:
             self._read_pid()
             self._wait_until_ready()
         except BaseException:  # a Ctrl-C too
-            self._stop()
+            self._abandon()
             raise
+        self._stubs, self._answered = stubs_of(self.pid), time.monotonic()
         return self
 
     def __exit__(
@@ -184,15 +193,52 @@ class TritonServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stop()
+        self.stop()
+
+    def stop(self, patience: float | None = None) -> None:
+        """Finish the requests that were accepted, and end; see `serving._stopping`.
+
+        Args:
+            patience: seconds for the requests; default: `exit_timeout`.
+        """
+        if self._supervisor.poll() is None:
+            seconds = self._exit_timeout if patience is None else patience
+            address = self.http_url.removeprefix("http://")
+            _stopping.stop(self._supervisor, self.pid, address, seconds, self._logged)
+
+    def _abandon(self) -> None:
+        """Stop what has not become ready."""
+        self._supervisor.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._supervisor.wait(_stopping.UNLOAD_S)
+        self._supervisor.terminate()
+        self._supervisor.wait()
+
+    def fault(self) -> str | None:
+        """Why the server does not serve any more, or not all models; None while it does."""
+        if has_ended(self.pid):
+            with suppress(subprocess.TimeoutExpired):  # which cleans up
+                self._supervisor.wait(_stopping.UNLOAD_S)
+        status = self._supervisor.poll()
+        if status is not None:
+            return f"Triton ended by itself (status {status}); its log is {self.log}"
+        if _get(self.http_url, "/v2/health/live") is not None:
+            self._answered = time.monotonic()
+        elif time.monotonic() - self._answered > SILENCE_S:
+            return f"Triton has not answered for {SILENCE_S:g} s; its log is {self.log}"
+        dead = {stub.model for stub in self._stubs if not is_alive(stub, self.pid)}
+        if dead:
+            return f"a process of {', '.join(sorted(dead))} died; the log is {self.log}"
+        return None
 
     def _start(self, embedded: _embedded.Embedded) -> subprocess.Popen[bytes]:
         scratch = Path(tempfile.mkdtemp(prefix="clip-deploy-triton-"))  # the supervisor removes it
         flags = server_flags(
             _embedded.VERSION,
             repository=self.repository,
-            ports=self._ports,
+            ports=self.ports,
             cache_bytes=self._cache_bytes,
+            exit_timeout=self._exit_timeout,
             key=self.admin_key,
             exposure=self._exposure,
         )
@@ -202,8 +248,10 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.regions}",
         ]
         supervisor = [sys.executable, "-I", "-S", _supervisor.__file__]
-        supervisor += [str(os.getpid()), str(KILL_AFTER_S), str(scratch), self.regions]
-        with self.log.open("wb") as log:
+        supervisor += [str(os.getpid()), str(self._exit_timeout + _stopping.UNLOAD_S)]
+        supervisor += [str(scratch), self.regions]
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
             return subprocess.Popen(
                 [*supervisor, str(embedded.binary), *flags],
                 cwd=scratch,  # a stub has its working directory first on sys.path
@@ -213,10 +261,6 @@ class TritonServer:
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C reaches us alone, and we stop the server
             )
-
-    def _stop(self) -> None:
-        self._supervisor.terminate()
-        self._supervisor.wait()
 
     def _read_pid(self) -> None:
         assert self._supervisor.stdout is not None  # since it is a pipe
@@ -230,7 +274,7 @@ class TritonServer:
         deadline = time.monotonic() + self._ready_timeout
         while not self._is_ready():
             ended = self._supervisor.poll() is not None  # before reading, so that we read all
-            text = self.log.read_text(errors="replace")
+            text = self._logged()
             if (port := _LOST_PORT.search(text)) is not None:
                 raise port_error(
                     port[1], int(port[2]), "it was taken while the models were loading"
@@ -250,9 +294,13 @@ class TritonServer:
         )
 
     def _failure(self, what: str) -> ServerError:
-        told = log_errors(self.log.read_text(errors="replace"))
+        told = log_errors(self._logged())
         reasons = "".join(f"\n{line}" for line in told)
         return ServerError(f"{what} on {self.repository}; its log is {self.log}{reasons}")
+
+    def _logged(self) -> str:
+        """What this server has written to its log, which may hold another's before."""
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
 
 def _temporary_log() -> Path:

@@ -12,6 +12,7 @@ from tritonclient.grpc import model_config_pb2
 from serving.bundle import Bundle, describe_file
 from serving.engines import Engine, Profile
 from serving.errors import BundleError, ClipDeployError, RunnerError
+from serving.integrity import sealed, unsealed
 from serving.nvidia import Gpu, gpu
 from serving.repository import (
     SOURCE,
@@ -43,9 +44,9 @@ def bundle_with(tiny_bundle: Bundle, tmp_path: Path, change) -> Bundle:
     path.mkdir()
     for file in tiny_bundle.path.iterdir():
         if file.name != "manifest.json":
-            (path / file.name).symlink_to(file)
+            (path / file.name).hardlink_to(file)
     manifest = change(json.loads((tiny_bundle.path / "manifest.json").read_text()))
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(sealed(unsealed(manifest)))
     return Bundle.open(path)
 
 

@@ -100,7 +100,7 @@ def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path):
 def test_a_graph_that_cannot_be_loaded(tiny_bundle, tmp_path):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     file = path / "image.fp32.onnx"
-    file.write_bytes(b"something else")
+    file.write_bytes(b"\x08\x63")  # a protobuf message, ir_version 99
     artifacts = tuple(
         replace(a, files=(describe_file(file),)) if a.file == file.name else a
         for a in tiny_bundle.manifest.artifacts

@@ -607,7 +607,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, folder, clip
     for path, message in (
         (holiday, "holds other things, such as .*, which are left alone; give another folder"),
         (half, "holds other things, such as pending"),
-        (fp32_bundle.path, "format 1, expected 'clip search index 1'; it is no search index"),
+        (fp32_bundle.path, "format 2, expected 'clip search index 1'; it is no search index"),
         (file, "is a file; expected the name of a folder"),
     ):
         before = contents(path)

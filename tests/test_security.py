@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -451,11 +452,12 @@ def logged(server, message):
     assert "/" not in message
     assert "clip-deploy" not in message
     assert "Traceback" not in message
-    (line,) = [
-        line
-        for line in server.log.read_text().splitlines()
-        if f"internal error {found[1]} in " in line
-    ]
+    deadline, lines = time.monotonic() + 30, []
+    while not lines and time.monotonic() < deadline:  # a thread of Triton's writes it
+        text = server.log.read_text().rpartition("\n")[0]  # whole lines
+        lines = [line for line in text.splitlines() if f"internal error {found[1]} in " in line]
+        time.sleep(0.02)
+    (line,) = lines
     assert "Traceback" in line
     return line
 

@@ -1,6 +1,7 @@
 # make demo   a fresh machine to a running pipeline: real pictures classified and searched by Triton
 # make test   a fresh machine to green tests
-# make check  format, lint, types
+# make check  format, lint, types, known vulnerabilities of dependencies
+# make soak   what makes docs/reliability.md: an hour of faults, overload, fuzzing and mixed traffic
 # make bench  every runner, its load and its accuracy: build/benchmarks/RESULTS.md and plots
 # make engines BUNDLE=artifacts/NAME   TensorRT plans, inside the Triton container that will serve them
 # make setup  what all of them do first: .venv with everything
@@ -12,7 +13,7 @@ RESULTS := build/benchmarks
 # Python APIs without their libraries, that our uses are tested against.
 TENSORRT_APIS := 10.16.1.11 11.4.0.106
 
-.PHONY: setup demo test check bench engines clean
+.PHONY: setup demo test check soak bench engines clean
 
 setup: .venv/.installed
 
@@ -58,6 +59,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	.ci/audit
+
+# The long versions of the tests that make promises; their figures are printed last.
+soak: setup
+	CLIP_SOAK=1 $(BIN)/python -m pytest $(addprefix tests/test_,limits.py fuzz.py isolation.py \
+	  overload.py retries.py artifacts.py crash_safety.py faults.py security.py tls.py soak.py)
 
 artifacts/random-ViT-B-32/manifest.json: | setup
 	$(BIN)/python -m export random:ViT-B-32 --precision fp32 --precision int8

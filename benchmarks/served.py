@@ -200,6 +200,7 @@ class _Session:
         if isinstance(self._client, AsyncClient):
             return
         compared = {found.concurrency, *sweep.concurrency[: self._plan.lowest_too]}
+        compared &= {p.load for p in self._report.points[first:] if p.client == self._client.name}
         for concurrency in sorted(compared):
             self._compare(sweep, concurrency)
 

@@ -172,6 +172,7 @@ def test_a_server_that_starts_late_and_is_restarted(repository):
             with pytest.raises(UnavailableError, match=rf"{url}.*refused.* \(asked 4 times"):
                 client.embed_texts(["a cat"])
         with TritonServer(repository, **where):
+            time.sleep(0.3)  # gRPC looks every 0.1 s whether somebody is there again
             for client in clients:
                 assert client.embed_texts(["a cat"]).shape == (1, 32)
 

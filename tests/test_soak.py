@@ -9,8 +9,8 @@ from soaking import Traffic, at_rest, growth, leaks, watched
 from serving.repository import assemble
 from serving.triton import TritonServer
 
-SECONDS = 1800.0 if "CLIP_SOAK" in os.environ else 60.0
-WARM_UP_S = 60.0 if "CLIP_SOAK" in os.environ else 8.0
+SECONDS = 1800.0 if os.environ.get("CLIP_SOAK") else 60.0
+WARM_UP_S = 60.0 if os.environ.get("CLIP_SOAK") else 8.0
 CONTROL_S = 20.0
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 WHOLE = "        return [self.respond(request) for request in requests]\n"

@@ -28,7 +28,7 @@ from serving.client import ClipClient
 from serving.repository import assemble
 from serving.triton import TritonServer
 
-LOAD_S = 60.0 if os.environ.get("CLIP_SOAK") else 3.0
+LOAD_S = 30.0 if os.environ.get("CLIP_SOAK") else 3.0
 CAPACITY_S = 1.5  # measured for
 TIMES = 4
 MAX_QUEUE = 8

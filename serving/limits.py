@@ -38,8 +38,8 @@ MAX_RLE_PIXELS = 1 << 20
 
 MAX_TEXT_BYTES = 8 << 10
 """Of a text, in UTF-8; what fits into 77 tokens is about a tenth of that. With the limits below the
-worst text that we could make, of dotted capital I, takes 30 ms of CPU; without them 32 KB of
-nested HTML entities take 8 s, 320 KB a hundred times that, and `&#` with 4,301 digits is a
+worst text that we could make, of dotted capital I, takes 30 to 45 ms of CPU; without, 32 KB of
+nested HTML entities take 5 s, 320 KB a hundred times that, and `&#` with 4,301 digits is a
 ValueError."""
 
 MAX_WORD = 1_000

@@ -16,6 +16,7 @@ import time
 import urllib.parse
 import warnings
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import ftfy
@@ -80,6 +81,29 @@ def spec(pipeline):
 # ------------------------------------------------------------------ in process
 
 
+class Slowest:
+    """The bodies that took longest: each within the deadline, and what they take by themselves."""
+
+    def __init__(self):
+        self.bodies = []
+
+    def saw(self, body, seconds):
+        assert seconds < DEADLINE_S, body[:300]
+        self.bodies = sorted([*self.bodies, (seconds, body)], key=itemgetter(0))[-5:]
+
+    def again(self, work, *arguments):
+        """CPU time in ms, the best of three: what else the machine does has no part in it."""
+        every = [[self._timed(work, body, *arguments) for _ in range(3)] for _, body in self.bodies]
+        return 1000 * max(map(min, every))
+
+    @staticmethod
+    def _timed(work, *arguments):
+        began = time.process_time()
+        with contextlib.suppress(ImageError, TextError):
+            work(*arguments)
+        return time.process_time() - began
+
+
 def by_pillow(data):
     """What Pillow makes of the whole file, metadata and all; None if it refuses."""
     try:
@@ -94,14 +118,13 @@ def by_pillow(data):
 
 def test_any_picture_is_pixels_or_an_image_error(figure):
     seen, files = Counter(), list(FILES.values())
-    slowest = 0.0
+    slowest = Slowest()
 
     @examples
     @given(st.randoms(use_true_random=True), st.sampled_from(("openai", "huggingface")))
     def check(rng, pipeline):
-        nonlocal slowest
         data = fuzzing.mangled(rng, files)
-        began, work = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
         try:
             pixels = preprocess(data, spec(pipeline))
         except ImageError:
@@ -109,15 +132,14 @@ def test_any_picture_is_pixels_or_an_image_error(figure):
         else:
             seen["pixels"] += 1
             assert (pixels.dtype, pixels.shape) == (np.uint8, (3, SIZE, SIZE))
-        slowest = max(slowest, time.process_time() - work)
-        assert time.perf_counter() - began < DEADLINE_S
+        slowest.saw(data, time.perf_counter() - began)
 
     check()
     assert min(seen.values()) > BODIES / 20
     figure(
         "fuzzed pictures",
         f"{seen.total():,} bodies: {seen['pixels']:,} embeddable, {seen['refused']:,} ImageError, "
-        f"nothing else; slowest {slowest * 1000:.0f} ms of CPU",
+        f"nothing else; slowest {slowest.again(preprocess, spec('openai')):.0f} ms of CPU",
     )
 
 
@@ -158,21 +180,24 @@ def as_openai(text):
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
+def tokenized(text, tokenize):
+    text = decode_text(text, "the text") if isinstance(text, bytes) else text
+    return tokenize([text], truncate=True)
+
+
 def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
     seen, text_spec = Counter(), fp32_bundle.manifest.text
-    slowest = 0.0
+    slowest = Slowest()
     anything = st.text(st.characters(exclude_categories=()), max_size=200)
 
     @examples
     @given(st.randoms(use_true_random=True), anything)
     def check(rng, text):
-        nonlocal slowest
         given_texts = (text, fuzzing.odd_text(rng), fuzzing.odd_bytes(rng))
         for one in given_texts:
-            began, work = time.perf_counter(), time.process_time()
+            began = time.perf_counter()
             try:
-                one = decode_text(one, "the text") if isinstance(one, bytes) else one
-                ids = tokenize([one], truncate=True)
+                ids = tokenized(one, tokenize)
             except TextError:
                 seen["refused"] += 1
             else:
@@ -182,15 +207,14 @@ def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
                 assert 0 <= ids.min() <= ids.max() < text_spec.vocab_size
                 assert ids[0, 0] == text_spec.start_id
                 assert (ids == text_spec.end_id).sum() >= 1
-            slowest = max(slowest, time.process_time() - work)
-            assert time.perf_counter() - began < DEADLINE_S
+            slowest.saw(one, time.perf_counter() - began)
 
     check()
     assert min(seen.values()) > BODIES / 20
     figure(
         "fuzzed texts",
         f"{seen.total():,} texts: {seen['ids']:,} token ids, {seen['refused']:,} TextError, "
-        f"nothing else; slowest {slowest * 1000:.0f} ms of CPU",
+        f"nothing else; slowest {slowest.again(tokenized, tokenize):.0f} ms of CPU",
     )
 
 
@@ -365,6 +389,13 @@ ENDS_TRITON = {
 }
 
 
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:  # there is no such process
+        return False
+
+
 @pytest.mark.parametrize("kind", ENDS_TRITON)
 def test_what_is_left_out_ends_triton_without_any_code_of_ours(kind, tmp_path):
     """On a repository that holds one model, which repeats its input."""
@@ -384,8 +415,7 @@ def test_what_is_left_out_ends_triton_without_any_code_of_ours(kind, tmp_path):
             connection.send(body)
             connection.getresponse()
         connection.close()
-        ended = Path(f"/proc/{running.pid}/stat")
         deadline = time.monotonic() + DEADLINE_S
-        while ended.exists() and ended.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        while runs(running.pid):
             assert time.monotonic() < deadline, "it goes on"
             time.sleep(0.05)

@@ -178,7 +178,9 @@ class _Session:
             self._point(self._client, sweep, "rate", round(fraction * found.throughput_per_s, 1))
         if isinstance(self._client, AsyncClient):
             return
-        compared = {found.concurrency} | ({sweep.concurrency[0]} if self._plan.lowest_too else set())
+        compared = {found.concurrency} | (
+            {sweep.concurrency[0]} if self._plan.lowest_too else set()
+        )
         for concurrency in sorted(compared):
             self._compare(sweep, concurrency)
 

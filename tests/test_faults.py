@@ -143,7 +143,7 @@ def test_a_killed_model_process_fails_its_requests_and_is_noticed(repository, fi
 
 @pytest.mark.parametrize("model", ["clip_zero_shot", "image_tower"] if SOAK else ["clip_zero_shot"])
 def test_requests_under_way_in_a_killed_process_end(repository, model, figure):
-    """Triton forgets those that clip_zero_shot has, which answers when it likes: a deadline helps."""
+    """Those of clip_zero_shot, which answers when it likes, Triton forgets: a deadline helps."""
     deadline = 6.0
     with TritonServer(repository, **ANY) as server:
         ends, begun = [], threading.Semaphore(0)

@@ -41,7 +41,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 LOOK_S = 0.5
 """How often the server is looked at."""
 PATIENCE_S = 5.0
-"""For requests under way on a server of which a model died."""
+"""For requests under way on a server of which a model died; what that model had never ends."""
 
 
 def up(

@@ -185,7 +185,7 @@ def test_an_index_on_a_full_disk(namespace, disk, fp32_bundle, tmp_path, figure)
     """At any number of free pages: an error in time, not the end of the process by SIGBUS."""
     folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
     rng = np.random.default_rng(0)
-    for root, count in ((folder, 20), (elsewhere, 9)):
+    for root, count in ((folder, 120), (elsewhere, 9)):
         root.mkdir()
         for number in range(count):
             grid = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))

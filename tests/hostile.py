@@ -4,9 +4,9 @@ import struct
 import zlib
 
 import numpy as np
-from fuzzing import bmp_rle, encoded
 from PIL import Image
 
+from fuzzing import bmp_rle, encoded
 from serving.limits import MAX_LINES, MAX_PARTS, MAX_SCANS, MAX_TEXT_BYTES, MAX_WORD
 
 

@@ -20,16 +20,15 @@ from operator import itemgetter
 from pathlib import Path
 
 import ftfy
-import fuzzing
 import grpc
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_triton import make_repository
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+import fuzzing
 from serving.bundle import ImageSpec
 from serving.decode import decode
 from serving.errors import ImageError, TextError
@@ -38,6 +37,7 @@ from serving.preprocess import preprocess
 from serving.repository import assemble
 from serving.tokenizer import Tokenizer, clean, decode_text
 from serving.triton import TritonServer
+from test_triton import make_repository
 
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 BODIES = 10_000 if SOAK else 500  # of pictures, and of texts

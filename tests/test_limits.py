@@ -6,15 +6,15 @@ import os
 import time
 import tracemalloc
 
-import hostile
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
-from fuzzing import bmp_rle, encoded, picture_files
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+import hostile
+from fuzzing import bmp_rle, encoded, picture_files
 from serving import limits
 from serving.bulk_sources import Shard, Source, read_shard
 from serving.bundle import ImageSpec

@@ -4,10 +4,10 @@ import os
 import shutil
 
 import pytest
-from soaking import Traffic, at_rest, growth, leaks, watched
 
 from serving.repository import assemble
 from serving.triton import TritonServer
+from soaking import Traffic, at_rest, growth, leaks, watched
 
 SECONDS = 1800.0 if os.environ.get("CLIP_SOAK") else 60.0
 WARM_UP_S = 60.0 if os.environ.get("CLIP_SOAK") else 8.0

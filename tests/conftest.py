@@ -110,6 +110,18 @@ def fp32_bundle(tiny_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def unloadable_graph() -> bytes:
+    """An ONNX graph that no runtime knows how to run."""
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"], domain="nobody")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([node], "unloadable", [x], [y])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """A folder of real picture files of different sizes, formats and modes."""
     folder = tmp_path_factory.mktemp("pictures")

@@ -29,7 +29,7 @@ from serving.tokenizer import Tokenizer
 from serving.triton import TritonServer
 from serving.zero_shot import LabelSet, softmax
 
-ROUNDS = 200 if os.environ.get("CLIP_SOAK") else 20
+ROUNDS = 200 if os.environ.get("CLIP_SOAK") else 5
 TOGETHER = 32  # requests of a round, one of them bad
 RUNNER = "onnxruntime:fp32"
 PROTOCOLS = {"grpc": tritonclient.grpc.aio, "http": tritonclient.http.aio}

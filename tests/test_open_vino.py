@@ -222,13 +222,14 @@ def test_another_precision_than_asked_for_is_refused(tiny_bundle, monkeypatch):
         pass
 
 
-def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path):
+def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path, unloadable_graph):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     file = path / "image.int8.onnx"
     file.write_bytes(b"something else")
     runner = open_runner(Bundle.open(path), "image", "openvino:int8")
     with pytest.raises(BundleError, match=r"image\.int8\.onnx is not the file that was exported"):
         runner.__enter__()
+    file.write_bytes(unloadable_graph)
     artifacts = tuple(
         replace(a, files=(describe_file(file),)) if a.file == file.name else a
         for a in tiny_bundle.manifest.artifacts

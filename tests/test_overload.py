@@ -223,7 +223,7 @@ def test_labels_are_embedded_while_the_tower_is_full(server, figure):
     picture = jpeg((64, 48))
     labels = [f"label {index}" for index in range(200)]
     with ClipClient(server.http_url) as client, ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(load.run, load.closed, 3 * MAX_QUEUE, LOAD_S + 2)
+        busy = pool.submit(load.run, load.closed, 3 * MAX_QUEUE, LOAD_S + 12)
         while not load.refused:  # the queue is full, and stays so
             time.sleep(0.02)
         begin = time.perf_counter()

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import closing, suppress
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from benchmarks.step_times import Statistics
+from serving.bundle import Bundle
 from serving.connection import admin_headers
 from serving.errors import InputError, ServerError
 from serving.exposure import ADMIN_APIS, HOST, Exposure, Ports, ServerTls
@@ -190,6 +192,7 @@ def test_flags_by_release_and_exposure(tmp_path):
             repository=tmp_path,
             ports=Ports(1, 2, 3),
             cache_bytes=4,
+            exit_timeout=5,
             key="k" * 16,
             exposure=Exposure(**exposure),
         )
@@ -428,9 +431,9 @@ def broken(repository, tmp_path_factory):
             file.write(source)
     # A manifest that knows more tokens than the graph: the ids reach the graph's own check.
     manifest = path / "text_tower" / "1" / "bundle" / "manifest.json"
-    content = manifest.read_text()
-    assert '"vocab_size": 49408' in content
-    manifest.write_text(content.replace('"vocab_size": 49408', '"vocab_size": 1000000'))
+    known = Bundle.open(manifest.parent).manifest
+    more = replace(known, text=replace(known.text, vocab_size=1_000_000))
+    manifest.write_text(more.to_json())
     with TritonServer(path, **ANY, log=path.with_suffix(".log")) as running:
         yield running
 

@@ -111,10 +111,10 @@ def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
     assert 20 <= latency.milliseconds < 100
 
 
-def unloadable(bundle: Bundle, tmp_path: Path, name: str) -> Bundle:
-    """A copy whose graph `name` is vouched for, and no graph."""
+def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:
+    """A copy whose graph `name` is vouched for, and cannot be run."""
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    (path / name).write_bytes(b"no graph")
+    (path / name).write_bytes(graph)
     copied = Bundle(path, bundle.manifest)
     return with_artifacts(
         copied,
@@ -122,14 +122,14 @@ def unloadable(bundle: Bundle, tmp_path: Path, name: str) -> Bundle:
     )
 
 
-def test_a_runner_that_cannot_run_here_is_left_out(tiny_bundle, tmp_path):
-    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx")
+def test_a_runner_that_cannot_run_here_is_left_out(tiny_bundle, tmp_path, unloadable_graph):
+    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
     names = ["openvino:int8", "onnxruntime:fp32", "onnxruntime:int8"]
     assert [t.runner for t in time_runners(bundle, "text", names)] == ["onnxruntime:fp32"]
 
 
-def test_none_that_can_run(tiny_bundle, tmp_path):
-    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx")
+def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
+    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
     expected = (
         r"bundle: no runner for the text tower: openvino:int8: OpenVINO cannot load .*; "
         r"onnxruntime:int8: ONNX Runtime cannot load "

@@ -64,7 +64,8 @@ check: setup
 # The long versions of the tests that make promises; their figures are printed last.
 soak: setup
 	CLIP_SOAK=1 $(BIN)/python -m pytest $(addprefix tests/test_,limits.py fuzz.py isolation.py \
-	  overload.py retries.py artifacts.py crash_safety.py faults.py security.py tls.py soak.py)
+	  overload.py retries.py artifacts.py crash_safety.py faults.py security.py tls.py \
+	  zero_shot_server.py soak.py)
 
 artifacts/random-ViT-B-32/manifest.json: | setup
 	$(BIN)/python -m export random:ViT-B-32 --precision fp32 --precision int8

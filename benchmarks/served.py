@@ -181,7 +181,7 @@ class _Session:
         self._key = admin_key
         self._pictures = mixed_pictures()
         # A server that was measured before may have kept the texts of that time in its cache.
-        self._seeds = itertools.count(0 if report.response_cache == "off" else int(time.time()))
+        self._seeds = itertools.count(0 if report.response_cache == "off" else time.time_ns())
         loads = (len(sweep.concurrency) + len(sweep.rates) for sweep in plan.sweeps)
         self._done, self._total = 0, sum(loads)
 

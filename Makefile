@@ -12,6 +12,8 @@ DEMO := build/demo
 RESULTS := build/benchmarks
 # Python APIs without their libraries, that our uses are tested against.
 TENSORRT_APIS := 10.16.1.11 11.4.0.106
+# What is never imported need not be compiled: a minute less.
+PIP := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test check soak bench engines clean
 
@@ -20,12 +22,12 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; name one with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP) -c constraints.txt -e '.[dev]'
 	for version in $(TENSORRT_APIS); do \
-	  test -d .venv/tensorrt-bindings/$$version || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  test -d .venv/tensorrt-bindings/$$version || $(BIN)/python -m pip install $(PIP) \
 	    --no-deps --target .venv/tensorrt-bindings/$$version tensorrt_cu13_bindings==$$version || exit 1; \
 	done
-	test -x .venv/perf_analyzer/bin/perf_analyzer || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	test -x .venv/perf_analyzer/bin/perf_analyzer || $(BIN)/python -m pip install $(PIP) \
 	  --no-deps --target .venv/perf_analyzer tritonclient==2.50.0
 	touch $@
 
@@ -53,7 +55,7 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 	  --query 'a white star next to a purple moon'
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -65,7 +67,7 @@ check: setup
 soak: setup
 	CLIP_SOAK=1 $(BIN)/python -m pytest $(addprefix tests/test_,limits.py fuzz.py isolation.py \
 	  overload.py retries.py artifacts.py crash_safety.py faults.py security.py tls.py \
-	  zero_shot_server.py soak.py)
+	  zero_shot_server.py rtx_builds.py soak.py)
 
 artifacts/random-ViT-B-32/manifest.json: | setup
 	$(BIN)/python -m export random:ViT-B-32 --precision fp32 --precision int8

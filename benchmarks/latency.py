@@ -60,7 +60,7 @@ _LENGTHS = (8, 16, 32, 77)
 
 SHORT = (
     *(Work(tower="image", batch=batch) for batch in (1, 4, 8)),
-    *(Work(tower="text", batch=batch, length=16) for batch in (1, 16)),
+    *(Work(tower="text", batch=batch, length=16) for batch in (1, 8)),
 )
 FULL = (
     *(Work(tower="image", batch=batch) for batch in _BATCHES),

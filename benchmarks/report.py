@@ -145,7 +145,7 @@ def headlines(results: Results) -> Iterator[Headline]:
         for what, tower, batch, length in (
             ("a picture", "image", 1, None),
             ("8 pictures", "image", 8, None),
-            ("16 texts of 16 tokens, which PyTorch gets padded to 77", "text", 16, 16),
+            ("8 texts of 16 tokens, which PyTorch gets padded to 77", "text", 8, 16),
         ):
             ours = [
                 one

@@ -149,7 +149,7 @@ def served_section(served: Document, folder: str) -> Iterator[str]:
         yield (
             f"- {one['model']} over {one['protocol']}, {one['concurrency']} under way: "
             f"perf_analyzer {each(one['perf_analyzer_per_s'])} a second, the asyncio client "
-            f"{each(one['asyncio_per_s'])} (ratio of the means {one['ratio']:.2f})."
+            f"{each(one['asyncio_per_s'])} (ratio of the medians {one['ratio']:.2f})."
         )
     for left in served["left_out"]:
         yield f"- {left['what']}: {left['reason']}."

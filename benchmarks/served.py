@@ -197,7 +197,7 @@ class _Session:
         self._report.saturation.append(found)
         for fraction in sweep.rates:
             self._point(self._client, sweep, "rate", round(fraction * found.throughput_per_s, 1))
-        if isinstance(self._client, AsyncClient):
+        if isinstance(self._client, AsyncClient) or not sweep.compared:
             return
         compared = {found.concurrency, *sweep.concurrency[: self._plan.lowest_too]}
         compared &= {p.load for p in self._report.points[first:] if p.client == self._client.name}
@@ -210,9 +210,13 @@ class _Session:
         self._show(what, self._done, self._total)
         found: dict[str, list[float]] = {self._client.name: [], self._second.name: []}
         try:
-            for client in (self._second, self._client, self._client, self._second):
-                measured = client.measure(self._load(sweep, "concurrency", concurrency))
-                found[client.name].append(measured.throughput_per_s)
+            for turn in range(3):
+                pair = (self._second, self._client)
+                for client in pair[:: -1 if turn == 1 else 1]:
+                    load = self._load(sweep, "concurrency", concurrency)
+                    load = replace(load, window_s=self._plan.compared_window_s)
+                    measured = client.measure(load)
+                    found[client.name].append(measured.throughput_per_s)
         except ServerError as error:
             self._report.left_out.append(LeftOut(what=what, reason=str(error)))
             return

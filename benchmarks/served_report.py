@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from statistics import fmean
+from statistics import median
 from typing import Literal, Self
 
 from rich.table import Table
@@ -36,6 +36,8 @@ class Sweep:
     """Ascending."""
     rates: tuple[float, ...] = ()
     """Fractions of the throughput at saturation."""
+    compared: bool = True
+    """Whether both clients measure it, where there are two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,8 @@ class Plan:
     sweeps: tuple[Sweep, ...]
     window_s: float
     """Seconds of a window; see `benchmarks.load.WINDOWS`."""
+    compared_window_s: float
+    """The same where clients are compared: many batches, since whole ones are counted."""
     lowest_too: bool
     """Whether the clients are compared at each sweep's first load, not at saturation only."""
     pictures: int
@@ -60,7 +64,14 @@ class Plan:
             for model in MODELS
             for wire in WIRES
         )
-        return cls(sweeps=sweeps, window_s=4.0, lowest_too=True, pictures=192, rounds=5)
+        return cls(
+            sweeps=sweeps,
+            window_s=4.0,
+            compared_window_s=4.0,
+            lowest_too=True,
+            pictures=192,
+            rounds=5,
+        )
 
     @classmethod
     def quick(cls, concurrency: Sequence[int] = ()) -> Self:
@@ -73,11 +84,18 @@ class Plan:
                 concurrency=levels or (1, 4, 8, 16),
                 rates=(0.8,),
             ),
-            Sweep(model="clip_image", wire="http", concurrency=levels or (8,)),
+            Sweep(model="clip_image", wire="http", concurrency=levels or (8,), compared=False),
             Sweep(model="clip_text", wire="grpc", concurrency=levels or (1, 4, 16)),
-            Sweep(model="clip_text", wire="http", concurrency=levels or (16,)),
+            Sweep(model="clip_text", wire="http", concurrency=levels or (16,), compared=False),
         )
-        return cls(sweeps=sweeps, window_s=1.0, lowest_too=False, pictures=64, rounds=3)
+        return cls(
+            sweeps=sweeps,
+            window_s=1.0,
+            compared_window_s=1.7,
+            lowest_too=False,
+            pictures=64,
+            rounds=3,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +138,7 @@ class Saturation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Two independent clients at the same load, in the order asyncio, perf_analyzer twice, asyncio.
+    """Two independent clients at the same load, three times each, in turn.
 
     So a machine that drifts evenly favours neither. The asyncio client takes about twice
     perf_analyzer's CPU time a request, so where a request costs the server a millisecond or two and
@@ -134,7 +152,7 @@ class Agreement:
     """Throughput of each of its measurements."""
     asyncio_per_s: tuple[float, ...]
     ratio: float
-    """Mean of asyncio's / mean of perf_analyzer's."""
+    """Median of asyncio's / median of perf_analyzer's."""
     agrees: bool
     """Within AGREEMENT."""
 
@@ -148,7 +166,7 @@ class Agreement:
         asyncio: Sequence[float],
     ) -> Self:
         """The agreement of throughputs that were measured."""
-        ratio = fmean(asyncio) / fmean(perf_analyzer)
+        ratio = median(asyncio) / median(perf_analyzer)
         return cls(
             model=model,
             protocol=protocol,

@@ -23,7 +23,7 @@ from serving.runners.base import open_runner
 from serving.selection import passed, time_runners
 from serving.tokenizer import Tokenizer
 
-PICTURES, TEXTS, TOKENS = 4, 16, 10
+PICTURES, TEXTS, TOKENS = 4, 8, 10
 _WORDS = (
     *("a", "red", "dog", "by", "the", "sea", "an", "old", "man", "at", "night", "snow", "on"),
     *("one", "house", "two", "cats", "in", "my", "park"),

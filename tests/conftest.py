@@ -19,26 +19,26 @@ from references import VOCABULARY, randomise
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-FIGURES: pytest.StashKey[list[tuple[str, str]]] = pytest.StashKey()
 
-
-def pytest_configure(config):
-    """Where tests of promises put what they saw."""
-    config.stash[FIGURES] = []
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """Print these figures; docs/reliability.md quotes them."""
-    if config.stash[FIGURES]:
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests of promises saw; docs/reliability.md quotes it."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    reports = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    seen = [
+        f"{promise}: {value}"
+        for report in sorted(reports, key=lambda report: report.nodeid)
+        for promise, value in (v for name, v in report.user_properties if name == "figure")
+    ]
+    if seen:
         terminalreporter.section("promises, and what was seen")
-        for promise, seen in config.stash[FIGURES]:
-            terminalreporter.line(f"{promise}: {seen}")
+        terminalreporter.write("\n".join((*seen, "")))
 
 
 @pytest.fixture
 def figure(request):
     """`figure("isolation", "6,200 answers of 200 rounds bit-equal")`, told at the end of a run."""
-    return lambda promise, seen: request.config.stash[FIGURES].append((promise, seen))
+    told = request.node.user_properties  # travels with the report, from other processes too
+    return lambda promise, seen: told.append(("figure", (promise, seen)))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ RUNNERS = ("eager:fp32", "onnxruntime:fp32", "transformers*", "onnxruntime-plain
 
 
 def run(*arguments, module="benchmarks", **variables):
-    environment = os.environ | {"PYTEST_PLUGINS": "benchmark_plugin"} | variables
+    # pytest-benchmark measures nothing below pytest-xdist.
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = outside | {"PYTEST_PLUGINS": "benchmark_plugin"} | variables
     environment["PYTHONPATH"] = str(CHECKOUT / "tests")
     # On a loaded machine, threads of PyTorch that spin made 3 ms of eager float32 600.
     environment["OMP_WAIT_POLICY"] = "PASSIVE"

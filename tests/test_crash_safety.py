@@ -50,7 +50,7 @@ def script(name, *arguments, wrapper=()):
 
 def test_a_killed_assembly(fp32_bundle, tmp_path, figure):
     told = script("killed_writes.py", "assemble", fp32_bundle.path, tmp_path, ASSEMBLY_KILLS)
-    assert told["kills"] >= ASSEMBLY_KILLS * 0.8, told  # some runs are quicker than their kill
+    assert told["kills"] >= ASSEMBLY_KILLS / 2, told  # some runs are quicker than their kill
     assert told["littered"] > 0 < told["changed"], told  # while it worked, and when it was done
     figure(
         "killed assembly",

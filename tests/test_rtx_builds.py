@@ -152,6 +152,9 @@ def large(tmp_path_factory, tiny_bundle, vocabulary) -> dict[tuple[str, str], Gr
     return {(t, p): Graph(file, t, manifest) for (t, p), file in files.items()}
 
 
+@pytest.mark.skipif(
+    "CLIP_SOAK" not in os.environ, reason="takes a minute and a half; make soak builds them"
+)
 @pytest.mark.parametrize(("tower", "precision"), LARGE)
 def test_vit_b_32_plans(large, tower, precision):
     graph = large[tower, precision]

@@ -76,8 +76,8 @@ artifacts/shapes-clip/manifest.json: | setup $(DEMO)/calibration/labels.txt
 	$(EXPORT_SHAPES)
 
 # On a quiet machine; `make bench RESULTS=benchmarks/results/NAME OPTIONS=--full` for all of it.
-bench: setup artifacts/random-ViT-B-32/manifest.json artifacts/shapes-clip/manifest.json \
-       $(DEMO)/test/labels.txt
+bench: setup
+	$(MAKE) --jobs=2 artifacts/random-ViT-B-32/manifest.json artifacts/shapes-clip/manifest.json $(DEMO)/test/labels.txt
 	$(BIN)/python -m benchmarks latency artifacts/random-ViT-B-32 --output $(RESULTS)/latency.json $(OPTIONS)
 	$(BIN)/python -m benchmarks served artifacts/random-ViT-B-32 --quick --output $(RESULTS)/served.json
 	$(BIN)/python -m benchmarks accuracy artifacts/shapes-clip $(DEMO)/test --output $(RESULTS)/accuracy.json

@@ -59,7 +59,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _LENGTHS = (8, 16, 32, 77)
 
 SHORT = (
-    *(Work(tower="image", batch=batch) for batch in (1, 4, 8)),
+    *(Work(tower="image", batch=batch) for batch in (1, 4)),
     *(Work(tower="text", batch=batch, length=16) for batch in (1, 8)),
 )
 FULL = (

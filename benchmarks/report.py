@@ -144,7 +144,7 @@ def headlines(results: Results) -> Iterator[Headline]:
     if latency is not None:
         for what, tower, batch, length in (
             ("a picture", "image", 1, None),
-            ("8 pictures", "image", 8, None),
+            ("4 pictures", "image", 4, None),
             ("8 texts of 16 tokens, which PyTorch gets padded to 77", "text", 8, 16),
         ):
             ours = [

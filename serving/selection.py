@@ -16,12 +16,12 @@ BATCH, LENGTH = 8, 16
 _WARM_UPS, _RUNS = 2, 7
 
 
-def passed(bundle: Bundle, tower: Tower) -> list[str]:
-    """Runners of `tower` that the gate let through and that this environment has."""
+def passed(bundle: Bundle, tower: Tower, *, tree: bool = False) -> list[str]:
+    """Runners of `tower`, or of its tree graph, that passed the gate and that are had here."""
     found = {
         name
         for artifact in bundle.manifest.artifacts
-        if artifact.tower == tower
+        if artifact.tower == tower and (artifact.kind == "tree") == tree
         for name in runners_of(artifact)
         if artifact.passed(name) and missing(name) is None
     }

@@ -68,9 +68,7 @@ def test_every_leaf_spells_its_text(texts, more, nodes, rows, pad):
 @settings(deadline=None)
 def test_nothing_is_computed_twice_in_a_row_that_has_room(texts):
     """A node for each beginning there is, and no more."""
-    beginnings = {
-        (START, *text, END)[:stop] for text in texts for stop in range(1, len(text) + 3)
-    }
+    beginnings = {(START, *text, END)[:stop] for text in texts for stop in range(1, len(text) + 3)}
     ids = padded(texts, CONTEXT)
     (batch,) = trees(ids, END, nodes=1000)
     assert batch.nodes.shape == (1, 2, len(beginnings))

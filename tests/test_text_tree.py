@@ -10,11 +10,9 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-import serving.local
-from export.build import Options, build, judged, references, verify
+from export.build import judged, references, verify
 from export.calibration import load_data, probe_prompts
 from export.checkpoint import load_checkpoint
-from export.kinds import Kind
 from export.lint import lint
 from export.text_tree import TextTreeTower, in_trees
 from references import some_ids, unit
@@ -36,10 +34,8 @@ def checkpoint(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint, tmp_path_factory) -> Bundle:
-    """fp32 and int8, with the text tower's tree graphs."""
-    options = Options(kinds=(Kind.FP32, Kind.INT8), text_tree=True)
-    return build(checkpoint, tmp_path_factory.mktemp("tree") / "bundle", silent, options)
+def bundle(tree_bundle) -> Bundle:
+    return tree_bundle
 
 
 def artifact(bundle: Bundle, precision: str) -> Artifact:

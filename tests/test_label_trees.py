@@ -15,7 +15,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 import serving.selection
-from serving import zero_shot
+from serving import local, zero_shot
 from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.connection import admin_headers
@@ -107,6 +107,7 @@ def test_texts_of_all_kinds_keep_their_order(tree_bundle, plain):
 
 def test_groups_progress_and_errors(tree_bundle, expected, monkeypatch):
     monkeypatch.setattr(zero_shot, "_GROUP", 600)
+    monkeypatch.setattr(local, "_TREE_TOKENS", 1000)
     told: list[tuple[int, int]] = []
     with LocalClip(tree_bundle.path) as clip:
         got = embed_labels(clip, LABELS, TEMPLATES, progress=lambda *at: told.append(at))
@@ -235,14 +236,14 @@ def test_what_is_assembled(repository, tree_bundle, plain, tmp_path):
 def test_the_same_probabilities_as_without_trees(server, plain, pictures, protocol):
     files, tower = sorted(pictures.iterdir()), counted(server, "text_tower")
     labels = [f"{label} by {protocol}" for label in LABELS]
-    with ClipClient(getattr(server, protocol)) as client, LocalClip(plain) as local:
+    with ClipClient(getattr(server, protocol)) as client, LocalClip(plain) as other:
         before = counted(server, "text_tree")
         served = client.classify(files, labels, TEMPLATES)
-        np.testing.assert_allclose(served, local.classify(files, labels, TEMPLATES), atol=1e-5)
+        np.testing.assert_allclose(served, other.classify(files, labels, TEMPLATES), atol=1e-5)
         assert counted(server, "text_tree") == before + len(labels) * len(TEMPLATES)
         np.testing.assert_array_equal(client.classify(files, labels, TEMPLATES), served)
         few = client.classify(files, *FEW)
-        np.testing.assert_allclose(few, local.classify(files, *FEW), atol=1e-5)
+        np.testing.assert_allclose(few, other.classify(files, *FEW), atol=1e-5)
     assert counted(server, "text_tower") == tower
 
 

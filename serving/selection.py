@@ -97,7 +97,7 @@ def _batch(bundle: Bundle, tower: Tower) -> Batch:
 
 def _prompts(bundle: Bundle) -> Batch:
     """Texts as labels in templates make them: eight beginnings, each with eight endings."""
-    ids = np.tile(_batch(bundle, "text"), (BATCH, 1))
+    ids = np.tile(_batch(bundle, "text"), (BATCH, 1)).astype(np.int32)
     half = ids.shape[1] // 2
     ids[:, half:-1] = np.repeat(ids[:BATCH, half:-1], BATCH, axis=0)
     return ids

@@ -206,7 +206,7 @@ def batches_by_beginning(rows: Sequence[Sequence[int]], size: int) -> Iterator[l
 
     For what computes shared beginnings once, see `serving.token_tree`.
     """
-    order = sorted(range(len(rows)), key=lambda index: rows[index])
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

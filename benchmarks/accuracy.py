@@ -178,7 +178,7 @@ def _runners(bundle: Bundle, tower: Tower) -> dict[str, Runner]:
     """By name, what runs the bundle's artifacts of one tower in this environment."""
     found: dict[str, Runner] = {}
     for artifact in bundle.manifest.artifacts:
-        if artifact.tower != tower:
+        if artifact.tower != tower or artifact.kind == "tree":  # which is for label sets alone
             continue
         if artifact.kind == "torchscript":
             traced = TorchScriptRunner(bundle.verified(artifact))
@@ -236,7 +236,7 @@ def _text_turns(texts: LabelSet, tokenizer: Tokenizer, progress: Steps) -> Itera
         try:
             rows = tokenizer.encode(some)
         except TextError as error:
-            raise texts.blamed(error, start) from error
+            raise texts.blamed(error, range(start, len(texts))) from error
         batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
         lengths = [tokenizer.bucket(max(map(len, batch))) for batch in batches]
         yield [tokenizer.padded(b, length) for b, length in zip(batches, lengths, strict=True)]
@@ -301,7 +301,11 @@ def _rows(bundle: Bundle, models: list[_Model], truth: NDArray[np.intp], labels:
 
 
 def _passed(bundle: Bundle, name: str) -> bool | None:
-    every = [a for a in bundle.manifest.artifacts if any(v.runner == name for v in a.verdicts)]
+    every = [
+        a
+        for a in bundle.manifest.artifacts
+        if a.kind != "tree" and any(v.runner == name for v in a.verdicts)
+    ]
     passed = {tower: [a.passed(name) for a in every if a.tower == tower] for tower in TOWERS}
     if any(verdicts and not any(verdicts) for verdicts in passed.values()):
         return False

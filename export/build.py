@@ -20,6 +20,7 @@ from export.kinds import DEFAULT_KINDS, Kind, Method
 from export.lint import lint
 from export.parity import Expected, LabelledReference, expect, judge, refer
 from export.quantise import write_dynamic, write_int8
+from export.text_tree import TextTreeTower, in_trees
 from export.to_onnx import PROTOBUF_LIMIT, export_onnx, weights_bytes
 from export.to_torchscript import export_torchscript
 from export.torch_runners import EagerRunner, TorchScriptRunner
@@ -37,6 +38,7 @@ from serving.bundle import (
     TOWERS,
     Artifact,
     Bundle,
+    Graph,
     Manifest,
     Provenance,
     Quantisation,
@@ -47,6 +49,7 @@ from serving.commands import Steps, silent
 from serving.errors import BundleError, InputError, RunnerError
 from serving.files import new_directory, write_text
 from serving.runners.base import Runner, missing, open_runner, runners_of
+from serving.runners.text_tree import open_text_tree
 from serving.tokenizer import Tokenizer
 
 
@@ -62,6 +65,8 @@ class Options:
     """Text file of captions, likewise."""
     labelled: Path | None = None
     """Folder of pictures with labels, for the gate."""
+    text_tree: bool = False
+    """Whether to make the tree form of the text tower too, in fp32 and, of `kinds`, int8."""
 
 
 @dataclass
@@ -102,6 +107,8 @@ def build(
         expected = references(checkpoint, data, progress)
         work = _Work(checkpoint, directory, options, data, progress, expected)
         artifacts = [artifact for tower in TOWERS for artifact in _artifacts(work, tower)]
+        if options.text_tree:
+            artifacts += _trees(work)
         manifest = _manifest(checkpoint, directory, artifacts)
         write_text(directory / "manifest.json", manifest.to_json())
     return Bundle.open(output)
@@ -151,17 +158,17 @@ def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
     """Every asked-for artifact of one tower, judged."""
     checkpoint, kinds = work.checkpoint, work.options.kinds
     module = tower_of(checkpoint, tower)
-    metadata = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
+    metadata = _metadata(checkpoint)
     made = []
 
     work.progress(f"{tower} tower: fp32")
     graph = work.directory / f"{tower}.fp32.onnx"
-    files = export_onnx(for_inference(module), graph, metadata | tools())
+    files = export_onnx(for_inference(module), graph, metadata)
     made.append(_judged(work, _artifact(tower, "fp32", files)))
     half = work.directory / f"{tower}.fp16.onnx"
     if {Kind.FP16, Kind.INT8_FP16} & set(kinds):
         work.progress(f"{tower} tower: fp16")
-        files = export_onnx(half_precision(module), half, metadata | tools())
+        files = export_onnx(half_precision(module), half, metadata)
         made.append(_judged(work, _artifact(tower, "fp16", files)))
     if Kind.TORCHSCRIPT in kinds:
         work.progress(f"{tower} tower: TorchScript")
@@ -180,29 +187,45 @@ def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
     return made
 
 
-def _int8(work: _Work, tower: Tower, graph: Path, precision: str) -> Artifact:
+def _trees(work: _Work) -> list[Artifact]:
+    """The tree graphs of the text tower, judged as the others are: they embed the same texts."""
+    work.progress("text tree: fp32")
+    graph = work.directory / "text.fp32.tree.onnx"
+    tower = TextTreeTower(work.checkpoint.clip.text)
+    files = export_onnx(tower, graph, _metadata(work.checkpoint))
+    made = [_judged(work, _artifact("text", "fp32", files, "tree"))]
+    if Kind.INT8 in work.options.kinds:
+        made.append(_int8(work, "text", graph, "int8", "tree"))
+    return made
+
+
+def _int8(work: _Work, tower: Tower, graph: Path, precision: str, kind: Graph = "onnx") -> Artifact:
     """Quantise `graph`; while the gate refuses, leave out the layers that cost most."""
-    work.progress(f"{tower} tower: {precision}")
-    target = work.directory / f"{tower}.{precision}.onnx"
+    what, suffix, batches = f"{tower} tower", "onnx", work.data.calibration[tower]
+    if kind == "tree":
+        what, suffix = f"{tower} tree", "tree.onnx"
+        batches = in_trees(batches, work.checkpoint.text.end_id)
+    work.progress(f"{what}: {precision}")
+    target = work.directory / f"{tower}.{precision}.{suffix}"
 
     def judged(quantisation: Quantisation) -> Artifact:
-        artifact = _artifact(tower, precision, [target])
+        artifact = _artifact(tower, precision, [target], kind)
         return _judged(work, replace(artifact, quantisation=quantisation))
 
     return write_int8(
         onnx.load(graph),
         target,
-        work.data.calibration[tower],
+        batches,
         work.data.source,
         work.options.method,
         judged,
-        lambda s, done=0, total=0: work.progress(f"{tower} tower: {precision}, {s}", done, total),
+        lambda s, done=0, total=0: work.progress(f"{what}: {precision}, {s}", done, total),
     )
 
 
-def _artifact(tower: Tower, precision: str, files: list[Path]) -> Artifact:
+def _artifact(tower: Tower, precision: str, files: list[Path], kind: Graph = "onnx") -> Artifact:
     described = tuple(describe_file(file) for file in files)
-    return Artifact(tower=tower, kind="onnx", precision=precision, files=described)
+    return Artifact(tower=tower, kind=kind, precision=precision, files=described)
 
 
 def _judged(work: _Work, artifact: Artifact) -> Artifact:
@@ -218,8 +241,10 @@ def judged(
     Raises:
         BundleError: a file is not the exported one, or lint found fault with the graph.
     """
-    if artifact.kind == "onnx" and (problems := lint(bundle.verified(artifact), artifact.tower)):
-        raise BundleError("; ".join(problems))
+    if artifact.kind in ("onnx", "tree"):
+        form = "tree" if artifact.kind == "tree" else artifact.tower
+        if problems := lint(bundle.verified(artifact), form):
+            raise BundleError("; ".join(problems))
     if artifact.kind == "plan":
         bundle.verified(artifact)  # also where it cannot run
         return judged_plan(bundle, artifact, expected, progress)
@@ -227,7 +252,12 @@ def judged(
         candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
     else:
         here = [name for name in runners_of(artifact) if missing(name) is None]
-        candidates = [open_runner(bundle, artifact.tower, name) for name in here]
+        candidates = [
+            open_text_tree(bundle, name)
+            if artifact.kind == "tree"
+            else open_runner(bundle, artifact.tower, name)
+            for name in here
+        ]
     verdicts = []
     for candidate in candidates:
         with ExitStack() as stack:
@@ -243,6 +273,12 @@ def judged(
 def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
     """The `nn.Module` of one tower."""
     return checkpoint.clip.image if tower == "image" else checkpoint.clip.text
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a graph says of itself."""
+    facts = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
+    return facts | tools()
 
 
 def tools() -> dict[str, str]:

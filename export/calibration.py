@@ -24,6 +24,7 @@ CALIBRATION_TEXTS = 512
 _BATCH = 16
 _IMAGE_BATCHES = (1, 2, 5, 8)
 _TEXT_BATCHES = (1, 3, 8)
+_PROMPTS = 8
 _SEED = 1000
 """Of what INT8 is calibrated on: not the pictures and texts that it is then judged by."""
 
@@ -190,8 +191,21 @@ def probe_texts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDArr
     return ids
 
 
+def probe_prompts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDArray[np.int32]:
+    """As `probe_texts`, but each begins as one before it does, as labels in templates do."""
+    rng, ids = np.random.default_rng((seed, length)), probe_texts(spec, count, length, seed)
+    ends = (ids == spec.end_id).argmax(axis=1)
+    for row in range(1, count):
+        other = int(rng.integers(row))
+        shared = int(rng.integers(1, min(ends[row], ends[other]) + 1))
+        ids[row, :shared] = ids[other, :shared]
+    return ids
+
+
 def probes(tower: Tower, image: ImageSpec, text: TextSpec, seed: int = 0) -> Iterator[Batch]:
-    """Batches of several sizes and, for text, of every bucket and the shortest length there is."""
+    """Batches of several sizes and, for text, of every bucket and the shortest length there is;
+    and texts that begin alike, which the text tower's tree graph must keep apart.
+    """
     if tower == "image":
         for size in _IMAGE_BATCHES:
             yield probe_images(image, size, seed + size)
@@ -199,3 +213,4 @@ def probes(tower: Tower, image: ImageSpec, text: TextSpec, seed: int = 0) -> Ite
         for length in (2, *text.buckets):
             for size in _TEXT_BATCHES:
                 yield probe_texts(text, size, length, seed + size)
+        yield probe_prompts(text, _PROMPTS, text.buckets[len(text.buckets) // 3], seed)

@@ -7,6 +7,7 @@ infinities that becomes NaN, a client that was expected to normalise, a batch ax
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -15,26 +16,33 @@ from onnx import TensorProto, helper, numpy_helper
 from serving.bundle import Tower
 
 _BOUNDARY = {
-    "image": ("pixels", TensorProto.UINT8, 4, "image_embeds"),
-    "text": ("input_ids", TensorProto.INT32, 2, "text_embeds"),
+    "image": ("pixels", TensorProto.UINT8, 4, (0,), "image_embeds"),
+    "text": ("input_ids", TensorProto.INT32, 2, (0, 1), "text_embeds"),
+    "tree": ("trees", TensorProto.INT32, 3, (0, 2), "text_embeds"),
 }
+"""Of each graph: its input, the input's dtype, rank and dynamic axes, and its output."""
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _MIN_OPSET = 17
 
 
-def lint(path: Path, tower: Tower) -> list[str]:
-    """What is wrong with the graph at `path`, in words; empty when nothing is."""
+def lint(path: Path, kind: Tower | Literal["tree"]) -> list[str]:
+    """What is wrong with the graph at `path`, in words; empty when nothing is.
+
+    Args:
+        kind: a tower, or the tree form of the text tower.
+    """
     # Without weights that lie in a file of their own: protobuf ends at 2 GB, and nothing here
     # needs them, but the finiteness of constants, which reads them from there.
     model = onnx.load(path, load_external_data=False)
     graph = _Graph(onnx.shape_inference.infer_shapes(model, data_prop=True))
     rules = [
-        _boundary(graph, tower),
+        _boundary(graph, kind),
         _layer_norm(graph),
         _constants(graph, path.parent),
         _softmax(graph),
     ]
-    rules.append(_pooling(graph) if tower == "text" else _pixels(graph))
+    pooled_by = {"text": "ArgMax", "tree": "NonZero"}.get(kind)
+    rules.append(_pooling(graph, pooled_by) if pooled_by else _pixels(graph))
     return [f"{path.name}: {problem}" for rule in rules for problem in rule]
 
 
@@ -56,8 +64,8 @@ class _Graph:
         return [node for node in self.graph.node if node.op_type in kinds]
 
 
-def _boundary(graph: _Graph, tower: Tower) -> Iterator[str]:
-    name, kind, rank, output = _BOUNDARY[tower]
+def _boundary(graph: _Graph, kind: str) -> Iterator[str]:
+    name, dtype, rank, dynamic, output = _BOUNDARY[kind]
     inputs, outputs = list(graph.graph.input), list(graph.graph.output)
     if [i.name for i in inputs] != [name] or [o.name for o in outputs] != [output]:
         yield (
@@ -65,15 +73,15 @@ def _boundary(graph: _Graph, tower: Tower) -> Iterator[str]:
             f"[{name!r}] and [{output!r}]"
         )
         return
-    if inputs[0].type.tensor_type.elem_type != kind:
-        yield f"{name} is not {TensorProto.DataType.Name(kind)}"
+    if inputs[0].type.tensor_type.elem_type != dtype:
+        yield f"{name} is not {TensorProto.DataType.Name(dtype)}"
     if outputs[0].type.tensor_type.elem_type != TensorProto.FLOAT:
         yield f"{output} is not FLOAT"
     dims = inputs[0].type.tensor_type.shape.dim
-    dynamic = {"image": 1, "text": 2}[tower]
-    if len(dims) != rank or not all(dim.dim_param for dim in dims[:dynamic]):
+    if len(dims) != rank or not all(dims[axis].dim_param for axis in dynamic):
         shape = [dim.dim_param or dim.dim_value for dim in dims]
-        yield f"{name} has shape {shape}; its first {dynamic} of {rank} axes must be dynamic"
+        axes = " and ".join(map(str, dynamic))
+        yield f"{name} has shape {shape}; of {rank} axes {axes} must be dynamic"
 
 
 def _layer_norm(graph: _Graph) -> Iterator[str]:
@@ -116,18 +124,18 @@ def _constants(graph: _Graph, folder: Path) -> Iterator[str]:
             yield f"constant {tensor.name!r} is not finite; a mask must be a large finite number"
 
 
-def _pooling(graph: _Graph) -> Iterator[str]:
-    """From ArgMax up to the token ids, nothing may be a float."""
-    pooled = graph.of("ArgMax")
+def _pooling(graph: _Graph, operator: str) -> Iterator[str]:
+    """From what finds the end of texts up to the token ids, nothing may be a float."""
+    pooled = graph.of(operator)
     if len(pooled) != 1:
-        yield f"{len(pooled)} ArgMax nodes; expected the one that finds the end-of-text token"
+        yield f"{len(pooled)} {operator} nodes; expected the one that finds the end-of-text token"
     waiting = [name for node in pooled for name in node.input]
     while waiting:
         node = graph.producer.get(waiting.pop())
         if node is None:
             continue
         if node.op_type == "Cast" and helper.get_node_attr_value(node, "to") in _FLOATS:
-            yield f"{node.name}: token ids become floats before the end-of-text ArgMax"
+            yield f"{node.name}: token ids become floats before the end-of-text {operator}"
         waiting += node.input
 
 

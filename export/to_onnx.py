@@ -11,8 +11,8 @@ import onnx
 import torch
 from torch import nn
 
+from export.text_tree import TextTreeTower
 from export.towers import ImageTower, TextTower
-from serving.bundle import Tower
 
 OPSET = 20
 """LayerNormalization is one node from 17 on; every runtime we export for takes 20."""
@@ -21,31 +21,42 @@ PROTOBUF_LIMIT = 2_000_000_000
 """Bytes of weights above which they go to a file beside the graph; protobuf ends at 2 GiB."""
 
 
-def example_batch(tower: nn.Module) -> tuple[Tower, torch.Tensor, dict[int, torch.export.Dim]]:
-    """The tower's name, a batch it takes, and which of the batch's axes are dynamic."""
+BOUNDARY = {
+    ImageTower: ("pixels", "image_embeds"),
+    TextTower: ("input_ids", "text_embeds"),
+    TextTreeTower: ("trees", "text_embeds"),
+}
+"""Names of input and output of each kind of graph."""
+
+
+def example_batch(tower: nn.Module) -> tuple[torch.Tensor, dict[int, torch.export.Dim]]:
+    """A batch that the tower takes, and which of its axes are dynamic."""
     batch = torch.export.Dim("batch", min=1)
     if isinstance(tower, ImageTower):
         size = tower.config.image_size
-        return "image", torch.zeros(2, 3, size, size, dtype=torch.uint8), {0: batch}
+        return torch.zeros(2, 3, size, size, dtype=torch.uint8), {0: batch}
     if isinstance(tower, TextTower):
         config = tower.config
         ids = torch.full((2, config.context_length), config.end_id, dtype=torch.int32)
         length = torch.export.Dim("length", min=2, max=config.context_length)
-        return "text", ids, {0: batch, 1: length}
+        return ids, {0: batch, 1: length}
+    if isinstance(tower, TextTreeTower):
+        trees = torch.full((2, 2, 9), tower.tower.config.end_id, dtype=torch.int32)
+        return trees, {0: torch.export.Dim("rows", min=1), 2: torch.export.Dim("nodes", min=2)}
     raise TypeError(f"expected an ImageTower or a TextTower, got {type(tower).__name__}")
 
 
 def export_onnx(tower: nn.Module, path: Path, metadata: dict[str, str]) -> list[Path]:
     """Write `tower` to `path`, and its weights to `<path>.data` when they are over 2 GB.
 
-    The graph's boundary is that of `export.towers`; `metadata` becomes its `metadata_props`.
+    The graph's boundary is that of `export.towers` or `export.text_tree`; `metadata` becomes its
+    `metadata_props`.
 
     Returns:
         The files written, the graph first.
     """
-    name, example, dynamic = example_batch(tower)
-    inputs = {"image": "pixels", "text": "input_ids"}
-    outputs = {"image": "image_embeds", "text": "text_embeds"}
+    example, dynamic = example_batch(tower)
+    given, made = BOUNDARY[type(tower)]
     # The exporter logs one line per torchvision operator that it could not register.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.inference_mode():
@@ -56,8 +67,8 @@ def export_onnx(tower: nn.Module, path: Path, metadata: dict[str, str]) -> list[
             dynamo=True,
             dynamic_shapes=(dynamic,),
             opset_version=OPSET,
-            input_names=[inputs[name]],
-            output_names=[outputs[name]],
+            input_names=[given],
+            output_names=[made],
             verbose=False,
         )
     if program is None:

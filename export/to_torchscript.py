@@ -11,7 +11,7 @@ from export.towers import ImageTower, TextTower, for_inference
 
 def export_torchscript(tower: ImageTower | TextTower, path: Path) -> None:
     """Write `tower`, float32, to `path`; the boundary is that of `export.towers`."""
-    _, example, _ = example_batch(tower)
+    example, _ = example_batch(tower)
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # its own deprecation, and Python values in shapes
         traced = torch.jit.trace(for_inference(tower), example)  # type: ignore[no-untyped-call]

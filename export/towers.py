@@ -25,6 +25,7 @@ from export.resnet import ModifiedResNet, ResNetConfig, fold_batch_norms
 from export.transformer import Activation, LayerNorm, TransformerConfig, transformer
 
 __all__ = [
+    "MASKED",
     "Activation",
     "Clip",
     "ClipConfig",
@@ -36,6 +37,10 @@ __all__ = [
     "for_inference",
     "half_precision",
 ]
+
+MASKED = -3e4
+"""Added to the score of what a token must not see. Finite, so that a float16 graph holds no
+infinity; e^-30000 is 0 in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +154,7 @@ class TextTower(nn.Module):
         self.blocks = nn.ModuleList(transformer(config))
         self.post_norm = LayerNorm(config.width, config.norm_eps)
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
-        # Finite, so that a float16 graph holds no infinity; e^-30000 is 0 in float32.
-        mask = torch.full((config.context_length, config.context_length), -3e4).triu(1)
+        mask = torch.full((config.context_length, config.context_length), MASKED).triu(1)
         self.register_buffer("causal_mask", mask, persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.projection.weight, std=config.width**-0.5)

@@ -1,7 +1,8 @@
 """What export writes and serving reads: the bundle's layout, its manifest, its tolerances.
 
 A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
-`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), and for TensorRT
+`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), where it was asked for
+`text.<precision>.tree.onnx`, the text tower over trees of tokens, and for TensorRT
 `engines/<device>-<library>-<version>/<tower>.<precision>.plan` with its sidecar. The manifest is
 the single source of truth about all of them, their names included (a plan that was built again is
 called `.new.plan`); a file it does not vouch for is not loaded.
@@ -33,6 +34,9 @@ FORMAT = 2
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
+
+Graph = Literal["onnx", "tree"]
+"""Of a tower as it is, or of the text tower over trees, see `serving.token_tree`."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """What labels are put into when a checkpoint does not say (Radford et al. 2021, 3.1.4)."""
@@ -161,7 +165,7 @@ class Artifact:
     """One tower in one precision."""
 
     tower: Tower
-    kind: Literal["onnx", "torchscript", "plan"]
+    kind: Literal["onnx", "tree", "torchscript", "plan"]
     precision: str
     files: tuple[File, ...]
     """The graph and its external data if it has any; or the plan and its sidecar."""
@@ -278,20 +282,21 @@ class Bundle:
         """The verified `tokenizer.json`."""
         return self._verified([self.manifest.tokenizer])
 
-    def artifact(self, tower: Tower, precision: str) -> Artifact:
+    def artifact(self, tower: Tower, precision: str, kind: Graph = "onnx") -> Artifact:
         """The ONNX graph of `tower` in `precision`.
 
         Raises:
             BundleError: the bundle has none.
         """
-        graphs = [a for a in self.manifest.artifacts if (a.tower, a.kind) == (tower, "onnx")]
+        graphs = [a for a in self.manifest.artifacts if (a.tower, a.kind) == (tower, kind)]
         for artifact in graphs:
             if artifact.precision == precision:
                 return artifact
         has = sorted(artifact.precision for artifact in graphs)
+        tree, option = ("tree ", "--text-tree ") if kind == "tree" else ("", "")
         raise BundleError(
-            f"{self.path} has no {precision} {tower} graph, only {', '.join(has) or 'none'}; "
-            f"export the checkpoint again with --precision {precision}"
+            f"{self.path} has no {precision} {tower} {tree}graph, only {', '.join(has) or 'none'}; "
+            f"export the checkpoint again with {option}--precision {precision}"
         )
 
     def plans(self, tower: Tower, precision: str, library: Library) -> list[Artifact]:
@@ -326,7 +331,7 @@ class Bundle:
                 the manifest does not vouch for.
         """
         path = self._verified(artifact.files)
-        if artifact.kind == "onnx":
+        if artifact.kind in ("onnx", "tree"):
             check_external_data(path, {Path(file.name).name for file in artifact.files[1:]})
         return path
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from serving.embedder import Floats
 from serving.errors import TextError
 from serving.labels import LabelSet
-from serving.tokenizer import Tokenizer, batches_by_length
+from serving.tokenizer import Tokenizer, batches_by_beginning, batches_by_length
 from serving.zero_shot import unit_length
 
 _TOKENIZED = 1024  # texts tokenized at a time, about as long as a tower takes for a chunk
@@ -177,10 +177,13 @@ def embedding_work(
     tokenizer: Tokenizer,
     embed: Callable[[NDArray[np.int32]], Floats | None],
     chunk: int,
+    *,
+    trees: bool = False,
 ) -> Work:
     """Embed a set by `embed`, which takes `input_ids` int32 [up to chunk, a bucket].
 
-    Where `embed` returns None, since its tower is busy with others, the same is asked again later.
+    With `trees`, texts come in batches that begin alike, else in batches of like length. Where
+    `embed` returns None, since its tower is busy with others, the same is asked again later.
 
     Raises:
         TextError: a text cannot be tokenized or is too long; the message says which label.
@@ -190,11 +193,11 @@ def embedding_work(
         try:
             rows += tokenizer.encode(labels.texts(start, start + _TOKENIZED))
         except TextError as error:
-            raise labels.blamed(error, start) from error
+            raise labels.blamed(error, range(start, len(labels))) from error
         yield
     sums: Floats | None = None
-    for batch in batches_by_length(rows, chunk):
-        length = tokenizer.bucket(len(rows[batch[-1]]))
+    for batch in (batches_by_beginning if trees else batches_by_length)(rows, chunk):
+        length = tokenizer.bucket(max(len(rows[index]) for index in batch))
         ids = tokenizer.padded([rows[index] for index in batch], length)
         while (embeddings := embed(ids)) is None:
             yield

@@ -4,7 +4,7 @@ Does not know: what embeds them (`zero_shot`, `label_sets`).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -83,16 +83,25 @@ class LabelSet:
 
     def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Texts `start` to `stop` (default: all)."""
+        return self.some(range(start, len(self) if stop is None else min(stop, len(self))))
+
+    def some(self, indices: Iterable[int]) -> list[str]:
+        """The texts `indices`."""
         count = len(self.templates)
         return [
             self.templates[index % count].replace("{}", self.labels[index // count])
-            for index in range(start, len(self) if stop is None else min(stop, len(self)))
+            for index in indices
         ]
 
-    def blamed(self, error: TextError, start: int = 0) -> TextError:
-        """The error of one of `texts(start, ...)`, which names the label and the template."""
+    def by_template(self) -> list[int]:
+        """Indices of all texts, template by template: texts that begin alike come together."""
+        count = len(self.templates)
+        return [index for start in range(count) for index in range(start, len(self), count)]
+
+    def blamed(self, error: TextError, indices: Sequence[int]) -> TextError:
+        """The error of one of `some(indices)`, which names the label and the template."""
         found = re.match(r"texts\[(\d+)\]:? ?|the text ", message := str(error))
-        index = start + (int(found[1]) if found and found[1] else 0)
+        index = indices[int(found[1]) if found and found[1] else 0]
         label, template = divmod(index, len(self.templates))
         rest = message[found.end() :] if found else message
         return TextError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,14 +15,23 @@ from serving.bundle import Bundle, Tower
 from serving.embedder import ModelIdentity
 from serving.errors import ImageError, relocated
 from serving.preprocess import Picture, preprocess
-from serving.runners.base import Embeddings, open_runner
-from serving.selection import passed, time_runners
+from serving.runners.base import Embeddings, Runner, open_runner
+from serving.runners.text_tree import open_text_tree
+from serving.selection import passed, time_runners, tree_runner
+from serving.token_tree import Ids, shared_tokens
 from serving.tokenizer import Tokenizer, batches_by_length
 from serving.zero_shot import ZeroShotClassifier
+
+_TREE_TOKENS = 4096
+"""That texts share, from which on they are embedded as trees: the graph for that is opened when it
+is first needed, which takes about as long as the text tower takes for so many."""
 
 
 class LocalClip:
     """Both towers of a bundle; use it in a `with` statement.
+
+    Many texts that begin alike, such as labels in templates, are embedded as trees, where the
+    bundle has a graph for that, by a runner that passed the gate with it.
 
     Args:
         bundle: a directory that `python -m export` made.
@@ -35,10 +45,12 @@ class LocalClip:
     ) -> None:
         self._bundle = Bundle.open(Path(bundle))
         self._batch_size = batch_size
+        self._asked = runner
         self._images = open_runner(self._bundle, "image", self._chosen("image", runner))
         self._texts = open_runner(self._bundle, "text", self._chosen("text", runner))
         self._tokenizer = Tokenizer(self._bundle.tokenizer, self._bundle.manifest.text)
         self._stack = ExitStack()
+        self._tree: Runner | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -54,11 +66,25 @@ class LocalClip:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+        self._tree = None
 
     def _chosen(self, tower: Tower, runner: str) -> str:
         if runner != "auto":
             return runner
         return time_runners(self._bundle, tower, passed(self._bundle, tower))[0].runner
+
+    @cached_property
+    def _tree_name(self) -> str | None:
+        return tree_runner(self._bundle, self._asked, self._texts.name)
+
+    def _tree_for(self, ids: Ids) -> Runner | None:
+        """What embeds `ids` as trees, where that pays."""
+        end_id = self._bundle.manifest.text.end_id
+        if ids.size < _TREE_TOKENS or shared_tokens(ids, end_id) < _TREE_TOKENS:
+            return None
+        if self._tree is None and self._tree_name is not None:
+            self._tree = self._stack.enter_context(open_text_tree(self._bundle, self._tree_name))
+        return self._tree
 
     @property
     def identity(self) -> ModelIdentity:
@@ -109,6 +135,9 @@ class LocalClip:
             TextError: one of them cannot be used, or is too long and `truncate` is not set.
         """
         rows = self._tokenizer.encode(texts, truncate=truncate) if len(texts) else []
+        ids = self._tokenizer.padded(rows, max(map(len, rows), default=0))
+        if (tree := self._tree_for(ids)) is not None:
+            return tree.run(ids)
         out = self._empty(len(rows))
         for batch in batches_by_length(rows, self._batch_size):
             length = len(rows[batch[-1]])

@@ -24,7 +24,7 @@ from serving.files import link_or_copy, new_directory
 from serving.machine import cpu_count
 from serving.runners.base import RUNNERS, graph_of, library_of
 from serving.runners.tensor_rt import fitting_plan
-from serving.selection import passed, time_runners
+from serving.selection import passed, time_runners, tree_runner
 
 Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
@@ -33,6 +33,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "model_repository"
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
+_TREE_TEXTS = 256  # a request for `text_tree`: a few batches of trees, and a set's turn
 
 MAX_QUEUE = 512
 """Requests that wait for a model, at most: who is taken waits so many times as long as one request
@@ -53,6 +54,9 @@ def assemble(
     progress: Steps = silent,
 ) -> Path:
     """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
+
+    Label sets are embedded as trees if the bundle has a graph for that which passed the gate, and
+    the backend is `embedded`.
 
     Args:
         backend: `embedded` runs the towers in Triton's Python backend through a runner of this
@@ -80,6 +84,7 @@ def assemble(
             progress(f"ONNX Runtime instead of TensorRT: {error}")
             backend = "onnxruntime"
     chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
+    tree = None
     if backend == "embedded" and runner == "auto":
         latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
         chosen = {timed[0].tower: timed[0].runner for timed in latencies}
@@ -87,7 +92,9 @@ def assemble(
         bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
     elif backend == "embedded":
         chosen = dict.fromkeys(TOWERS, runner)
-    return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too)
+    if backend == "embedded":
+        tree = tree_runner(bundle, runner, chosen["text"])
+    return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too, tree)
 
 
 def _plans(precision: str) -> dict[Tower, str]:
@@ -103,20 +110,27 @@ def _assemble(
     max_batch_size: int,
     max_queue: int,
     refused_too: bool,
+    tree: str | None = None,
 ) -> Path:
-    artifacts = {}
-    for tower, name in chosen.items():
-        artifacts[tower] = artifact = _artifact(bundle, tower, name, max_batch_size)
+    towers = {}
+    for model, tower in _TOWERS.items():
+        artifact = _artifact(bundle, tower, name := chosen[tower], max_batch_size)
         if not refused_too and not artifact.passed(name):
             raise BundleError(_refusal(artifact, name))
+        towers[model] = artifact, name
+    if tree is not None:
+        towers["text_tree"] = bundle.artifact("text", graph_of(tree), "tree"), tree
     with new_directory(target, "image_tower/config.pbtxt") as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
+            if source.name == "text_tree" and tree is None:
+                continue
             version = work / source.name / "1"
             version.mkdir(parents=True)
             config = model_config(source.name, bundle.manifest, backend, max_batch_size, max_queue)
-            if source.name in _TOWERS:
-                tower = _TOWERS[source.name]
-                _add_tower(bundle, artifacts[tower], chosen[tower], config, version)
+            if source.name == "clip_zero_shot" and tree is not None:
+                config.parameters["tree_chunk"].string_value = str(_TREE_TEXTS)
+            if source.name in towers:
+                _add_tower(bundle, *towers[source.name], config, version)
             elif source.name in ("image_preprocess", *_WITH_TOKENIZER):
                 files = [bundle.tokenizer] if source.name in _WITH_TOKENIZER else []
                 _add_python_model(bundle, source.name, version, files)
@@ -179,7 +193,7 @@ def model_config(
     if name == "clip_zero_shot":  # which cuts what it is given into batches by itself
         config.parameters["chunk"].string_value = str(max_batch_size)
     else:
-        config.max_batch_size = max_batch_size
+        config.max_batch_size = _TREE_TEXTS if name == "text_tree" else max_batch_size
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":  # which has no queue, its steps have
         _set_facts(config, manifest)

@@ -201,6 +201,16 @@ def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list
         yield order[start : start + size]
 
 
+def batches_by_beginning(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of up to `size`; those that begin alike stand together.
+
+    For what computes shared beginnings once, see `serving.token_tree`.
+    """
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
 def runs_by_length(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Which arrays of token ids to pad to one length and run as one, shortest first.
 

@@ -12,9 +12,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
 from serving.answers import refused
-from serving.bundle import Bundle, TextSpec, Tower
+from serving.bundle import Bundle, Graph, TextSpec, Tower
 from serving.errors import TextError
 from serving.runners.base import Batch, open_runner
+from serving.runners.text_tree import open_text_tree
 from serving.tokenizer import runs_by_length
 
 
@@ -22,6 +23,7 @@ class TowerModel:
     """`pixels` or `input_ids` -> embeddings float32 [n, dim]."""
 
     tower: ClassVar[Tower]
+    graph: ClassVar[Graph] = "onnx"
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly chose, and run every shape once before Triton is ready."""
@@ -31,7 +33,10 @@ class TowerModel:
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         self._text = bundle.manifest.text if self.tower == "text" else None
         name = config["parameters"]["runner"]["string_value"]
-        self._runner = open_runner(bundle, self.tower, name).__enter__()
+        if self.graph == "tree":
+            self._runner = open_text_tree(bundle, name).__enter__()
+        else:
+            self._runner = open_runner(bundle, self.tower, name).__enter__()
         size = bundle.manifest.image.size
         for count in (1, min(8, config["max_batch_size"])):
             if self._text is None:

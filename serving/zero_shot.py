@@ -71,17 +71,18 @@ def embed_labels(
         TextError: what `LabelSet` refuses, or a label that is too long; the message says which.
     """
     wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
-    step = max(1, _GROUP // len(wanted.templates)) * len(wanted.templates)
-    parts = []
-    for start in range(0, len(wanted), step):
+    order = wanted.by_template()
+    sums = np.zeros((len(wanted.labels), embedder.identity.embed_dim), np.float32)
+    for start in range(0, len(wanted), _GROUP):
         if progress is not None:
             progress(start, len(wanted))
+        some = order[start : start + _GROUP]
         try:
-            embeddings = embedder.embed_texts(wanted.texts(start, start + step))
+            embeddings = embedder.embed_texts(wanted.some(some))
         except TextError as error:
-            raise wanted.blamed(error, start) from error
-        parts.append(embeddings.reshape(-1, len(wanted.templates), embeddings.shape[1]).mean(1))
-    return unit_length(np.concatenate(parts))
+            raise wanted.blamed(error, some) from error
+        np.add.at(sums, np.array(some) // len(wanted.templates), embeddings)
+    return unit_length(sums)
 
 
 def unit_length(rows: Floats) -> Floats:

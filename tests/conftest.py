@@ -94,6 +94,19 @@ def tiny_bundle(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tree_bundle(tiny_checkpoint, tmp_path_factory):
+    """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
+    from export.build import Options, build
+    from export.checkpoint import load_checkpoint
+    from export.kinds import Kind
+    from serving.commands import silent
+
+    output = tmp_path_factory.mktemp("tree") / "tiny-clip"
+    options = Options(kinds=(Kind.FP32, Kind.INT8), text_tree=True)
+    return build(load_checkpoint(str(tiny_checkpoint)), output, silent, options)
+
+
+@pytest.fixture(scope="session")
 def fp32_bundle(tiny_bundle, tmp_path_factory):
     """The tiny bundle's float32 graphs only, which are judged in a moment; do not change it."""
     from serving.bundle import Bundle

@@ -220,6 +220,30 @@ def test_a_busy_tower_is_asked_for_the_same_again(tiny_bundle):
     np.testing.assert_allclose(found[0], np.full((3, 8), 8**-0.5), rtol=1e-6)
 
 
+def test_the_work_of_trees_asks_for_texts_that_begin_alike(tiny_bundle):
+    tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)
+    labels = LabelSet(tuple("abcdefg"), ("{} photo", "the {}", "one long template before {}"))
+    asked = []
+
+    def embed(ids):
+        asked.append(ids)
+        return np.random.default_rng(0).normal(size=(49408, 8))[ids[:, 1:6]].sum(axis=1)
+
+    found = []
+
+    def finished():
+        found.append((yield from embedding_work(labels, tokenizer, embed, 10, trees=True)))
+
+    pauses = len(list(finished()))
+    assert pauses == 1 + 3
+    rows = [tuple(row) for ids in asked for row in ids]
+    assert [len(ids) for ids in asked] == [10, 10, 1]
+    assert rows == sorted(rows)
+    means = embed(tokenizer(labels.texts())).reshape(7, 3, 8).mean(axis=1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(found[0], means, atol=1e-6)
+
+
 def test_the_work_asks_for_short_batches_of_buckets(tiny_bundle):
     """Every text once, in batches of at most `chunk`, sorted by length; the ensemble is right."""
     tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)

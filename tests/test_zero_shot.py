@@ -164,10 +164,10 @@ def test_a_bad_text_among_many_is_named(local):
 def test_many_texts_are_embedded_in_groups_of_labels(local, monkeypatch):
     labels = [f"thing {index}" for index in range(10)]
     whole, told = embed_labels(local, labels, TEMPLATES), []
-    monkeypatch.setattr(zero_shot, "_GROUP", 7)  # two labels in three templates
+    monkeypatch.setattr(zero_shot, "_GROUP", 7)  # not even a template
     grouped = embed_labels(local, labels, TEMPLATES, progress=lambda *at: told.append(at))
     np.testing.assert_allclose(grouped, whole, atol=1e-6)
-    assert told == [(0, 30), (6, 30), (12, 30), (18, 30), (24, 30)]
+    assert told == [(0, 30), (7, 30), (14, 30), (21, 30), (28, 30)]
     with pytest.raises(TextError, match=r"labels\[9\], put into the template 'a photo of a \{\}"):
         embed_labels(local, [*labels[:9], "word " * 75], TEMPLATES)
 
@@ -178,6 +178,9 @@ def test_texts_of_a_set_are_labels_by_templates():
     assert labels.texts(1, 4) == ["x b", "a y", "y b"]
     assert labels.texts(4, 99) == ["a z", "z b"]
     assert len(labels) == 6
+    assert labels.some(labels.by_template()) == ["a x", "a y", "a z", "x b", "y b", "z b"]
+    error = TextError("texts[1] is bad")
+    assert "labels[2], put into the template '{} b': is bad" in str(labels.blamed(error, [0, 5]))
 
 
 def test_plain_ascii_is_cleaned_as_ftfy_would():

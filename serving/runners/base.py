@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Artifact, Bundle, Tower
+from serving.bundle import Artifact, Bundle, Graph, Tower
 from serving.engines import LIBRARIES, MODULES, Library
 from serving.errors import RunnerError
 from serving.nvidia import gpu
@@ -130,6 +130,9 @@ _PACKAGES = {
 }
 """What each runtime is imported as, one of several, and what `pip install` takes to have it."""
 
+TREE_RUNTIMES = ("onnxruntime", "openvino")
+"""That run the tree graph of the text tower: it has an axis whose length is known only then."""
+
 PROVIDERS = {
     "onnxruntime": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
@@ -187,28 +190,35 @@ def runners_of(artifact: Artifact) -> list[str]:
     library = artifact.engine.library if artifact.engine else None
     if artifact.kind == "torchscript":
         return []
-    return [n for n, p in RUNNERS.items() if p == artifact.precision and library_of(n) == library]
+    names = [n for n, p in RUNNERS.items() if p == artifact.precision and library_of(n) == library]
+    if artifact.kind == "tree":
+        return [name for name in names if name.partition(":")[0] in TREE_RUNTIMES]
+    return names
 
 
-def open_runner(bundle: Bundle, tower: Tower, name: str) -> Runner:
+def open_runner(bundle: Bundle, tower: Tower, name: str, graph: Graph = "onnx") -> Runner:
     """The runner called `name`, `<runtime>:<precision>`, of one tower of `bundle`; not yet entered.
 
+    Of the tree graph it takes batches of trees; `text_tree.open_text_tree` makes them.
+
     Raises:
-        RunnerError: there is no such runner, or not in this environment.
+        RunnerError: there is no such runner, or not in this environment, or not of this graph.
         BundleError: the bundle has no such precision, or its file is not the exported one.
     """
     graph_of(name)
     if reason := missing(name):
         raise RunnerError(f"{name}: {reason}")
     runtime, _, precision = name.partition(":")
+    if graph == "tree" and runtime not in TREE_RUNTIMES:
+        raise RunnerError(f"{name} runs no trees; expected one of {', '.join(TREE_RUNTIMES)}")
     if runtime == "openvino":
         from serving.runners.open_vino import OpenVinoRunner
 
-        return OpenVinoRunner(bundle, tower, precision)
+        return OpenVinoRunner(bundle, tower, precision, graph=graph)
     if library := library_of(name):
         from serving.runners.tensor_rt import TensorRtRunner
 
         return TensorRtRunner(bundle, tower, library, precision)
     from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(bundle, tower, precision, runtime)
+    return OnnxRuntimeRunner(bundle, tower, precision, runtime, graph=graph)

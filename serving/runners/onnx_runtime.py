@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime
 
-from serving.bundle import Bundle, Tower
+from serving.bundle import Bundle, Graph, Tower
 from serving.errors import RunnerError
 from serving.machine import cpu_count
 from serving.runners.base import PROVIDERS, Batch, Embeddings, LoadedRunner
@@ -25,11 +25,12 @@ class OnnxRuntimeRunner(LoadedRunner):
         precision: str,
         runtime: str = "onnxruntime",
         threads: int | None = None,
+        graph: Graph = "onnx",
     ) -> None:
         self.name = f"{runtime}:{precision}"
         self.runtime_version = f"onnxruntime {onnxruntime.__version__}"
         self._bundle = bundle
-        self._artifact = bundle.artifact(tower, precision)
+        self._artifact = bundle.artifact(tower, precision, graph)
         self._provider = PROVIDERS[runtime]
         self._threads = threads or cpu_count()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino
 
-from serving.bundle import Bundle, Tower
+from serving.bundle import Bundle, Graph, Tower
 from serving.errors import RunnerError
 from serving.machine import cpu_count
 from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
@@ -21,12 +21,17 @@ class OpenVinoRunner(LoadedRunner):
     """One exported graph, compiled for this CPU with explicit threads and precision."""
 
     def __init__(
-        self, bundle: Bundle, tower: Tower, precision: str, threads: int | None = None
+        self,
+        bundle: Bundle,
+        tower: Tower,
+        precision: str,
+        threads: int | None = None,
+        graph: Graph = "onnx",
     ) -> None:
         self.name = f"openvino:{precision}"
         self.runtime_version = f"openvino {openvino.__version__.split('-')[0]}"
         self._bundle = bundle
-        self._artifact = bundle.artifact(tower, RUNNERS[self.name])
+        self._artifact = bundle.artifact(tower, RUNNERS[self.name], graph)
         self._precision = precision
         self._threads = threads or cpu_count()
 

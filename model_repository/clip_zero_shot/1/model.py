@@ -46,7 +46,7 @@ class TritonPythonModel:
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        self.chunk = settings["chunk"]
+        self.chunk, self.tree_chunk = settings["chunk"], settings["tree_chunk"]
         self.cache = LabelSetCache(
             settings["cache_bytes"],
             max_texts=_LARGEST_SETS * MAX_LABEL_TEXTS,
@@ -117,12 +117,16 @@ class TritonPythonModel:
         return np.concatenate(parts)
 
     def work(self, labels: LabelSet) -> Any:
-        """What embeds a label set, by `text_tower`; `clip_text` would cache every single text."""
+        """What embeds a label set; `clip_text` would cache every single text."""
+        model, chunk = "text_tower", self.chunk
+        if self.tree_chunk:
+            model, chunk = "text_tree", self.tree_chunk
         return embedding_work(
             labels,
             self.tokenizer,
-            embed_texts,
-            self.chunk,
+            lambda ids: embed_texts(model, ids),
+            chunk,
+            trees=model == "text_tree",
         )
 
     def finalize(self) -> None:
@@ -220,10 +224,10 @@ def infer(
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 
-def embed_texts(ids: NDArray[np.int32]) -> Floats | None:
-    """Embeddings by `text_tower`, or None, after a moment, while that has too much to do."""
+def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
+    """Embeddings by a model, or None, after a moment, while that has too much to do."""
     try:
-        embeddings: Floats = infer("text_tower", "input_ids", ids, "text_embeds")
+        embeddings: Floats = infer(model, "input_ids", ids, "text_embeds")
     except Refusal as error:
         if not error.busy:
             raise

@@ -1,0 +1,10 @@
+"""The text tower over trees, for label sets: texts that begin alike share what they begin with."""
+
+from serving.tower_model import TowerModel
+
+
+class TritonPythonModel(TowerModel):
+    """See `TowerModel`."""
+
+    tower = "text"
+    graph = "tree"

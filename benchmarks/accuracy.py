@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from benchmarks.accuracy_report import REFERENCE, Accuracy, Row
 from benchmarks.intervals import paired_difference, wilson
 from benchmarks.labelled import read_folder
-from export.build import checkpoint_of, tower_of
+from export.build import tower_of
 from export.torch_runners import EagerRunner, TorchScriptRunner
+from export.verify import checkpoint_of
 from serving.bundle import TOWERS, Bundle, ImageSpec, Tower
 from serving.commands import Steps
 from serving.errors import ImageError, InputError, RunnerError, TextError

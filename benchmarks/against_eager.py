@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load import jpegs
-from export.build import checkpoint_of
 from export.torch_runners import EagerRunner
+from export.verify import checkpoint_of
 from serving.bundle import Bundle
 from serving.client import ClipClient
 from serving.commands import Steps

@@ -16,7 +16,7 @@ from benchmarks.environment import environment
 from benchmarks.latency import FULL, NAMES, REFERENCE, SHORT, Candidate, Inputs, candidate, wanted
 from benchmarks.limits import measure_limits
 from benchmarks.peers import Peer, save_for_peers
-from export.build import checkpoint_of
+from export.verify import checkpoint_of
 from serving.bundle import TOWERS, Bundle, Tower
 from serving.errors import ClipDeployError
 from serving.nvidia import gpu

@@ -212,7 +212,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a bundle's files and graphs, and run the gate again on this machine."""
-    from export.build import verify as verify_bundle
+    from export.verify import verify as verify_bundle
 
     with steps(f"verifying {path}") as progress:
         verified = verify_bundle(Bundle.open(path), checkpoint, labelled, progress)

@@ -4,26 +4,21 @@ import contextlib
 import datetime
 import importlib.metadata
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 
 from export.architectures import OPENAI_MEAN, OPENAI_STD
-from export.calibration import Data, load_data, probes
-from export.checkpoint import Checkpoint, load_checkpoint
-from export.engines import judged_plan
+from export.calibration import Data
+from export.checkpoint import Checkpoint
 from export.kinds import DEFAULT_KINDS, Kind, Method
-from export.lint import lint
-from export.parity import Expected, LabelledReference, expect, judge, refer
+from export.parity import Expected
 from export.quantise import write_dynamic, write_int8
 from export.text_tree import TextTreeTower, in_trees
 from export.to_onnx import PROTOBUF_LIMIT, export_onnx, weights_bytes
 from export.to_torchscript import export_torchscript
-from export.torch_runners import EagerRunner, TorchScriptRunner
 from export.towers import (
     Clip,
     ClipConfig,
@@ -33,6 +28,7 @@ from export.towers import (
     for_inference,
     half_precision,
 )
+from export.verify import data_for, judged, references
 from serving.bundle import (
     FORMAT,
     TOWERS,
@@ -45,12 +41,9 @@ from serving.bundle import (
     Tower,
     describe_file,
 )
-from serving.commands import Steps, silent
-from serving.errors import BundleError, InputError, RunnerError
+from serving.commands import Steps
+from serving.errors import InputError
 from serving.files import new_directory, write_text
-from serving.runners.base import Runner, missing, open_runner, runners_of
-from serving.runners.text_tree import open_text_tree
-from serving.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +92,14 @@ def build(
     _refuse_too_large(checkpoint, options)
     with new_directory(output, "manifest.json") as directory:
         checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
-        data = _load_data(checkpoint, directory, options, progress)
+        data = data_for(
+            checkpoint,
+            directory / "tokenizer.json",
+            progress,
+            pictures=options.pictures,
+            captions=options.captions,
+            labelled=options.labelled,
+        )
         for reason in data.skipped[:5]:
             progress(f"skipped {reason}")
         if data.skipped:
@@ -124,34 +124,6 @@ def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
                 f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights; INT8 "
                 "is made of towers up to 2 GB, leave it out: --precision fp32 --precision fp16"
             )
-
-
-def _load_data(checkpoint: Checkpoint, directory: Path, options: Options, progress: Steps) -> Data:
-    return load_data(
-        checkpoint.image,
-        Tokenizer(directory / "tokenizer.json", checkpoint.text),
-        checkpoint.templates,
-        checkpoint.text,
-        pictures=options.pictures,
-        captions=options.captions,
-        labelled=options.labelled,
-        progress=progress,
-    )
-
-
-def references(checkpoint: Checkpoint, data: Data, progress: Steps) -> dict[Tower, Expected]:
-    """What eager float32 makes of the probes and of the labelled data."""
-    progress("reference embeddings by eager fp32")
-    with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
-        labelled: LabelledReference | None = None
-        if data.labelled is not None:
-            labelled = refer(images, texts, data.labelled)
-        image = expect(images, probes("image", checkpoint.image, checkpoint.text), labelled)
-        text = expect(texts, probes("text", checkpoint.image, checkpoint.text), labelled)
-    return {
-        "image": replace(image, candidates=np.concatenate([e for _, e in text.probes])),
-        "text": replace(text, candidates=np.concatenate([e for _, e in image.probes])),
-    }
 
 
 def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
@@ -233,43 +205,6 @@ def _judged(work: _Work, artifact: Artifact) -> Artifact:
     return judged(bundle, artifact, work.references[artifact.tower], work.progress)
 
 
-def judged(
-    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps = silent
-) -> Artifact:
-    """`artifact` with the verdict of every runner that this environment and machine have.
-
-    Raises:
-        BundleError: a file is not the exported one, or lint found fault with the graph.
-    """
-    if artifact.kind in ("onnx", "tree"):
-        form = "tree" if artifact.kind == "tree" else artifact.tower
-        if problems := lint(bundle.verified(artifact), form):
-            raise BundleError("; ".join(problems))
-    if artifact.kind == "plan":
-        bundle.verified(artifact)  # also where it cannot run
-        return judged_plan(bundle, artifact, expected, progress)
-    if artifact.kind == "torchscript":
-        candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
-    else:
-        here = [name for name in runners_of(artifact) if missing(name) is None]
-        candidates = [
-            open_text_tree(bundle, name)
-            if artifact.kind == "tree"
-            else open_runner(bundle, artifact.tower, name)
-            for name in here
-        ]
-    verdicts = []
-    for candidate in candidates:
-        with ExitStack() as stack:
-            try:
-                runner = stack.enter_context(candidate)
-            except RunnerError as error:  # such as bfloat16 on a CPU without it: never served
-                progress(f"no verdict: {error}")
-                continue
-            verdicts.append(judge(runner, expected, artifact.tower))
-    return replace(artifact, verdicts=tuple(verdicts))
-
-
 def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
     """The `nn.Module` of one tower."""
     return checkpoint.clip.image if tower == "image" else checkpoint.clip.text
@@ -320,43 +255,6 @@ def _architecture(checkpoint: Checkpoint) -> str:
     else:
         picture = f"ViT {image.layers}x{image.width} patch {image.patch_size} {image.activation}"
     return f"{picture}, {image.image_size} px; text {text.layers}x{text.width} {text.activation}"
-
-
-def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Steps) -> Bundle:
-    """`bundle` with verdicts measured here and now; nothing on disk changes.
-
-    Raises:
-        BundleError: a file is not the exported one, or `source` has other weights.
-    """
-    checkpoint = checkpoint_of(bundle, source)
-    data = _load_data(checkpoint, bundle.path, Options(labelled=labelled), progress)
-    expected = references(checkpoint, data, progress)
-    artifacts = []
-    for artifact in bundle.manifest.artifacts:
-        progress(f"parity of {artifact.file}")
-        artifacts.append(judged(bundle, artifact, expected[artifact.tower], progress))
-    return Bundle(bundle.path, replace(bundle.manifest, artifacts=tuple(artifacts)))
-
-
-def checkpoint_of(bundle: Bundle, source: str | None = None) -> Checkpoint:
-    """The checkpoint that `bundle` was made of, from `source` or from where it was then.
-
-    Raises:
-        CheckpointError: it is not there any more.
-        BundleError: `source` has other weights.
-    """
-    provenance = bundle.manifest.provenance
-    checkpoint = load_checkpoint(
-        source or provenance.source,
-        vocabulary=bundle.tokenizer,
-        activation=bundle.manifest.activation,
-    )
-    if checkpoint.weights_sha256 != provenance.weights_sha256:
-        raise BundleError(
-            f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., the bundle was "
-            f"made of {provenance.weights_sha256[:16]}...; give its --checkpoint"
-        )
-    return checkpoint
 
 
 def count_parameters(config: ClipConfig) -> int:

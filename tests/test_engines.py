@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from export.__main__ import app
-from export.build import judged
 from export.engines import add_engines, buildable
 from export.parity import Expected
 from export.to_engine import EngineOptions, profiles_of
+from export.verify import judged
 from serving.bundle import TOWERS, Artifact, Bundle, describe_file
 from serving.commands import run, silent
 from serving.engines import Engine, Profile, mismatches

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from export.build import Options, build, judged, references, verify
+from export.build import Options, build
 from export.calibration import load_data
 from export.checkpoint import load_checkpoint
 from export.kinds import Kind
 from export.parity import Expected, judge
 from export.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from export.towers import ImageTower, VisionTransformerConfig
+from export.verify import judged, references, verify
 from references import MEAN, STD, some_ids, some_pixels, unit
 from serving.bundle import TOLERANCES, Bundle
 from serving.errors import BundleError, InputError, RunnerError

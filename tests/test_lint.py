@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 import export.build
 import serving.commands
 from export.__main__ import app
-from export.build import judged, verify
 from export.lint import lint
 from export.parity import Expected
+from export.verify import judged, verify
 from references import some_ids, some_pixels
 from serving.bundle import Bundle, describe_file
 from serving.errors import BundleError

@@ -9,10 +9,10 @@ import numpy as np
 import openvino
 import pytest
 
-from export.build import judged
 from export.checkpoint import load_checkpoint
 from export.parity import Expected
 from export.torch_runners import EagerRunner
+from export.verify import judged
 from references import some_ids, some_pixels
 from serving.bundle import TOLERANCES, Bundle, describe_file
 from serving.errors import BundleError, RunnerError

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 import export.build
-from export.build import Options, build, verify
+import export.verify
+from export.build import Options, build
 from export.calibration import probe_images, probe_texts, probes
 from export.checkpoint import load_checkpoint
 from export.kinds import Kind
 from export.parity import expect, judge
 from export.torch_runners import EagerRunner
+from export.verify import verify
 from serving.bundle import TOLERANCES, Bundle, describe_file
 from serving.errors import BundleError
 from serving.runners.base import open_runner
@@ -183,7 +185,7 @@ def test_a_refusal_does_not_stop_the_build_and_stands_in_the_manifest(
 
     good = export.build.export_onnx
     monkeypatch.setattr(export.build, "export_onnx", spoil)
-    monkeypatch.setattr(export.build, "runners_of", lambda _: ["onnxruntime:fp32"])
+    monkeypatch.setattr(export.verify, "runners_of", lambda _: ["onnxruntime:fp32"])
     bundle = build(checkpoint, tmp_path / "bundle", lambda _: None, Options(kinds=(Kind.FP32,)))
     assert verdict(bundle, "image").passed
     assert not verdict(bundle, "text").passed

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from export.build import judged, references, verify
 from export.calibration import load_data, probe_prompts
 from export.checkpoint import load_checkpoint
 from export.lint import lint
 from export.text_tree import TextTreeTower, in_trees
+from export.verify import judged, references, verify
 from references import some_ids, unit
 from serving.bundle import Artifact, Bundle, describe_file
 from serving.commands import silent

@@ -75,8 +75,8 @@ def bundle(
         typer.Option(
             "--text-tree",
             help="Make text graphs too that compute beginnings which texts share once, in fp32 and "
-            "int8: label sets on CPUs take a third of the time, the bundle a second copy of the "
-            "text tower's weights.",
+            "int8: label sets on CPUs need 3.7 tokens a prompt instead of 9.5, the bundle a second "
+            "copy of the text tower's weights.",
         ),
     ] = False,
     labelled: LabelledFolder = None,

@@ -17,6 +17,7 @@ from serving.local import LocalClip
 from serving.rank import Category, answer, caption, rank, read_vocabulary
 from serving.repository import assemble
 from serving.triton import TritonServer
+from serving.zero_shot import TEMPLATES
 from training.scenes import COLOURS, SHAPES
 from training.shapes import draw_labelled
 
@@ -59,15 +60,20 @@ def logits(tiny_checkpoint, files):
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """The shipped checkpoint, in float32, in this process."""
+def shapes_bundle(tmp_path_factory):
+    """The shipped checkpoint, in float32."""
     from export.build import Options, build
     from export.checkpoint import load_checkpoint
     from serving.commands import silent
 
     output = tmp_path_factory.mktemp("rank") / "shapes-clip"
-    build(load_checkpoint(str(CHECKPOINT)), output, silent, Options(kinds=[]))
-    with LocalClip(output) as opened:
+    return build(load_checkpoint(str(CHECKPOINT)), output, silent, Options(kinds=[]))
+
+
+@pytest.fixture(scope="module")
+def shapes(shapes_bundle):
+    """The same, in this process."""
+    with LocalClip(shapes_bundle.path) as opened:
         yield opened
 
 
@@ -245,6 +251,27 @@ def shapes_toml(tmp_path_factory):
     file = tmp_path_factory.mktemp("vocabulary") / "shapes.toml"
     file.write_text(VOCABULARY)
     return file
+
+
+def test_zero_shot_accuracy_by_a_server_is_that_in_process(
+    shapes_bundle, shapes, drawn, tmp_path, figure
+):
+    pictures, names = [picture for picture, _ in drawn], [name for _, name in drawn]
+    labels, templates = sorted(set(names)), TEMPLATES["openai-7"]
+    here = shapes.classify(pictures, labels, templates)
+    assemble(shapes_bundle, tmp_path / "repository", runner="onnxruntime:fp32")
+    with (
+        TritonServer(tmp_path / "repository", http_port=0, grpc_port=0, metrics_port=0) as server,
+        ClipClient(server.grpc_url) as client,
+    ):
+        there = client.classify(pictures, labels, templates)
+    np.testing.assert_allclose(there, here, atol=1e-4)
+    right = [
+        sum(labels[best] == name for best, name in zip(found.argmax(axis=1), names, strict=True))
+        for found in (here, there)
+    ]
+    assert right[0] == right[1] >= 0.9 * DRAWN
+    figure("zero-shot", f"{right[1]} of {DRAWN} right by a server, {right[0]} in process")
 
 
 def test_captions_of_drawn_pictures_are_right(shapes, drawn, shapes_toml):

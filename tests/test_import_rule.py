@@ -81,7 +81,8 @@ def test_no_module_is_named_after_another(path):
 
 def loaded_after(modules: list[str]) -> set[str]:
     """Top-level names in `sys.modules` of a fresh interpreter that imported `modules`."""
-    told = "print(*{n.partition('.')[0] for n in list(sys.modules)})"  # threads may import meanwhile
+    # A list: a library's thread may import meanwhile.
+    told = "print(*{n.partition('.')[0] for n in list(sys.modules)})"
     code = f"import sys, {', '.join(modules)}\n{told}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=False

@@ -15,6 +15,7 @@ What it does that one would not guess (seen with 2.50.0):
 import base64
 import csv
 import json
+import math
 import os
 import re
 import resource
@@ -48,6 +49,7 @@ LIBRARIES = {
 _ANY_STABILITY = "1000000"
 _GRACE_S = 60.0
 """Seconds that it may take beyond three times its windows: to read data, to end requests."""
+_WARM_UP = 2  # requests for each that is under way
 _LARGER_WINDOWS = 3
 """Times the window is doubled, where the server answers nothing in it."""
 _PASS = re.compile(r"Pass \[\d+\] throughput: (\S+) infer/sec\. Avg latency: (\d+) usec")
@@ -194,7 +196,9 @@ def arguments(load: Load, data: Path, report: Path) -> list[str]:
     """Its options; see its docs/cli.md."""
     value = f"{load.load:g}"
     if load.mode == "concurrency":
-        mode = ["--concurrency-range", f"{value}:{value}:1"]
+        # Or its first window begins with nothing under way: 9 pictures/s of 17.
+        warm_up = str(math.ceil(_WARM_UP * load.load))
+        mode = ["--concurrency-range", f"{value}:{value}:1", "--warmup-request-count", warm_up]
     else:
         mode = ["--request-rate-range", f"{value}:{value}:1", "--request-distribution", "poisson"]
     headers = admin_headers(load.wire, load.admin_key)

@@ -14,6 +14,7 @@ import torch
 
 import export.build
 import export.to_onnx
+import export.verify
 from export.build import Options, build
 from export.checkpoint import load_checkpoint
 from export.configs import config_from_openai
@@ -156,7 +157,7 @@ def external(tiny_checkpoint, tmp_path_factory) -> Bundle:
     """A bundle whose graphs are "too large" for one file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.to_onnx, "PROTOBUF_LIMIT", 100_000)
-        patch.setattr(export.build, "runners_of", lambda _: ["onnxruntime:fp32"])
+        patch.setattr(export.verify, "runners_of", lambda _: ["onnxruntime:fp32"])
         output = tmp_path_factory.mktemp("external") / "bundle"
         options = Options(kinds=(Kind.FP32,))
         return build(load_checkpoint(str(tiny_checkpoint)), output, lambda _: None, options)

@@ -135,6 +135,12 @@ class Load:
         await asyncio.gather(*(one_after_another() for _ in range(under_way)))
         return answers
 
+    async def answered_a_second(self, connection, under_way, seconds):
+        """The rate that so many requests under way come to."""
+        begin = time.perf_counter()
+        answers = await self.closed(connection, under_way, seconds)
+        return sum(not a.status for a in answers) / (time.perf_counter() - begin)
+
     async def open(self, connection, rate, seconds, deadline):
         """Answers of so many requests a second, at random moments; and the rate that it became."""
         moments = random.Random(0)
@@ -181,17 +187,21 @@ def test_four_times_capacity(server, figure, model, protocol):
     load = Load(server, model, protocol)
     load.run(load.closed, 8, 0.3)  # so that every process has seen it
     alone = [answer.seconds for answer in load.run(load.closed, 1, 0.7)]
-    begin = time.perf_counter()
-    busy = load.run(load.closed, 8, CAPACITY_S)
-    capacity = sum(not a.status for a in busy) / (time.perf_counter() - begin)
-    deadline = max(2.0, 6 * MAX_QUEUE / capacity)
-    ended = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        waited = pool.submit(watched, server, QUEUES, ended)
-        try:
-            answers, sent = load.run(load.open, TIMES * capacity, LOAD_S, deadline)
-        finally:
-            ended.set()
+    # Of the best part, and once more if the load shows that even that was held up by other work.
+    capacity = max(load.run(load.answered_a_second, 8, CAPACITY_S / 3) for _ in range(3))
+    for _ in range(3):
+        deadline = max(2.0, 6 * MAX_QUEUE / capacity)
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            waited = pool.submit(watched, server, QUEUES, ended)
+            try:
+                answers, sent = load.run(load.open, TIMES * capacity, LOAD_S, deadline)
+            finally:
+                ended.set()
+        goodput = sum(not answer.status for answer in answers) / LOAD_S
+        if goodput < 2 * capacity:
+            break
+        capacity = goodput
     normal = max(3 * float(np.median(alone)), float(np.max(alone)), 0.05)
     again = load.run(load.normal_again, normal, 5.0)
 
@@ -210,7 +220,7 @@ def test_four_times_capacity(server, figure, model, protocol):
     figure(
         f"overload, {model} over {protocol}",
         f"{sent / capacity:.1f} times {capacity:.0f} requests/s for {LOAD_S:g} s: "
-        f"{len(accepted)} answered ({len(accepted) / LOAD_S / capacity:.0%} of capacity), p99 "
+        f"{len(accepted)} answered ({goodput / capacity:.0%} of capacity), p99 "
         f"{p99:.2f} s of {deadline:.1f} s, {len(refused)} refused as unavailable, p50 of those "
         f"{np.median([answer.seconds for answer in refused]) * 1e3:.0f} ms; at most "
         f"{waited.result()} waited; normal latency again after {again:.1f} s",

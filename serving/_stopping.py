@@ -7,16 +7,20 @@ hold a connection until the server is idle.
 
 Connections that clients keep without asking anything would make it wait for all of its time. Once
 it is idle, it is ended in spite of them.
+
+A Python model is let go when no request is left in it, and then its processes one after another, a
+second each: on a machine of many CPUs longer than we may take. So all are ended once each model has
+lost its first. The `finalize` of the others is not run.
 """
 
 import http.client
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 
-from serving.processes import wait_until_idle
+from serving.processes import Stub, is_alive, wait_until_idle
 
 UNLOAD_S = 3.0
 """For Triton to let its models go, or to be killed."""
@@ -30,6 +34,7 @@ def stop(
     address: str,
     seconds: float,
     logged: Callable[[], str],
+    stubs: Iterable[Stub],
 ) -> None:
     """Let requests under way end, then the server.
 
@@ -39,10 +44,16 @@ def stop(
         address: host:port of its HTTP.
         seconds: for the requests, at most.
         logged: returns what Triton wrote.
+        stubs: of its Python models.
     """
+    living = [stub for stub in stubs if is_alive(stub, group)]
 
     def ended() -> bool:
         return supervisor.poll() is not None
+
+    def let_go() -> bool:
+        gone = {stub.model for stub in living if not is_alive(stub, group)}
+        return bool(living) and gone == {stub.model for stub in living}
 
     end = time.monotonic() + seconds
     with closing(http.client.HTTPConnection(address, timeout=2)) as held:
@@ -52,7 +63,7 @@ def stop(
         supervisor.terminate()
         wait_until_idle(group, seconds, ended)
     time_to_unload = time.monotonic() + UNLOAD_S
-    while not ended() and time.monotonic() < end + UNLOAD_S:
+    while not ended() and not let_go() and time.monotonic() < end + UNLOAD_S:
         if time.monotonic() > time_to_unload and _WAITS_FOR_CONNECTIONS.search(logged()):
             break
         time.sleep(_LOOK_S)

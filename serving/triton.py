@@ -204,7 +204,7 @@ class TritonServer:
         if self._supervisor.poll() is None:
             seconds = self._exit_timeout if patience is None else patience
             address = self.http_url.removeprefix("http://")
-            _stopping.stop(self._supervisor, self.pid, address, seconds, self._logged)
+            _stopping.stop(self._supervisor, self.pid, address, seconds, self._logged, self._stubs)
 
     def _abandon(self) -> None:
         """Stop what has not become ready."""

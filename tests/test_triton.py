@@ -77,10 +77,11 @@ class TritonPythonModel:
 """
 
 
-def make_repository(root, **models):
+def make_repository(root, processes=1, **models):
     for name, source in models.items():
         (root / name / "1").mkdir(parents=True)
-        (root / name / "config.pbtxt").write_text(CONFIG)
+        group = f"instance_group [{{ kind: KIND_CPU count: {processes} }}]\n"
+        (root / name / "config.pbtxt").write_text(CONFIG + group)
         (root / name / "1" / "model.py").write_text(source)
     return root
 
@@ -210,8 +211,18 @@ def test_clean_stop_leaves_nothing(tmp_path):
     assert "Started HTTPService" in running.log.read_text()
 
 
+def test_many_processes_of_a_model_end_together(tmp_path):
+    repository = make_repository(tmp_path / "many", processes=12, echo=ECHO)
+    with TritonServer(repository, **ANY, log=tmp_path / "log"):
+        assert len(processes_about(repository)) == 2 + 12
+        started = time.monotonic()
+    assert time.monotonic() - started < 9  # Triton itself lets one after another go, a second each
+    assert processes_about(repository) == []
+
+
 def test_a_model_that_hangs_is_killed_after_the_exit_timeout(tmp_path):
-    repository = make_repository(tmp_path / "hanging", hang=HANGING)
+    # One of two processes of a model: the other has nothing to do, and does not tell of the first.
+    repository = make_repository(tmp_path / "hanging", processes=2, hang=HANGING)
     with (
         TritonServer(repository, **ANY, log=tmp_path / "log", exit_timeout=3) as running,
         client(running.grpc_url) as (kind, opened),

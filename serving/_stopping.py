@@ -53,7 +53,7 @@ def stop(
 
     def let_go() -> bool:
         gone = {stub.model for stub in living if not is_alive(stub, group)}
-        return bool(living) and gone == {stub.model for stub in living}
+        return gone == {stub.model for stub in living}
 
     end = time.monotonic() + seconds
     with closing(http.client.HTTPConnection(address, timeout=2)) as held:

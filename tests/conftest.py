@@ -6,7 +6,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
+import fcntl
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,28 +85,64 @@ def tiny_checkpoint(tmp_path_factory, vocabulary) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, tmp_path_factory):
-    """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
-    from export.build import build
-    from export.checkpoint import load_checkpoint
-    from serving.commands import silent
+def kept_graphs(tmp_path_factory):
+    """`export.to_onnx.export_onnx` that traces a tower once for all tests and processes of a run.
 
-    output = tmp_path_factory.mktemp("artifacts") / "tiny-clip"
-    checkpoint = load_checkpoint(str(tiny_checkpoint))
-    return build(checkpoint, output, silent)
+    For tests that need a graph, and do not look at how it is made.
+    """
+    from export.to_onnx import export_onnx
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
+
+    def export(tower, path, metadata):
+        key = hashlib.sha256(
+            repr((tower, getattr(tower, "tower", tower).config, metadata)).encode()
+        )
+        for name, tensor in tower.state_dict().items():
+            key.update(name.encode() + tensor.numpy().tobytes())
+        kept = folder / f"{key.hexdigest()}.onnx"
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                assert export_onnx(tower, kept, metadata) == [kept]
+        shutil.copyfile(kept, path)
+        return [path]
+
+    return export
 
 
 @pytest.fixture(scope="session")
-def tree_bundle(tiny_checkpoint, tmp_path_factory):
-    """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
-    from export.build import Options, build
+def built(kept_graphs):
+    """`built(checkpoint, output, **options)`: a bundle, of graphs that may have been traced."""
+    import export.build
     from export.checkpoint import load_checkpoint
-    from export.kinds import Kind
     from serving.commands import silent
 
+    def build(checkpoint, output, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export.build, "export_onnx", kept_graphs)
+            loaded = load_checkpoint(str(checkpoint))
+            return export.build.build(loaded, output, silent, export.build.Options(**options))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint, built, tmp_path_factory):
+    """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
+    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifacts") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def tree_bundle(tiny_checkpoint, built, tmp_path_factory):
+    """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
+    from export.kinds import Kind
+
     output = tmp_path_factory.mktemp("tree") / "tiny-clip"
-    options = Options(kinds=(Kind.FP32, Kind.INT8), text_tree=True)
-    return build(load_checkpoint(str(tiny_checkpoint)), output, silent, options)
+    kinds = (Kind.FP32, Kind.INT8)
+    return built(tiny_checkpoint, output, kinds=kinds, text_tree=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import benchmarks.gpu
+import export.build
 from benchmarks.__main__ import app
 from benchmarks.gpu import measure
 from benchmarks.gpu_report import Plan, tables
@@ -40,6 +41,13 @@ with_gpu = [
     pytest.mark.filterwarnings("default"),  # Inductor's advice to allow TF32, among others
     pytest.mark.skipif(not CUDA, reason="torch sees no NVIDIA GPU here"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once(kept_graphs):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export.build, "export_onnx", kept_graphs)
+        yield
 
 
 @pytest.fixture(scope="module")

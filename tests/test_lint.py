@@ -303,18 +303,17 @@ def test_python_m_export_verify_lints(faulty, monkeypatch, capsys):
     assert shown.out == ""
 
 
-def test_a_build_lints_what_it_made(tiny_checkpoint, tmp_path, monkeypatch):
+def test_a_build_lints_what_it_made(tiny_checkpoint, tmp_path, monkeypatch, kept_graphs):
     """A mask that somebody makes infinite again never becomes a bundle."""
     from export.checkpoint import load_checkpoint
 
     def export_infinite(tower, path, metadata):
-        files = good(tower, path, metadata)
+        files = kept_graphs(tower, path, metadata)
         model = onnx.load(path)
         infinite_mask(model)
         onnx.save(model, path)
         return files
 
-    good = export.build.export_onnx
     monkeypatch.setattr(export.build, "export_onnx", export_infinite)
     monkeypatch.setattr(export.build, "TOWERS", ("text",))
     checkpoint = load_checkpoint(str(tiny_checkpoint))

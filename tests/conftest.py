@@ -114,8 +114,8 @@ def kept_graphs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def built(kept_graphs):
-    """`built(checkpoint, output, **options)`: a bundle, of graphs that may have been traced."""
+def quick_build(kept_graphs):
+    """`quick_build(checkpoint, output, **options)`: a bundle, of graphs that may have been traced."""
     import export.build
     from export.checkpoint import load_checkpoint
     from serving.commands import silent
@@ -130,19 +130,19 @@ def built(kept_graphs):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, built, tmp_path_factory):
+def tiny_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
     """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
-    return built(tiny_checkpoint, tmp_path_factory.mktemp("artifacts") / "tiny-clip")
+    return quick_build(tiny_checkpoint, tmp_path_factory.mktemp("artifacts") / "tiny-clip")
 
 
 @pytest.fixture(scope="session")
-def tree_bundle(tiny_checkpoint, built, tmp_path_factory):
+def tree_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
     """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
     from export.kinds import Kind
 
     output = tmp_path_factory.mktemp("tree") / "tiny-clip"
     kinds = (Kind.FP32, Kind.INT8)
-    return built(tiny_checkpoint, output, kinds=kinds, text_tree=True)
+    return quick_build(tiny_checkpoint, output, kinds=kinds, text_tree=True)
 
 
 @pytest.fixture(scope="session")

@@ -101,11 +101,11 @@ def folder(chosen, labels, pictures, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, built, folder, tmp_path_factory) -> Bundle:
+def bundle(tiny_checkpoint, quick_build, folder, tmp_path_factory) -> Bundle:
     """The kinds that the tiny bundle has not, judged on labelled pictures."""
     output = tmp_path_factory.mktemp("gate") / "bundle"
     kinds = (Kind.INT8_DYNAMIC, Kind.TORCHSCRIPT)
-    return built(tiny_checkpoint, output, kinds=kinds, labelled=folder)
+    return quick_build(tiny_checkpoint, output, kinds=kinds, labelled=folder)
 
 
 @pytest.fixture(scope="module")

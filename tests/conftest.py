@@ -115,7 +115,7 @@ def kept_graphs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quick_build(kept_graphs):
-    """`quick_build(checkpoint, output, **options)`: a bundle, of graphs that may have been traced."""
+    """`quick_build(checkpoint, output, **options)`: a bundle, of `kept_graphs`."""
     import export.build
     from export.checkpoint import load_checkpoint
     from serving.commands import silent

@@ -307,6 +307,33 @@ def test_a_model_that_does_not_load_gives_its_reason_at_once(tmp_path):
     assert processes_about(repository) == []
 
 
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_known_crash_of_triton_while_models_load_is_tried_again(tmp_path, times):
+    crash = f"""
+import os, signal
+from pathlib import Path
+
+class TritonPythonModel:
+    def initialize(self, args):
+        seen = Path({str(tmp_path / "seen")!r})
+        with seen.open("a") as log:
+            log.write("x")
+        if len(seen.read_text()) <= {times}:
+            print("boost::interprocess::lock_exception", flush=True)
+            os.kill(os.getppid(), signal.SIGABRT)
+"""
+    repository = make_repository(tmp_path / "crashing", crash=crash)
+    server = TritonServer(repository, **ANY, log=tmp_path / "log")
+    if times == 1:
+        with server:
+            attach(server.http_url)
+    else:
+        with pytest.raises(ServerError, match="Triton did not start"):
+            server.__enter__()
+    assert len((tmp_path / "seen").read_text()) == min(times + 1, 3)
+    assert processes_about(repository) == []
+
+
 def test_a_bad_configuration_is_named(tmp_path):
     repository = make_repository(tmp_path / "typo", echo=ECHO)
     (repository / "echo" / "config.pbtxt").write_text('backend: "python"\nmax_batch_sise: 8\n')

@@ -6,6 +6,11 @@ behind a DequantizeLinear with one scale an output channel. All symmetric, zero 
 alone are the patch embedding (or stem), LayerNorm, softmax, attention products, biases and the
 final projection. The same file is what ONNX Runtime, OpenVINO and TensorRT fuse into INT8 kernels.
 
+Every layer has a pair of its own, as in graphs of NVIDIA's ModelOpt, query, key and value too,
+which share their activation and its scale: on x86 ONNX Runtime (1.31) takes signed activations only
+from a QuantizeLinear with one consumer, and computes the rest in float with weights that it
+dequantises in every run.
+
 Does not know: where ranges come from (`ranges.py`), whether the result is any good (`parity.py`).
 """
 
@@ -66,18 +71,14 @@ def quantise(
     out.CopyFrom(model)
     chosen = {layer.name: layer for layer in layers(model) if layer.name not in exclude}
     values = {tensor.name: tensor for tensor in out.graph.initializer}
-    pairs: dict[str, str] = {}  # activation -> its dequantised twin
     nodes: list[onnx.NodeProto] = []
     for node in out.graph.node:
         layer = chosen.get(node.name)
         if layer is not None:
-            if layer.activation not in pairs:
-                scale_type = values[layer.weight].data_type
-                scale = max(ranges[layer.activation], _LEAST) / 127
-                nodes += _activation_pair(out, layer.activation, scale, scale_type)
-                pairs[layer.activation] = f"{layer.activation}_dq"
+            scale = max(ranges[layer.activation], _LEAST) / 127
+            nodes += _activation_pair(out, layer, scale, values[layer.weight].data_type)
             nodes.append(_weight(out, values[layer.weight], layer))
-            node.input[0], node.input[1] = pairs[layer.activation], f"{layer.weight}_dq"
+            node.input[0], node.input[1] = f"{layer.name}_input_dq", f"{layer.weight}_dq"
         nodes.append(node)
     del out.graph.node[:]
     out.graph.node.extend(_once(nodes))
@@ -89,16 +90,18 @@ def quantise(
 
 
 def _activation_pair(
-    model: onnx.ModelProto, name: str, scale: float, scale_type: int
+    model: onnx.ModelProto, layer: Layer, scale: float, scale_type: int
 ) -> list[onnx.NodeProto]:
-    _constant(model, f"{name}_scale", np.array(scale, _numpy(scale_type)))
-    _constant(model, f"{name}_zero", np.array(0, np.int8))
-    parameters = [f"{name}_scale", f"{name}_zero"]
+    parameters = [f"{layer.activation}_scale", f"{layer.activation}_zero"]
+    if parameters[0] not in {tensor.name for tensor in model.graph.initializer}:
+        _constant(model, parameters[0], np.array(scale, _numpy(scale_type)))
+        _constant(model, parameters[1], np.array(0, np.int8))
+    name = f"{layer.name}_input"
+    quantised, back = [f"{name}_q"], [f"{name}_dq"]
+    inputs = [layer.activation, *parameters]
     return [
-        helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}_q"], f"{name}_quantize"),
-        helper.make_node(
-            "DequantizeLinear", [f"{name}_q", *parameters], [f"{name}_dq"], f"{name}_dequantize"
-        ),
+        helper.make_node("QuantizeLinear", inputs, quantised, f"{name}_quantize"),
+        helper.make_node("DequantizeLinear", [*quantised, *parameters], back, f"{name}_dequantize"),
     ]
 
 

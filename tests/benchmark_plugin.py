@@ -4,6 +4,7 @@ import os
 import time
 
 import benchmarks.cpu_limits
+import benchmarks.latency
 from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
 benchmarks.cpu_limits._SIZES = (64,)
@@ -19,3 +20,5 @@ if "SLOWER" in os.environ:
         return found
 
     OnnxRuntimeRunner._infer = slower
+
+benchmarks.latency._SETTLE_RUNS = 1

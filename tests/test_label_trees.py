@@ -265,7 +265,7 @@ MANY = [f"{word} {index}" for word in ("a", "the") for index in range(500)]
 
 
 def test_a_small_set_takes_its_turn(server, picture):
-    templates = [f"{index} photos of {{}}" for index in range(60)]
+    templates = [f"{index} photos of {{}}" for index in range(30)]
     before, ended = counted(server, "text_tree"), []
 
     def large() -> np.ndarray:

@@ -123,13 +123,13 @@ class Load:
             return Answer(time.perf_counter() - begin, status, error.message())
         return Answer(time.perf_counter() - begin, "")
 
-    async def closed(self, connection, under_way, seconds):
-        """Answers of so many requests under way for some time."""
+    async def closed(self, connection, under_way, seconds, enough=None):
+        """Answers of so many requests under way for some time, or until there are `enough`."""
         end = time.perf_counter() + seconds
         answers = []
 
         async def one_after_another():
-            while time.perf_counter() < end:
+            while time.perf_counter() < end and not (enough and enough.is_set()):
                 answers.append(await self.ask(connection))
 
         await asyncio.gather(*(one_after_another() for _ in range(under_way)))
@@ -232,14 +232,16 @@ def test_labels_are_embedded_while_the_tower_is_full(server, figure):
     load = Load(server, "text_tower", "grpc")
     picture = jpeg((64, 48))
     labels = [f"label {index}" for index in range(200)]
+    enough = threading.Event()
     with ClipClient(server.http_url) as client, ThreadPoolExecutor(1) as pool:
-        busy = pool.submit(load.run, load.closed, 3 * MAX_QUEUE, LOAD_S + 12)
+        busy = pool.submit(load.run, load.closed, 3 * MAX_QUEUE, LOAD_S + HANG_S, enough)
         while not load.refused:  # the queue is full, and stays so
             time.sleep(0.02)
         begin = time.perf_counter()
         probabilities = client.classify([picture], labels)
         seconds = time.perf_counter() - begin
         was_full = not busy.done()
+        enough.set()
         busy.result()
         np.testing.assert_array_equal(client.classify([picture], labels), probabilities)
     assert was_full

@@ -31,6 +31,7 @@ class OnnxRuntimeRunner(LoadedRunner):
         self.runtime_version = f"onnxruntime {onnxruntime.__version__}"
         self._bundle = bundle
         self._artifact = bundle.artifact(tower, precision, graph)
+        self._int8 = precision == "int8"
         self._provider = PROVIDERS[runtime]
         self._threads = threads or cpu_count()
 
@@ -41,7 +42,13 @@ class OnnxRuntimeRunner(LoadedRunner):
         options.log_severity_level = 3
         path = self._bundle.verified(self._artifact)
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=self._providers())
+            session = onnxruntime.InferenceSession(
+                path,
+                options,
+                providers=self._providers(),
+                # It would join what `export.to_int8` keeps apart.
+                disabled_optimizers=["CommonSubexpressionElimination"] if self._int8 else None,
+            )
         except Exception as error:  # ONNX Runtime raises a class of its own for each status code
             raise RunnerError(f"{self.name}: ONNX Runtime cannot load {path}: {error}") from error
         # A provider that cannot start is left out with no more than a line in the log.

@@ -12,7 +12,8 @@ DEMO := build/demo
 RESULTS := build/benchmarks
 # Python APIs without their libraries, that our uses are tested against.
 TENSORRT_APIS := 10.16.1.11 11.4.0.106
-# What is never imported need not be compiled: a minute less.
+# What is never imported need not be compiled: a minute less. What is, once, and not by every process.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test check soak bench engines clean

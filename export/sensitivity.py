@@ -11,6 +11,7 @@ from export.to_int8 import Layer, layers, quantise
 from serving.bundle import LayerCost
 from serving.machine import cpu_count
 from serving.runners.base import Batch
+from serving.runners.onnx_runtime import session_options
 
 LARGEST_SHARE = 0.5
 """Of layers that may stay out; with more of them in floating point, INT8 has nothing to offer."""
@@ -74,9 +75,7 @@ def activations(every: Iterable[Layer]) -> list[str]:
 
 
 def _embed(model: onnx.ModelProto, batches: Sequence[Batch]) -> NDArray[np.float32]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = cpu_count()
-    options.log_severity_level = 3
+    options = session_options(cpu_count(), int8=True)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -14,7 +14,7 @@ dequantises in every run.
 Does not know: where ranges come from (`ranges.py`), whether the result is any good (`parity.py`).
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,16 +72,20 @@ def quantise(
     chosen = {layer.name: layer for layer in layers(model) if layer.name not in exclude}
     values = {tensor.name: tensor for tensor in out.graph.initializer}
     nodes: list[onnx.NodeProto] = []
+    named: set[str] = set()
     for node in out.graph.node:
         layer = chosen.get(node.name)
         if layer is not None:
+            # The exporter makes one initializer of equal weights, and ONNX Runtime wants two.
+            name = f"{layer.weight}_{layer.name}" if layer.weight in named else layer.weight
+            named.add(name)
             scale = max(ranges[layer.activation], _LEAST) / 127
             nodes += _activation_pair(out, layer, scale, values[layer.weight].data_type)
-            nodes.append(_weight(out, values[layer.weight], layer))
-            node.input[0], node.input[1] = f"{layer.name}_input_dq", f"{layer.weight}_dq"
+            nodes.append(_weight(out, values[layer.weight], name, layer.channel_axis))
+            node.input[0], node.input[1] = f"{layer.name}_input_dq", f"{name}_dq"
         nodes.append(node)
     del out.graph.node[:]
-    out.graph.node.extend(_once(nodes))
+    out.graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in out.graph.initializer if tensor.name in used]
     del out.graph.initializer[:]
@@ -105,34 +109,25 @@ def _activation_pair(
     ]
 
 
-def _weight(model: onnx.ModelProto, tensor: onnx.TensorProto, layer: Layer) -> onnx.NodeProto:
+def _weight(
+    model: onnx.ModelProto, tensor: onnx.TensorProto, name: str, channel_axis: int
+) -> onnx.NodeProto:
     values = numpy_helper.to_array(tensor)
-    others = tuple(axis for axis in range(values.ndim) if axis != layer.channel_axis)
+    others = tuple(axis for axis in range(values.ndim) if axis != channel_axis)
     scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), _LEAST) / 127
     scales = scales.astype(values.dtype)
-    shape = [-1 if axis == layer.channel_axis else 1 for axis in range(values.ndim)]
+    shape = [-1 if axis == channel_axis else 1 for axis in range(values.ndim)]
     levels = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape))
-    name = layer.weight
-    if f"{name}_int8" not in {tensor.name for tensor in model.graph.initializer}:
-        _constant(model, f"{name}_int8", np.clip(levels, -127, 127).astype(np.int8))
-        _constant(model, f"{name}_scale", scales)
-        _constant(model, f"{name}_zero", np.zeros(len(scales), np.int8))
+    _constant(model, f"{name}_int8", np.clip(levels, -127, 127).astype(np.int8))
+    _constant(model, f"{name}_scale", scales)
+    _constant(model, f"{name}_zero", np.zeros(len(scales), np.int8))
     return helper.make_node(
         "DequantizeLinear",
         [f"{name}_int8", f"{name}_scale", f"{name}_zero"],
         [f"{name}_dq"],
         f"{name}_dequantize",
-        axis=layer.channel_axis,
+        axis=channel_axis,
     )
-
-
-def _once(nodes: list[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Without the repeats that a weight shared by two layers makes."""
-    seen: set[str] = set()
-    for node in nodes:
-        if node.output[0] not in seen:
-            seen.add(node.output[0])
-            yield node
 
 
 def _constant(model: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> None:

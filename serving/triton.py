@@ -172,16 +172,13 @@ class TritonServer:
             )
         self._exposure.check()
         embedded = _embedded.find_embedded()
-        self.ports = choose_ports(*self._asked_ports, self._exposure)
-        self.http_url, self.grpc_url = self._exposure.urls(self.ports)
-        self.metrics_url = f"{HOST}:{self.ports.metrics}"
-        self.exposed = self._exposure.told(self.ports, _embedded.VERSION)
         self.log = self._asked_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # Clients are told the name; that of the shared memory is not theirs to know.
         self._name = f"clip-deploy-{secrets.token_hex(8)}"
         self.regions = f"clip-deploy-{secrets.token_hex(8)}"
         for others in reversed(range(_STARTS)):
+            self.ports = choose_ports(*self._asked_ports, self._exposure)
             self._supervisor = self._start(embedded)
             try:
                 self._read_pid()
@@ -189,9 +186,9 @@ class TritonServer:
                 break
             except BaseException as error:  # a Ctrl-C too
                 self._abandon()
-                again = others and isinstance(error, ServerError) and _RACE in self._logged()
-                if not again:
+                if not (others and isinstance(error, ServerError) and self._lost_a_race()):
                     raise
+        self.exposed = self._exposure.told(self.ports, _embedded.VERSION)
         self._stubs, self._answered = stubs_of(self.pid), time.monotonic()
         return self
 
@@ -222,6 +219,15 @@ class TritonServer:
         self._supervisor.terminate()
         self._supervisor.wait()
 
+    def _lost_a_race(self) -> bool:
+        """Whether it was chance that the start failed."""
+        log = self._logged()
+        lost = _LOST_PORT.search(log)
+        # A port that is free when it is chosen can be taken, also by a connection of another
+        # process to elsewhere, until the models are loaded and Triton listens.
+        another_port = lost is not None and int(lost[2]) not in self._asked_ports
+        return another_port or _RACE in log
+
     def fault(self) -> str | None:
         """Why the server does not serve any more, or not all models; None while it does."""
         if has_ended(self.pid):
@@ -240,6 +246,8 @@ class TritonServer:
         return None
 
     def _start(self, embedded: _embedded.Embedded) -> subprocess.Popen[bytes]:
+        self.http_url, self.grpc_url = self._exposure.urls(self.ports)
+        self.metrics_url = f"{HOST}:{self.ports.metrics}"
         scratch = Path(tempfile.mkdtemp(prefix="clip-deploy-triton-"))  # the supervisor removes it
         flags = server_flags(
             _embedded.VERSION,

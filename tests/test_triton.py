@@ -376,8 +376,21 @@ def test_a_port_lost_in_a_race_is_named(repository, tmp_path, monkeypatch, which
         ports = triton.choose_ports(0, 0, 0)._replace(**{which.removesuffix("_port"): port})
         monkeypatch.setattr(triton, "choose_ports", lambda *_: ports)  # as if it had been free
         with pytest.raises(ServerError, match=f":{port}: it was taken while"):
-            TritonServer(repository, log=tmp_path / "log").__enter__()
+            TritonServer(repository, log=tmp_path / "log", **{which: port}).__enter__()
     assert processes_about(tmp_path) == []
+
+
+@pytest.mark.parametrize("which", Ports._fields)
+def test_a_free_port_lost_in_a_race_is_replaced(repository, tmp_path, monkeypatch, which):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        choices = [triton.choose_ports(0, 0, 0), triton.choose_ports(0, 0, 0)]
+        choices[0] = choices[0]._replace(**{which: port})
+        monkeypatch.setattr(triton, "choose_ports", lambda *_: choices.pop(0))
+        with TritonServer(repository, **ANY, log=tmp_path / "log") as server:
+            assert not choices
+            assert getattr(server.ports, which) != port
+            attach(server.http_url)
 
 
 def test_another_triton_on_our_port_is_not_taken_for_ours(
@@ -387,7 +400,13 @@ def test_another_triton_on_our_port_is_not_taken_for_ours(
     ports = Ports(*(int(url.rpartition(":")[2]) for url in urls))
     monkeypatch.setattr(triton, "choose_ports", lambda *_: ports)
     with pytest.raises(ServerError, match="it was taken while"):
-        TritonServer(repository, log=tmp_path / "log").__enter__()
+        TritonServer(
+            repository,
+            log=tmp_path / "log",
+            http_port=ports.http,
+            grpc_port=ports.grpc,
+            metrics_port=ports.metrics,
+        ).__enter__()
     attach(server.http_url)
 
 

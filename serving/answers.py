@@ -48,6 +48,14 @@ def refused(model: str, error: Exception) -> Any:
     )
 
 
+def full(model: str, most: int, count: int) -> list[Any]:
+    """Responses to `count` requests that came when `most`, as many as may, waited for `model`."""
+    import triton_python_backend_utils as pb_utils
+
+    message = f"{model} is full: {most} requests wait for it; try again later"
+    return [response(message, pb_utils.TritonError.UNAVAILABLE) for _ in range(count)]
+
+
 def response(message: str, code: int) -> Any:
     """An error of code `code`, one of `pb_utils.TritonError`, as a response."""
     import triton_python_backend_utils as pb_utils

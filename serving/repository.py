@@ -197,10 +197,11 @@ def model_config(
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":  # which has no queue, its steps have
         _set_facts(config, manifest)
-    else:
-        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
+    elif name not in _TOWERS or backend == "embedded":
+        config.parameters["max_queue"].string_value = str(max_queue)
     if name == "image_preprocess":
-        config.instance_group[0].count = cpu_count()
+        config.instance_group[0].count = max(2, cpu_count())  # Triton's own bound asks for two
+        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
     if name in _TOWERS and backend != "embedded":
         _set_backend(config, backend, manifest)
         _set_warm_up(config, manifest)

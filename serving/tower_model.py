@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from serving.answers import refused
+from serving.answers import full, refused
 from serving.bundle import Bundle, Graph, TextSpec, Tower
 from serving.errors import TextError
+from serving.queues import Behind
 from serving.runners.base import Batch, open_runner
 from serving.runners.text_tree import open_text_tree
 from serving.tokenizer import runs_by_length
@@ -33,6 +34,8 @@ class TowerModel:
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         self._text = bundle.manifest.text if self.tower == "text" else None
         name = config["parameters"]["runner"]["string_value"]
+        self._most = int(config["parameters"]["max_queue"]["string_value"])
+        self._queue = Behind(self._name, self._most)
         if self.graph == "tree":
             self._runner = open_text_tree(bundle, name).__enter__()
         else:
@@ -47,9 +50,10 @@ class TowerModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """As few runs over all good requests as pay; a bad one gets its own error."""
-        answers: list[Any] = [None] * len(requests)
+        excess = self._queue.excess(len(requests))
+        answers = full(self._name, self._most, excess) + [None] * (len(requests) - excess)
         good, batches = [], []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(requests[excess:], excess):
             try:
                 batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
                 if self._text is not None:
@@ -66,6 +70,7 @@ class TowerModel:
         for run in runs:
             for place, answer in zip(run, self._run([batches[i] for i in run]), strict=True):
                 answers[good[place]] = answer
+        self._queue.done()
         return answers
 
     def _run(self, batches: list[Any]) -> list[Any]:

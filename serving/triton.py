@@ -36,6 +36,7 @@ from serving.exposure import (
     port_error,
 )
 from serving.processes import has_ended, is_alive, stubs_of
+from serving.queues import METRICS
 
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
 MAX_REQUEST_BYTES = 64 << 20
@@ -271,7 +272,7 @@ class TritonServer:
             return subprocess.Popen(
                 [*supervisor, str(embedded.binary), *flags],
                 cwd=scratch,  # a stub has its working directory first on sys.path
-                env=embedded.environment(),
+                env=embedded.environment() | {METRICS: self.metrics_url},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -108,13 +108,16 @@ def test_assembled_facts(tiny_bundle, tmp_path):
 @pytest.mark.parametrize("backend", ["embedded", "onnxruntime", "openvino", "tensorrt"])
 @pytest.mark.parametrize("most", [None, 7])
 def test_every_queue_has_an_end(tiny_bundle, backend, most):
-    """Without a batcher a model of Triton has a queue without limits; an ensemble has none."""
+    """By our Python models; by Triton only where a model has several processes."""
     for name in MODELS:
         options = {} if most is None else {"max_queue": most}
         config = model_config(name, tiny_bundle.manifest, backend, 16, **options)
-        if config.platform == "ensemble":
-            assert not config.HasField("dynamic_batching")
+        bound = config.parameters["max_queue"].string_value
+        assert bound == (str(most or 512) if config.backend == "python" else "")
+        if name != "image_preprocess":
+            assert not config.dynamic_batching.HasField("default_queue_policy")
             continue
+        assert config.instance_group[0].count >= 2
         policy = config.dynamic_batching.default_queue_policy
         assert policy.max_queue_size == (most or 512)
         assert policy.default_timeout_microseconds == 30_000_000

@@ -24,6 +24,7 @@ from serving.errors import ImageError, relocated
 from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.labels import LabelSet, refuse_numbers
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
+from serving.queues import Behind
 from serving.tokenizer import Tokenizer, decode_text
 from serving.zero_shot import softmax
 
@@ -33,7 +34,7 @@ _UNDER_WAY = 32  # requests whose pictures are being embedded; more wait in Trit
 _WAITING = 512  # requests whose pictures are embedded, and whose labels are not; more are refused
 _LARGEST_SETS = 2  # label sets as large as they may be that are under way together
 _BUSY_S = 0.05  # until a tower is asked again that was busy
-_BUSY = re.compile("maximum queue size|timeout expired")  # what Triton says then
+_BUSY = re.compile("maximum queue size|timeout expired|is full")  # what is said then
 
 
 class TritonPythonModel:
@@ -52,14 +53,21 @@ class TritonPythonModel:
             max_texts=_LARGEST_SETS * MAX_LABEL_TEXTS,
             max_waiters=_WAITING,
         )
+        self.queue = Behind("clip_zero_shot", settings["max_queue"])
         self.free = threading.Semaphore(_UNDER_WAY)
         self.threads = ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="clip-zero-shot")
 
     def execute(self, requests: list[Any]) -> None:
         """Begin with each request."""
-        for request in requests:
+        excess = self.queue.excess(len(requests))
+        for index, request in enumerate(requests):
+            call = Call(request, self.manifest.logit_scale)
+            if index < excess:
+                call.failed(Full("too many requests wait for their pictures' embeddings"))
+                continue
             self.free.acquire()
-            self.threads.submit(self.begin, Call(request, self.manifest.logit_scale))
+            self.threads.submit(self.begin, call)
+        self.queue.done()
 
     def begin(self, call: "Call") -> None:
         """Embed a request's pictures, and answer it, or have it wait for its labels."""

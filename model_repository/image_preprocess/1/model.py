@@ -1,15 +1,17 @@
 """Encoded pictures -> pixels: `serving.preprocess` behind Triton's Python backend."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.answers import answered
+from serving.answers import answered, full
 from serving.bundle import Bundle
 from serving.errors import ImageError
 from serving.preprocess import preprocess
+from serving.queues import Ahead
 
 
 class TritonPythonModel:
@@ -19,10 +21,16 @@ class TritonPythonModel:
         """Read what the bundle says of this step."""
         bundle = Path(args["model_repository"], args["model_version"], "bundle")
         self.spec = Bundle.open(bundle).manifest.image
+        config = json.loads(args["model_config"])
+        self.most = int(config["parameters"]["max_queue"]["string_value"])
+        processes = config["instance_group"][0]["count"]
+        self.ahead = Ahead("image_tower", self.most, feeders=processes)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; what is wrong with one is its own answer, and nobody else's."""
-        return [answered("image_preprocess", self.respond, request) for request in requests]
+        room = self.ahead.room(len(requests))
+        answers = [answered("image_preprocess", self.respond, each) for each in requests[:room]]
+        return answers + full("image_tower", self.most, len(requests) - room)
 
     def respond(self, request: Any) -> Any:
         """The pixels of one request; its first bad picture raises."""

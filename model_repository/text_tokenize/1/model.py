@@ -6,8 +6,9 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from serving.answers import answered
+from serving.answers import answered, full
 from serving.bundle import Bundle
+from serving.queues import Ahead, Behind
 from serving.tokenizer import Tokenizer, decode_text
 
 
@@ -18,10 +19,20 @@ class TritonPythonModel:
         """Read what the bundle says of this step."""
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.most = int(parameters["max_queue"]["string_value"])
+        self.behind = Behind("text_tokenize", self.most)
+        self.ahead = Ahead("text_tower", self.most)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request; what is wrong with one is its own answer, and nobody else's."""
-        return [answered("text_tokenize", self.respond, request) for request in requests]
+        excess = self.behind.excess(len(requests))
+        end = excess + self.ahead.room(len(requests) - excess)
+        answers = full("text_tokenize", self.most, excess)
+        answers += [answered("text_tokenize", self.respond, each) for each in requests[excess:end]]
+        answers += full("text_tower", self.most, len(requests) - end)
+        self.behind.done()
+        return answers
 
     def respond(self, request: Any) -> Any:
         """The token ids of one request; its first bad text raises."""

@@ -2,7 +2,7 @@
 
 Triton bounds a queue itself (`max_queue_size`), but one that has a bound, or a timeout, is served
 differently: a request that comes while the model is at work is noticed when the next one comes, or
-half a second later (2.51 to 2.71: without prefetching, `PayloadSlotAvailable` asks whether an
+half a second later (without prefetching, `PayloadSlotAvailable` asks whether an
 instance waits, and nobody tells when it does), and what payloads merge is never made good
 (triton-inference-server/server issue 8870). So the queues have no bound of their own, and the
 Python models that requests pass count instead, from the server's metrics.

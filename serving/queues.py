@@ -2,10 +2,10 @@
 
 Triton bounds a queue itself (`max_queue_size`), but one that has a bound, or a timeout, is served
 differently: a request that comes while the model is at work is noticed when the next one comes, or
-half a second later (without prefetching, `PayloadSlotAvailable` asks whether an
-instance waits, and nobody tells when it does), and what payloads merge is never made good
-(triton-inference-server/server issue 8870). So the queues have no bound of their own, and the
-Python models that requests pass count instead, from the server's metrics.
+half a second later (without prefetching, `PayloadSlotAvailable` asks whether an instance waits, and
+nobody tells when it does), and what payloads merge is never made good (server issue 8870). So the
+queues have no bound of their own, and the Python models that requests pass count instead, from the
+server's metrics.
 
 Needs `triton_python_backend_utils`, which only Triton's Python stub has, where metrics are not to
 be had.
@@ -22,8 +22,9 @@ from functools import cache
 METRICS = "CLIP_METRICS"
 """The environment variable with host and port of this server's metrics."""
 
-LOOK_S = 0.02  # between looks at the metrics; one takes 0.7 ms of an idle server
-_BUSY_S = 0.02  # between two batches, at most, of a model that has more to do
+LOOK_S = 0.02  # between looks at the metrics, at least; one takes 0.7 ms of an idle server
+RARELY_S = 0.1  # between looks at a queue that was short
+_BUSY_S = 0.1  # between two batches, at most, of a model that may have too much to do
 _TIMEOUT_S = 1.0
 
 Waiting = Callable[[str], int]
@@ -100,14 +101,15 @@ class Behind:
     def __init__(self, model: str, limit: int, *, look: Waiting = waiting) -> None:
         self._model, self._limit, self._look = model, limit, look
         self._excess = 0
-        self._looked = self._ended = -LOOK_S
+        self._look_at, self._ended = 0.0, -_BUSY_S
 
     def excess(self, count: int) -> int:
         """How many of `count` requests, which were taken now, are to be refused."""
         now = time.monotonic()
-        if now - self._ended < _BUSY_S and now - self._looked >= LOOK_S:
-            self._excess = max(0, self._look(self._model) - self._limit)
-            self._looked = time.monotonic()
+        if now - self._ended < _BUSY_S and now >= self._look_at:
+            found = self._look(self._model)
+            self._excess = max(0, found - self._limit)
+            self._look_at = time.monotonic() + (LOOK_S if 2 * found > self._limit else RARELY_S)
         refused = min(count, self._excess)
         self._excess -= refused
         return refused

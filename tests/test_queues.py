@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving import queues
-from serving.queues import LOOK_S, Ahead, Behind
+from serving.queues import LOOK_S, RARELY_S, Ahead, Behind
 
 
 @pytest.fixture
@@ -87,8 +87,18 @@ def test_a_model_that_is_idle_does_not_look(clock):
     for _ in range(20):
         assert behind.excess(3) == 0
         behind.done()
-        clock.now += 0.05
+        clock.now += 0.2
     assert server.looks == 0
+
+
+def test_a_short_queue_is_looked_at_rarely(clock):
+    server = Server()
+    behind = Behind("tower", 8, look=server.look)
+    for _ in range(100):
+        behind.excess(1)
+        clock.now += 0.9 * LOOK_S
+        behind.done()
+    assert server.looks == pytest.approx(100 * 0.9 * LOOK_S / RARELY_S, rel=0.25)
 
 
 def test_a_busy_model_refuses_what_is_too_much_and_no_more(clock):

@@ -2,8 +2,8 @@
 
 The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
 round runs the reference, then the runner. Either runs untimed before it is timed, for what the
-other left behind: its weights in the caches, its threads spinning. Both medians are of the same
-rounds, and their ratio is what can be compared between runs and machines.
+other left behind: its weights in the caches, its threads spinning. What can be compared between
+runs and machines is the ratio of the two within a round, its median over the rounds.
 """
 
 import math

@@ -171,10 +171,9 @@ def headlines(results: Results) -> Iterator[Headline]:
 
 
 def _headline(what: str, one: Timed, peer: str) -> Headline:
-    reference = one.ratio * one.milliseconds
     return Headline(
         what,
-        f"{reference:.1f} ms, {peer}",
+        f"{one.reference_milliseconds:.1f} ms, {peer}",
         f"{one.milliseconds:.1f} ms, {one.facts['runner']}",
         one.ratio,
         f"latency.json: {one.name}",

@@ -37,9 +37,14 @@ class Timed:
         return median(self.seconds) * 1e3
 
     @property
+    def reference_milliseconds(self) -> float:
+        """Median."""
+        return median(self.reference_seconds) * 1e3
+
+    @property
     def ratio(self) -> float:
-        """How many times faster than the reference, which ran between its rounds."""
-        return median(self.reference_seconds) / median(self.seconds)
+        """How many times faster than the reference: in a round, whose runs are adjacent; median."""
+        return float(np.median(self._quotients()))
 
     @property
     def spread(self) -> float:
@@ -48,13 +53,17 @@ class Timed:
         return float((high - low) / median(self.seconds))
 
     def ratios(self, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """`ratio` of rounds drawn again, with their references (bootstrap): float64 [resamples]."""
-        mine, reference = np.array(self.seconds), np.array(self.reference_seconds)
-        drawn = rng.integers(0, len(mine), (_RESAMPLES, len(mine)))
-        ratios: np.ndarray[Any, np.dtype[np.float64]] = np.median(
-            reference[drawn], axis=1
-        ) / np.median(mine[drawn], axis=1)
+        """`ratio` of rounds drawn again (bootstrap): float64 [resamples]."""
+        every = self._quotients()
+        drawn = rng.integers(0, len(every), (_RESAMPLES, len(every)))
+        ratios: np.ndarray[Any, np.dtype[np.float64]] = np.median(every[drawn], axis=1)
         return ratios
+
+    def _quotients(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        every: np.ndarray[Any, np.dtype[np.float64]] = np.divide(
+            self.reference_seconds, self.seconds
+        )
+        return every
 
 
 class Latency:

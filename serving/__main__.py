@@ -59,7 +59,7 @@ def assemble(
     precision: Annotated[str, typer.Option(help="Of the graphs of the other backends.")] = "fp32",
     max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Requests that wait for a model; more are refused at once.")
+        int, typer.Option(min=1, help="Requests that wait for a model; more are refused.")
     ] = MAX_QUEUE,
     refused_too: Annotated[
         bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")

@@ -15,7 +15,7 @@ from serving.connection import Credentials, Endpoint, Protocol, attach
 from serving.errors import InputError, OverloadedError, ServerError, UnavailableError
 from serving.retries import retried
 
-# Triton's queues say both with one status, and so does clip_zero_shot.
+# Triton's queues say both with one status, and so do our models.
 _LATE = re.compile(r"timeout expired|time of \S+ s was over")
 _FULL = re.compile(r"maximum queue size|\bis full\b")
 

@@ -39,8 +39,8 @@ class ClipClient:
 
     Args:
         url: `grpc://host:port` or `http://host:port`; with TLS `grpcs://` or `https://`.
-        timeout: seconds a request may take, all its attempts included; the server drops it from its
-            queue after that time.
+        timeout: seconds a request may take, all its attempts included; after that the server drops
+            it from its queues, over HTTP pictures only.
         batch_size: pictures or texts a request, at most the server's own limit.
         in_flight: requests under way at a time.
         attempts: how often a request, or looking for the server in the beginning, is tried at most.

@@ -64,7 +64,7 @@ def assemble(
         runner: of the embedded backend; `auto` times those that passed the gate, here and now, and
             takes the fastest of each tower.
         precision: of the graphs that the other backends get.
-        max_queue: requests that wait for a model, at most; the server refuses more at once.
+        max_queue: requests that wait for a model, at most; the server refuses more.
         refused_too: take what the parity gate refused.
         fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
 

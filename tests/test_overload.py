@@ -166,13 +166,23 @@ class Load:
         return time.perf_counter() - begin
 
 
-def watched(server, models, ended):
-    """The most requests that waited for any of `models` until `ended` is set."""
-    most = 0
+def watched(server, ended):
+    """The most requests that waited for each model until `ended` is set."""
+    most = dict.fromkeys(QUEUES, 0)
     while not ended.wait(0.1):
-        now = (counted(server, "nv_inference_pending_request_count", model) for model in models)
-        most = max(most, *map(int, now))
+        for model, seen in most.items():
+            now = counted(server, "nv_inference_pending_request_count", model)
+            most[model] = max(seen, int(now))
     return most
+
+
+def bound(model, sent):
+    """The most that may wait for `model` while so many requests come a second."""
+    if model == "image_preprocess":  # Triton's own bound
+        return MAX_QUEUE + SLACK
+    if model == "image_tower":  # of every process its share, and its share more
+        return 2 * MAX_QUEUE + SLACK
+    return MAX_QUEUE + SLACK + UNSEEN_S * sent
 
 
 @pytest.mark.parametrize(
@@ -195,7 +205,7 @@ def test_four_times_capacity(server, figure, model, protocol):
         deadline = max(4.0, 6 * MAX_QUEUE / capacity)  # other tests take half of the CPUs
         ended = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            waited = pool.submit(watched, server, QUEUES, ended)
+            waited = pool.submit(watched, server, ended)
             try:
                 answers, sent = load.run(load.open, TIMES * capacity, LOAD_S, deadline)
             finally:
@@ -218,14 +228,15 @@ def test_four_times_capacity(server, figure, model, protocol):
     p99 = float(np.quantile(accepted, 0.99))
     assert p99 < deadline
     assert again < 5
-    assert waited.result() <= MAX_QUEUE + SLACK + UNSEEN_S * sent
+    for queue, most in waited.result().items():
+        assert most <= bound(queue, sent), queue
     figure(
         f"overload, {model} over {protocol}",
         f"{sent / capacity:.1f} times {capacity:.0f} requests/s for {LOAD_S:g} s: "
         f"{len(accepted)} answered ({goodput / capacity:.0%} of capacity), p99 "
         f"{p99:.2f} s of {deadline:.1f} s, {len(refused)} refused as unavailable, p50 of those "
         f"{np.median([answer.seconds for answer in refused]) * 1e3:.0f} ms; at most "
-        f"{waited.result()} waited; normal latency again after {again:.1f} s",
+        f"{max(waited.result().values())} waited; normal latency again after {again:.1f} s",
     )
 
 
@@ -278,15 +289,16 @@ def test_what_nobody_waits_for_is_not_computed(server, figure, model):
     load = Load(server, model, "grpc")
 
     async def behind_others(connection):
-        others = [asyncio.create_task(load.ask(connection)) for _ in range(MAX_QUEUE)]
+        others = [asyncio.create_task(load.ask(connection)) for _ in range(MAX_QUEUE // 2)]
         await asyncio.sleep(0.005)
-        late = await asyncio.gather(*(load.ask(connection, patience=0.015) for _ in range(4)))
+        late = await asyncio.gather(*(load.ask(connection, patience=0.015) for _ in range(3)))
         return late, await asyncio.gather(*others)
 
     rows, given_up, before = len(IDS), 0, counted(server, "nv_inference_count", "text_tower")
     answered = 0
     for _ in range(5):
         late, others = load.run(behind_others)
+        assert not any(answer.status in REFUSED for answer in (*late, *others))
         given_up += sum(answer.status == "StatusCode.DEADLINE_EXCEEDED" for answer in late)
         answered += sum(not answer.status for answer in (*late, *others))
     wait_until(lambda: not counted(server, "nv_inference_pending_request_count", "text_tower"))

@@ -3,13 +3,15 @@
 import socket
 import sys
 import threading
+import time
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
 
 from serving import queues
-from serving.queues import LOOK_S, RARELY_S, Ahead, Behind
+from serving.queues import LOOK_S, SHORT_S, Ahead, Behind, Metrics
 
 
 @pytest.fixture
@@ -53,11 +55,13 @@ def test_what_passed_counts_until_a_look_shows_that_it_is_done(clock):
     server.waiting = 5  # one of them is done
     assert ahead.room(4) == 3
     assert server.looks == 1
+    server.waiting = 8
+    assert ahead.room(4) == 0
     server.waiting = 0
     assert ahead.room(4) == 0  # too soon to look again
     clock.now += 1.1 * LOOK_S
     assert ahead.room(4) == 4
-    assert server.looks == 2
+    assert server.looks == 3
 
 
 def test_what_others_sent_counts_too(clock):
@@ -80,15 +84,23 @@ def test_feeders_share_the_room(clock, limit, feeders):
     assert limit <= sum(passed) < limit + feeders
 
 
-def test_a_model_that_is_idle_does_not_look(clock):
+def test_room_is_looked_for_again_while_there_is_some(clock):
+    """A short queue in front of a tower that keeps up is never called full."""
     server = Server()
-    server.waiting = 99
-    behind = Behind("tower", 8, look=server.look)
+    ahead = Ahead("tower", 1, look=server.look)
     for _ in range(20):
+        assert ahead.room(1) == 1
+        clock.now += LOOK_S / 4
+
+
+def test_a_model_that_is_idle_looks_once_a_second(clock):
+    server = Server()
+    behind = Behind("tower", 8, look=server.look)
+    for _ in range(50):
         assert behind.excess(3) == 0
         behind.done()
         clock.now += 0.2
-    assert server.looks == 0
+    assert 8 <= server.looks <= 10
 
 
 def test_a_short_queue_is_looked_at_rarely(clock):
@@ -98,7 +110,7 @@ def test_a_short_queue_is_looked_at_rarely(clock):
         behind.excess(1)
         clock.now += 0.9 * LOOK_S
         behind.done()
-    assert server.looks == pytest.approx(100 * 0.9 * LOOK_S / RARELY_S, rel=0.25)
+    assert server.looks == pytest.approx(100 * 0.9 * LOOK_S / SHORT_S, rel=0.25)
 
 
 def test_a_busy_model_refuses_what_is_too_much_and_no_more(clock):
@@ -106,16 +118,36 @@ def test_a_busy_model_refuses_what_is_too_much_and_no_more(clock):
     behind = Behind("tower", 8, look=server.look)
     behind.excess(4)
     behind.done()
-    server.waiting = 18
+    server.waiting = 17  # ten more than seven eighths
     assert behind.excess(4) == 4
     behind.done()
     server.waiting = 99  # seen at the next look
     assert [behind.excess(4), behind.excess(4), behind.excess(4)] == [4, 2, 0]
-    behind.done()
     clock.now += 1.1 * LOOK_S
     behind.done()
     assert behind.excess(4) == 4
     assert server.looks == 2
+
+
+def test_what_was_too_much_and_went_away_is_not_refused_later(clock):
+    """Clients that give up leave the queue without ever being taken from it."""
+    server = Server()
+    behind = Behind("tower", 8, look=server.look)
+    behind.done()
+    server.waiting = 98
+    assert behind.excess(4) == 4
+    behind.done()
+    server.waiting = 0
+    clock.now += 0.2
+    assert behind.excess(4) == 0
+
+
+def test_a_starved_model_looks_although_its_batches_are_far_apart(clock):
+    server = Server()
+    server.waiting = 50
+    behind = Behind("tower", 8, look=server.look)
+    clock.now += 1.5
+    assert behind.excess(4) == 4
 
 
 METRICS = """# TYPE nv_inference_pending_request_count gauge
@@ -127,41 +159,74 @@ nv_inference_request_success{model="tower",version="1"} 700
 
 
 @pytest.fixture
-def metrics(monkeypatch):
-    """Serve METRICS where a model looks for them."""
+def serve():
+    """Serve a body, and a status, as metrics; returns host:port."""
+    with ExitStack() as stack:
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = METRICS.encode() if self.path == "/metrics" else b""
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+        def serve(body, status=200):
+            class Handler(BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.send_response(status if self.path == "/metrics" else 404)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
+                def log_message(self, *_):
+                    pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        monkeypatch.setenv(queues.METRICS, f"127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield
-        server.shutdown()
-        thread.join()
+            server = stack.enter_context(HTTPServer(("127.0.0.1", 0), Handler))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return f"127.0.0.1:{server.server_port}"
 
-
-def test_the_servers_metrics_tell(metrics):
-    assert [queues.waiting(model) for model in ("tower", "tower_2", "clip_text")] == [3, 5, 9]
+        yield serve
 
 
-def test_without_metrics_no_bound_holds_and_the_log_says_so_once(monkeypatch):
-    logged = []
-    stub = SimpleNamespace(Logger=SimpleNamespace(log_warn=logged.append))
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)  # Triton's stub has it
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
-    monkeypatch.setenv(queues.METRICS, address)
-    assert [queues.waiting("tower") for _ in range(3)] == [0, 0, 0]
+@pytest.fixture
+def logged(monkeypatch):
+    """What is logged by way of the module that only Triton's stub has."""
+    lines = []
+    stub = SimpleNamespace(Logger=SimpleNamespace(log_warn=lines.append))
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
+    return lines
+
+
+def test_the_servers_metrics_tell(serve, monkeypatch):
+    monkeypatch.setenv(queues.METRICS, serve(METRICS.encode()))
+    metrics = Metrics()
+    assert [metrics.waiting(model) for model in ("tower", "tower_2", "clip_text")] == [3, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"\xff\xfe", 200, "tell nothing of tower"),
+        (METRICS.encode(), 503, "status 503"),
+        (METRICS.replace("tower", "other").encode(), 200, "tell nothing of tower"),
+    ],
+)
+def test_what_are_no_metrics_of_ours_is_logged_once(serve, logged, body, status, reason):
+    metrics = Metrics(serve(body, status))
+    assert [metrics.waiting("tower") for _ in range(3)] == [0, 0, 0]
     assert len(logged) == 1
-    assert f"no metrics of tower at {address}" in logged[0]
+    assert reason in logged[0]
     assert queues.METRICS in logged[0]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://localhost:8002/metrics", "..:8002", "nowhere.invalid:1", "127.0.0.1:1"]
+)
+def test_an_address_that_is_none_raises_nothing(logged, address):
+    assert Metrics(address).waiting("tower") == 0
+    assert address in logged[0]
+
+
+def test_metrics_that_never_answer_are_waited_for_once(logged):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        metrics = Metrics(f"127.0.0.1:{silent.getsockname()[1]}")
+        begin = time.monotonic()
+        assert [metrics.waiting("tower") for _ in range(50)] == [0] * 50
+        assert 0.4 < time.monotonic() - begin < 2
+    assert "timed out" in logged[0]

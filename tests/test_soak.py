@@ -14,9 +14,7 @@ WARM_UP_S = 60.0 if os.environ.get("CLIP_SOAK") else 8.0
 CONTROL_S = 20.0
 # The response cache is full during the warm-up: its 64 MiB would fill for half an hour.
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "cache_bytes": 1 << 20}
-WHOLE = (
-    '        return [answered("image_preprocess", self.respond, request) for request in requests]\n'
-)
+WHOLE = "        room = self.ahead.room(len(requests))\n"
 LEAKING = '        KEPT.append(b"x" * 100_000)\n' + WHOLE
 
 

@@ -218,7 +218,7 @@ class Refusal(Exception):  # noqa: N818  another model's error, with its code
 def infer(
     model: str, source: str, data: NDArray[Any], target: str, seconds: float = math.inf
 ) -> Any:
-    """Ask another model of this server; its queue drops what waits longer than `seconds`."""
+    """Ask another model; `image_preprocess` drops what waits for it longer than `seconds`."""
     response = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=[target],

@@ -272,8 +272,8 @@ def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
 def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
     """Neighbours differ in length, so a batcher that wants one shape would run each alone."""
     spec = tiny_bundle.manifest.text
-    full = np.full((64, spec.context_length), spec.end_id, np.int32)
-    rows = [full, full]  # which keep the tower busy while the others come
+    full = np.full((16, spec.context_length), spec.end_id, np.int32)
+    rows = [full] * 4  # which keep the tower busy while the others come
     for place in range(36):
         row = np.full((1, spec.buckets[place % len(spec.buckets)]), spec.pad_id, np.int32)
         row[0, :3] = (spec.start_id, 320 + place, spec.end_id)

@@ -91,7 +91,7 @@ class Plan:
         return cls(
             sweeps=sweeps,
             window_s=1.0,
-            compared_window_s=1.7,
+            compared_window_s=2.5,
             lowest_too=False,
             pictures=64,
             rounds=3,

@@ -131,7 +131,8 @@ def readme_part(results: Results, folder: str, report: str) -> str:
     lines = [
         _headline_table(list(headlines(results)), sources=False),
         f"{latency.bundle['name']} on {latency.environment['machine']}, "
-        f"{str(latency.environment['date'])[:10]}; medians, both sides in turns in one run. "
+        f"{str(latency.environment['date'])[:10]}; medians; `faster` is the median of ratios of "
+        "adjacent runs. "
         f"All runners, limits of the machine, stages, load and accuracy: [{report}]({report}).\n",
         f"![latency against batch]({folder}/latency.png)\n",
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 from PIL import Image
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from serving.client import ClipClient
 from serving.errors import ImageError, ServerError, TextError
@@ -130,17 +130,6 @@ def test_classify_equals_the_one_in_this_process(client, local):
     assert np.abs(other - served).max() > 1e-4
 
 
-def test_towers_batch_dynamically(server):
-    before = metric(server, "nv_inference_exec_count", "image_tower")
-    count = metric(server, "nv_inference_count", "image_tower")
-    pictures = [encoded(i, size=(900, 900)) for i in range(64)]
-    with ClipClient(server.grpc_url, batch_size=1, in_flight=16) as client:
-        client.embed_images(pictures)
-    executions = metric(server, "nv_inference_exec_count", "image_tower") - before
-    assert metric(server, "nv_inference_count", "image_tower") - count == 64
-    assert executions < 64
-
-
 def test_texts_are_cached_and_errors_are_not(server):
     hits = lambda: metric(server, "nv_cache_num_hits_per_model", "clip_text")  # noqa: E731
     with ClipClient(server.grpc_url) as client:
@@ -227,24 +216,28 @@ def test_truncate_keeps_what_fits(client, local):
         client.embed_texts([long])
 
 
-def answers_at_once(server, rows: list) -> list:
-    """Of the text tower itself, to token ids that are all sent before the first answer is awaited:
+TENSORS = {"image": ("pixels", "image_embeds"), "text": ("input_ids", "text_embeds")}
+
+
+def answers_at_once(server, modality: str, rows: list) -> list:
+    """Of a tower itself, to inputs that are all sent before the first answer is awaited:
     embeddings, or errors."""
+    given, asked = TENSORS[modality]
     answers: list = [None] * len(rows)
     done = threading.Semaphore(0)
     with tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
 
         def keep(index):
             def callback(result, error):
-                answers[index] = error or result.as_numpy("text_embeds")
+                answers[index] = error or result.as_numpy(asked)
                 done.release()
 
             return callback
 
         for index, row in enumerate(rows):
-            tensor = tritonclient.grpc.InferInput("input_ids", row.shape, "INT32")
+            tensor = tritonclient.grpc.InferInput(given, row.shape, np_to_triton_dtype(row.dtype))
             tensor.set_data_from_numpy(row)
-            raw.async_infer("text_tower", [tensor], keep(index))
+            raw.async_infer(f"{modality}_tower", [tensor], keep(index))
         for _ in rows:
             assert done.acquire(timeout=30)
     return answers
@@ -260,13 +253,27 @@ def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
         rows.append(row)
     rows[3][0, 1] = spec.vocab_size + 5
     rows[5][:] = 7
-    answers = answers_at_once(server, rows)
+    answers = answers_at_once(server, "text", rows)
     assert isinstance(answers[3], InferenceServerException)
     assert "expected 0 to 49407" in str(answers[3])
     assert isinstance(answers[5], InferenceServerException)
     assert "lack the end-of-text token" in str(answers[5])
     for index in (0, 1, 2, 4, 6, 7):
         assert answers[index].shape == (1, 32)
+
+
+def test_pictures_share_batches(server, tiny_bundle):
+    side = tiny_bundle.manifest.image.size
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 3, side, side), np.uint8)
+    # Full batches first, which keep the tower busy while the others come.
+    rows = [pixels[first : first + 16] for first in (0, 16, 32, 48)]
+    rows += [pixels[place : place + 1] for place in range(64, 100)]
+    with open_runner(tiny_bundle, "image", "onnxruntime:fp32") as runner:
+        expected = runner.run(pixels)
+    before = metric(server, "nv_inference_exec_count", "image_tower")
+    answers = answers_at_once(server, "image", rows)
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
+    assert metric(server, "nv_inference_exec_count", "image_tower") - before < len(rows) - 10
 
 
 def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
@@ -281,7 +288,7 @@ def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
     with open_runner(tiny_bundle, "text", "onnxruntime:fp32") as runner:
         expected = np.concatenate([runner.run(row) for row in rows])
     before = metric(server, "nv_inference_exec_count", "text_tower")
-    answers = answers_at_once(server, rows)
+    answers = answers_at_once(server, "text", rows)
     np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
     assert metric(server, "nv_inference_exec_count", "text_tower") - before < len(rows) - 10
 

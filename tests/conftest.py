@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,13 +52,41 @@ def vocabulary() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory, vocabulary) -> Path:
+def once(tmp_path_factory):
+    """`with once(name) as path:` a place that all processes of a run share, one at a time.
+
+    Who finds nothing there makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(name):
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder / name
+
+    return locked
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(once, vocabulary) -> Path:
     """A Hugging Face CLIP directory: 32 px in 8 px patches, two layers and heads a tower."""
+    with once("checkpoint") as folder:
+        path = folder / "tiny-clip"
+        if not path.exists():
+            unfinished = folder / "unfinished"
+            save_tiny_checkpoint(unfinished, vocabulary)
+            unfinished.rename(path)
+    return path
+
+
+def save_tiny_checkpoint(path: Path, vocabulary: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     from export.vocabulary import openai_tokenizer
 
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny-clip"
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 256,
@@ -81,20 +110,15 @@ def tiny_checkpoint(tmp_path_factory, vocabulary) -> Path:
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"}
     assert {file.name for file in path.iterdir()} == expected
     assert json.loads((path / "config.json").read_text())["model_type"] == "clip"
-    return path
 
 
 @pytest.fixture(scope="session")
-def kept_graphs(tmp_path_factory):
+def kept_graphs(once):
     """`export.to_onnx.export_onnx` that traces a tower once for all tests and processes of a run.
 
     For tests that need a graph, and do not look at how it is made.
     """
     from export.to_onnx import export_onnx
-
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
-    folder.mkdir(exist_ok=True)
 
     def export(tower, path, metadata):
         key = hashlib.sha256(
@@ -102,9 +126,7 @@ def kept_graphs(tmp_path_factory):
         )
         for name, tensor in tower.state_dict().items():
             key.update(name.encode() + tensor.numpy().tobytes())
-        kept = folder / f"{key.hexdigest()}.onnx"
-        with kept.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with once(f"{key.hexdigest()}.onnx") as kept:
             if not kept.exists():
                 assert export_onnx(tower, kept, metadata) == [kept]
         shutil.copyfile(kept, path)
@@ -130,9 +152,12 @@ def quick_build(kept_graphs):
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
+def tiny_bundle(tiny_checkpoint, quick_build, once):
     """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
-    return quick_build(tiny_checkpoint, tmp_path_factory.mktemp("artifacts") / "tiny-clip")
+    from serving.bundle import Bundle
+
+    with once("tiny-clip") as path:
+        return Bundle.open(path) if path.exists() else quick_build(tiny_checkpoint, path)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ if importlib.util.find_spec("pytriton") is None:
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 SIGTERM_ROUNDS = 10 if SOAK else 1
 DEADLINE_S = 20.0
+FAILURES = (InferenceServerException, OSError, HTTPException)  # of tritonclient's clients
 RECOVERY_S = 90.0
 """Generous: other tests may have the machine's CPUs meanwhile."""
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
@@ -156,7 +158,7 @@ def test_requests_under_way_in_a_killed_process_end(repository, model, figure):
                     try:
                         asked = "clip_zero_shot" if model == "clip_zero_shot" else "clip_image"
                         ask(asked, 1000 * number + turn, picture=LARGE, many=4)
-                    except (InferenceServerException, OSError) as error:
+                    except FAILURES as error:
                         ends.append((time.monotonic() - start, str(error)))
                         return
 
@@ -239,7 +241,7 @@ def seconds_until(action):
     while True:
         try:
             action()
-        except (ServerError, InferenceServerException, OSError):
+        except (ServerError, *FAILURES):
             assert time.monotonic() - start < RECOVERY_S
             time.sleep(0.1)
         else:
@@ -398,7 +400,7 @@ def under_load(running, keep_sending):
                 start, error = time.monotonic(), None
                 try:
                     ask(model, 10_000 * number + turn, picture=LARGE, many=4)
-                except (InferenceServerException, OSError) as failure:
+                except FAILURES as failure:
                     error = str(failure)
                 ends.append((start, time.monotonic(), model, error))
                 if turn == 0:

@@ -74,6 +74,8 @@ def latency(
         print(json.dumps(found.document))
     else:
         out.print(summary(found))
+    if warning := found.disturbed():
+        log.print(f"[yellow]{warning}[/]")
     if done.returncode:
         raise RunnerError(f"not all could be measured: see above; {output} holds the rest")
 

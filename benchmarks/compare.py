@@ -68,6 +68,11 @@ def compare(old: Path, new: Path, threshold: float = 0.15) -> Comparison:
         warnings.append(f"different machines ({was}; {now}): ratios need not agree")
     if before.bundle["weights_sha256"] != after.bundle["weights_sha256"]:
         warnings.append(f"different weights: {before.bundle['name']}, {after.bundle['name']}")
+    warnings += [
+        f"{path}: {warning}"
+        for path, results in ((old, before), (new, after))
+        if (warning := results.disturbed())
+    ]
     return Comparison(
         threshold=threshold,
         changes=[_change(first[name], second[name], threshold) for name in both],

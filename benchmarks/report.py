@@ -111,7 +111,7 @@ def markdown(results: Results, folder: str) -> str:
     parts += machine_section(results.environment)
     rows = list(headlines(results))
     if rows:
-        parts += ["## In short\n", _headline_table(rows, sources=True)]
+        parts += ["## In short\n", _headline_table(rows, sources=True), *_warned(results.latency)]
     if results.latency is not None:
         parts += latency_section(results.latency, folder)
     if results.served is not None:
@@ -130,6 +130,7 @@ def readme_part(results: Results, folder: str, report: str) -> str:
         raise InputError("the README's part needs a latency.json")
     lines = [
         _headline_table(list(headlines(results)), sources=False),
+        *_warned(latency),
         f"{latency.bundle['name']} on {latency.environment['machine']}, "
         f"{str(latency.environment['date'])[:10]}; medians; `faster` is the median of ratios of "
         "adjacent runs. "
@@ -137,6 +138,11 @@ def readme_part(results: Results, folder: str, report: str) -> str:
         f"![latency against batch]({folder}/latency.png)\n",
     ]
     return "\n".join(lines)
+
+
+def _warned(latency: Latency | None) -> Iterator[str]:
+    if latency is not None and (warning := latency.disturbed()):
+        yield f"**Careful:** {warning}.\n"
 
 
 def headlines(results: Results) -> Iterator[Headline]:

@@ -17,6 +17,9 @@ from serving.errors import InputError
 Document = dict[str, Any]
 
 _RESAMPLES = 2000
+_UNQUIET = 1.5
+"""A reference that moves by more says that something else used the machine: of three runs on 2 CPUs
+of a shared host it moved by 1.3, 1.4 and 2.0, and a ratio of the last was 1.6 times the others'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +130,15 @@ class Latency:
             work = tuple(one.facts[key] for key in ("tower", "batch", "length"))
             medians.setdefault(work, []).append(median(one.reference_seconds))
         return max((max(times) / min(times) for times in medians.values()), default=1.0)
+
+    def disturbed(self) -> str | None:
+        """A warning, where the reference moved so far that ratios are not to be relied on."""
+        if (drift := self.drift()) <= _UNQUIET:
+            return None
+        return (
+            f"the machine was not quiet: the time of the same work by eager fp32 moved by "
+            f"{drift:.2f}x over the run; measure again before relying on a ratio"
+        )
 
     def itself(self) -> tuple[float, float]:
         """Lowest and highest ratio of the reference to itself, measured like any runner."""

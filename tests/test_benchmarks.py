@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.compare import compare
 from benchmarks.latency import FULL, SHORT, Turns, Work, batch_of, wanted
-from benchmarks.report import BEGIN, END, Results, headlines, write_report
+from benchmarks.report import BEGIN, END, Results, headlines, markdown, readme_part, write_report
 from benchmarks.results import Latency
 from serving.errors import InputError
 
@@ -123,6 +123,24 @@ def test_a_report_is_made_of_entries(folder, tmp_path):
     assert "old" not in part
     assert [f"{float(ratio)}x" in part for ratio, _ in rows] == [True] * 4
     assert "The reference measured against itself" in text
+
+
+@pytest.mark.parametrize(("slower", "warned"), [(1.4, False), (1.6, True)])
+def test_a_machine_that_was_not_quiet_is_told(folder, tmp_path, slower, warned):
+    """One row's reference took so many times as long as the others' of the same work."""
+    document = json.loads((folder / "latency.json").read_text())
+    for entry in document["benchmarks"]:
+        facts = entry["extra_info"]
+        if facts.get("kind") == "tower":
+            this = (facts["runner"], facts["tower"]) == ("onnxruntime:fp32", "image")
+            rounds = len(facts["reference_seconds"])
+            facts["reference_seconds"] = [slower if this else 1.0] * rounds
+    (tmp_path / "latency.json").write_text(json.dumps(document))
+    results = Results.of(tmp_path)
+    told = f"by eager fp32 moved by {slower:.2f}x over the run; measure again"
+    for text in (markdown(results, "."), readme_part(results, ".", "RESULTS.md")):
+        assert (told in text) == warned
+    assert any(told in warning for warning in compare(tmp_path, tmp_path).warnings) == warned
 
 
 def test_a_readme_without_a_place_is_left_alone(folder, tmp_path):

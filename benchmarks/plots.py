@@ -245,8 +245,8 @@ def _served(served: Document) -> Any:
                     one["concurrency"], color=colours[one["protocol"]], alpha=0.35, linestyle=":"
                 )
         axes[0][column].set_title(f"{model}, one item a request")
-        axes[0][column].set_ylim(bottom=0)
-        axes[1][column].set_ylim(bottom=0)
+        for axis in axes[:, column]:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axes[1][column].set_xscale("log", base=2)
         ticks = sorted({p["load"] for p in points if p["model"] == model})
         axes[1][column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])

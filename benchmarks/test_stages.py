@@ -113,7 +113,8 @@ def _text_calls(
     peer = inputs.peer()
     tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
     strings = [_caption(tokenizer, number) for number in range(TEXTS)]
-    ids, padded = tokenizer(strings), peer.texts(strings, "max_length")
+    rows, padded = tokenizer.encode(strings), peer.texts(strings, "max_length")
+    ids = tokenizer.padded(rows, max(map(len, rows)))  # as LocalClip runs them, to no bucket
 
     def theirs(padding: Any) -> Any:
         return peer.embed("text", peer.texts(strings, padding))

@@ -2,7 +2,8 @@
 
 The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
 round runs the reference, then the runner. Either runs untimed before it is timed, for what the
-other left behind: its weights in the caches, its threads spinning. What can be compared between
+other left behind, its weights in the caches and its threads spinning; those of ONNX Runtime spin so
+long that the reference waits for them. What can be compared between
 runs and machines is the ratio of the two within a round, its median over the rounds.
 """
 
@@ -39,6 +40,9 @@ _LONG_ONLY = ("compiled*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:f
 _SETTLE_SECONDS, _SETTLE_RUNS = 0.15, 10
 """Untimed runs go on for so long, or for so many; a run that takes longer needs none. (An int8 text
 tower after eager float32: its quartiles 28 to 47 ms after one untimed run, 27 to 30 after five.)"""
+_REST_SECONDS = 0.08
+"""Before the reference. ONNX Runtime's threads spin for 50 ms after a run, on CPUs that the reference
+wants: eager float32 took 190 to 270 ms for a picture then, and 110 to 140 otherwise."""
 _SLOW_SECONDS = 1.5
 """A turn that takes longer is repeated less."""
 
@@ -191,7 +195,7 @@ class Turns:
         self._reference_untimed, cost = _settling(self._refer())
         _seconds(call)  # the first: allocation, compilation
         self._untimed, more = _settling(_seconds(call))
-        self._turn = cost + more
+        self._turn = _REST_SECONDS + cost + more
 
     def rounds(self, budget: float) -> int:
         """How many fit into `budget` seconds; 15 at most, 5 at least, of slow ones 3."""
@@ -205,6 +209,7 @@ class Turns:
 
     def setup(self) -> None:
         """The reference timed, and all untimed runs."""
+        time.sleep(_REST_SECONDS)
         for _ in range(self._reference_untimed):
             self._reference()
         self.reference_seconds.append(self._refer())

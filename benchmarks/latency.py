@@ -3,8 +3,8 @@
 The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
 round runs the reference, then the runner. Either runs untimed before it is timed, for what the
 other left behind, its weights in the caches and its threads spinning; those of ONNX Runtime spin so
-long that the reference waits for them. What can be compared between
-runs and machines is the ratio of the two within a round, its median over the rounds.
+long that the reference waits for them. What can be compared between runs and machines is the ratio
+of the two within a round, its median over the rounds.
 """
 
 import math
@@ -41,8 +41,8 @@ _SETTLE_SECONDS, _SETTLE_RUNS = 0.15, 10
 """Untimed runs go on for so long, or for so many; a run that takes longer needs none. (An int8 text
 tower after eager float32: its quartiles 28 to 47 ms after one untimed run, 27 to 30 after five.)"""
 _REST_SECONDS = 0.08
-"""Before the reference. ONNX Runtime's threads spin for 50 ms after a run, on CPUs that the reference
-wants: eager float32 took 190 to 270 ms for a picture then, and 110 to 140 otherwise."""
+"""Before the reference. ONNX Runtime's threads spin for 50 ms after a run, on CPUs that the
+reference wants: eager float32 took 190 to 270 ms for a picture then, and 110 to 140 otherwise."""
 _SLOW_SECONDS = 1.5
 """A turn that takes longer is repeated less."""
 

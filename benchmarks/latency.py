@@ -42,7 +42,7 @@ _SETTLE_SECONDS, _SETTLE_RUNS = 0.15, 10
 tower after eager float32: its quartiles 28 to 47 ms after one untimed run, 27 to 30 after five.)"""
 _REST_SECONDS = 0.08
 """Before the reference. ONNX Runtime's threads spin for 50 ms after a run, on CPUs that the
-reference wants: eager float32 took 190 to 270 ms for a picture then, and 110 to 140 otherwise."""
+reference wants: eager float32 took up to 267 ms for a picture then, and 100 to 160 otherwise."""
 _SLOW_SECONDS = 1.5
 """A turn that takes longer is repeated less."""
 

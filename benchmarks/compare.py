@@ -1,7 +1,7 @@
 """What changed between two results, beyond their noise: for CI on any machine.
 
 Compared are ratios to the reference, which ran in turns with what it is compared to, so a machine
-that is slower as a whole today changes nothing. The rounds of both are drawn again many times
+that is slower as a whole today changes nothing. The turns of both are drawn again many times
 (bootstrap); a change counts as slower when it lies past the threshold and all but 2.5 % of the
 draws are slower at all.
 """

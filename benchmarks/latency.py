@@ -1,10 +1,10 @@
 """What `test_latency.py` times: works, and every runner that can do them.
 
-The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower: each
-round runs the reference, then the runner. Either runs untimed before it is timed, for what the
-other left behind, its weights in the caches and its threads spinning; those of ONNX Runtime spin so
-long that the reference waits for them. What can be compared between runs and machines is the ratio
-of the two within a round, its median over the rounds.
+The machine drifts, so a runner takes turns with the reference, PyTorch's eager float32 tower. In
+its turn either runs untimed before it is timed, for what the other left behind, its weights in the
+caches and its threads spinning; those of plain ONNX Runtime spin so long that the reference waits
+for them. What can be compared between runs and machines is the ratio of the two in adjacent turns,
+its median over the turns.
 """
 
 import math
@@ -37,14 +37,15 @@ NAMES = (REFERENCE, *TORCH, *CUDA, *PEERS, *RUNNERS)
 _LONG_ONLY = ("compiled*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:fp16")
 """Left to the full matrix: minutes of compilation, and graphs for GPUs on a CPU."""
 
-_SETTLE_SECONDS, _SETTLE_RUNS = 0.15, 10
-"""Untimed runs go on for so long, or for so many; a run that takes longer needs none. (An int8 text
-tower after eager float32: its quartiles 28 to 47 ms after one untimed run, 27 to 30 after five.)"""
+_TURN_SECONDS, _TURN_RUNS = 0.15, 10
+"""A turn lasts about so long and has so many runs at most, and one more; the first half is not
+timed. Of runs that take longer it has one. (An int8 text tower after eager float32: its quartiles
+28 to 47 ms after one untimed run, 27 to 30 after five.)"""
 _REST_SECONDS = 0.08
-"""Before the reference. ONNX Runtime's threads spin for 50 ms after a run, on CPUs that the
+"""Before the reference. Threads of plain ONNX Runtime spin for 50 ms after a run, on CPUs that the
 reference wants: eager float32 took up to 267 ms for a picture then, and 100 to 160 otherwise."""
 _SLOW_SECONDS = 1.5
-"""A turn that takes longer is repeated less."""
+"""Two turns that take longer are repeated less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,25 +183,28 @@ def batch_of(bundle: Bundle, work: Work, *, padded: bool = False) -> Batch:
 
 
 class Turns:
-    """Runs of a call and of a reference in turn; see this module's docstring.
+    """Turns of a call and of a reference; see this module's docstring.
 
-    `setup` is what pytest-benchmark's pedantic mode calls before each round.
+    `setup` is what pytest-benchmark's pedantic mode calls before each round. A round is one run.
     """
 
     def __init__(self, reference: Callable[[], Any], call: Callable[[], Any]) -> None:
         self._reference, self._call = reference, call
         self.reference_result: Any = None
-        self.reference_seconds: list[float] = []
-        """Of every round."""
-        self._reference_untimed, cost = _settling(self._refer())
+        self.reference_seconds: list[list[float]] = []
+        """Of every turn."""
+        seconds = self._refer()
+        self._reference_untimed, self._reference_timed = _turn_of(seconds)
         _seconds(call)  # the first: allocation, compilation
-        self._untimed, more = _settling(_seconds(call))
-        self._turn = _REST_SECONDS + cost + more
+        more = _seconds(call)
+        self._untimed, self._timed = _turn_of(more)
+        self._both = _REST_SECONDS + sum(_turn_of(seconds)) * seconds + sum(_turn_of(more)) * more
+        self._rounds = 0
 
     def rounds(self, budget: float) -> int:
-        """How many fit into `budget` seconds; 15 at most, 5 at least, of slow ones 3."""
-        least = 3 if self._turn > _SLOW_SECONDS else 5
-        return min(15, max(least, int(budget / self._turn)))
+        """Of as many turns as fit into `budget` seconds; 15 at most, 5 at least, of slow ones 3."""
+        least = 3 if self._both > _SLOW_SECONDS else 5
+        return min(15, max(least, int(budget / self._both))) * self._timed
 
     def _refer(self) -> float:
         start = time.perf_counter()
@@ -208,20 +212,22 @@ class Turns:
         return time.perf_counter() - start
 
     def setup(self) -> None:
-        """The reference timed, and all untimed runs."""
-        time.sleep(_REST_SECONDS)
-        for _ in range(self._reference_untimed):
-            self._reference()
-        self.reference_seconds.append(self._refer())
-        for _ in range(self._untimed):
-            self._call()
+        """Where a turn begins, the reference's own, and the untimed runs."""
+        if self._rounds % self._timed == 0:
+            time.sleep(_REST_SECONDS)
+            for _ in range(self._reference_untimed):
+                self._reference()
+            self.reference_seconds.append([self._refer() for _ in range(self._reference_timed)])
+            for _ in range(self._untimed):
+                self._call()
+        self._rounds += 1
 
 
-def _settling(seconds: float) -> tuple[int, float]:
-    """Untimed runs before a timed one that takes `seconds`, and what all take together."""
-    settle = math.ceil(_SETTLE_SECONDS / seconds)
-    untimed = 0 if settle == 1 else min(settle, _SETTLE_RUNS)
-    return untimed, (untimed + 1) * seconds
+def _turn_of(seconds: float) -> tuple[int, int]:
+    """Untimed and timed runs of a turn of something that takes so long."""
+    settle = math.ceil(_TURN_SECONDS / seconds)
+    runs = 1 if settle == 1 else min(settle, _TURN_RUNS) + 1
+    return runs // 2, runs - runs // 2
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -133,7 +133,7 @@ def readme_part(results: Results, folder: str, report: str) -> str:
         *_warned(latency),
         f"{latency.bundle['name']} on {latency.environment['machine']}, "
         f"{str(latency.environment['date'])[:10]}; medians; `faster` is the median of ratios of "
-        "adjacent runs. "
+        "adjacent turns. "
         f"All runners, limits of the machine, stages, load and accuracy: [{report}]({report}).\n",
         f"![latency against batch]({folder}/latency.png)\n",
     ]

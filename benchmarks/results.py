@@ -29,8 +29,9 @@ class Timed:
     name: str
     """Of the entry, as pytest-benchmark calls it: what it can be found by."""
     seconds: tuple[float, ...]
-    reference_seconds: tuple[float, ...]
-    """Of the same rounds."""
+    """Of all runs, turn after turn, each of as many."""
+    reference_seconds: tuple[tuple[float, ...], ...]
+    """Of the runs of each turn."""
     facts: Document
     """What the test told of it: `extra_info`."""
 
@@ -42,11 +43,11 @@ class Timed:
     @property
     def reference_milliseconds(self) -> float:
         """Median."""
-        return median(self.reference_seconds) * 1e3
+        return float(np.median(self.reference_seconds)) * 1e3
 
     @property
     def ratio(self) -> float:
-        """How many times faster than the reference: in a round, whose runs are adjacent; median."""
+        """How many times faster than the reference: median over pairs of adjacent turns."""
         return float(np.median(self._quotients()))
 
     @property
@@ -56,15 +57,16 @@ class Timed:
         return float((high - low) / median(self.seconds))
 
     def ratios(self, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """`ratio` of rounds drawn again (bootstrap): float64 [resamples]."""
+        """`ratio` of turns drawn again (bootstrap): float64 [resamples]."""
         every = self._quotients()
         drawn = rng.integers(0, len(every), (_RESAMPLES, len(every)))
         ratios: np.ndarray[Any, np.dtype[np.float64]] = np.median(every[drawn], axis=1)
         return ratios
 
     def _quotients(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        ours = np.reshape(self.seconds, (len(self.reference_seconds), -1))
         every: np.ndarray[Any, np.dtype[np.float64]] = np.divide(
-            self.reference_seconds, self.seconds
+            np.median(self.reference_seconds, axis=1), np.median(ours, axis=1)
         )
         return every
 
@@ -128,7 +130,7 @@ class Latency:
         medians: dict[Any, list[float]] = {}
         for one in self.towers:
             work = tuple(one.facts[key] for key in ("tower", "batch", "length"))
-            medians.setdefault(work, []).append(median(one.reference_seconds))
+            medians.setdefault(work, []).append(one.reference_milliseconds)
         return max((max(times) / min(times) for times in medians.values()), default=1.0)
 
     def disturbed(self) -> str | None:
@@ -163,11 +165,11 @@ def read(file: Path) -> Document:
 
 def _timed(entry: Document) -> Timed:
     facts = dict(entry["extra_info"])
-    reference = facts.pop("reference_seconds", entry["stats"]["data"])
+    reference = facts.pop("reference_seconds", [entry["stats"]["data"]])
     return Timed(
         name=entry["name"],
         seconds=tuple(entry["stats"]["data"]),
-        reference_seconds=tuple(reference),
+        reference_seconds=tuple(map(tuple, reference)),
         facts=facts,
     )
 

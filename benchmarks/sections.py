@@ -204,8 +204,8 @@ def noise_section(latency: Latency) -> Iterator[str]:
     yield "## Noise\n"
     yield (
         f"The reference measured against itself: {low:.2f} to {high:.2f}. Its median moved by up "
-        f"to {latency.drift():.2f}x within one work over the run, which is why ratios are of rounds"
-        f" in turns. Half of the entries spread (between quartiles) by less than "
+        f"to {latency.drift():.2f}x within one work over the run, which is why ratios are of "
+        f"adjacent turns. Half of the entries spread (between quartiles) by less than "
         f"{spreads[len(spreads) // 2]:.0%}, the worst by {spreads[-1]:.0%}. The machine itself, at "
         "the beginning and at the end: "
         + "; ".join(

@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,8 @@ def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
 class Slow:
     """A runner that takes its time; a different one at each run."""
 
-    def __init__(self, runner, milliseconds: list[float]) -> None:
-        self.runner, self.waits = runner, iter(milliseconds)
+    def __init__(self, runner, milliseconds: Iterator[float]) -> None:
+        self.runner, self.waits = runner, milliseconds
 
     def __enter__(self):
         self.runner.__enter__()
@@ -51,7 +52,7 @@ class Slow:
         return self.runner.run(batch)
 
 
-def slow_down(monkeypatch, waits: dict[str, list[float]]) -> None:
+def slow_down(monkeypatch, waits: dict[str, Iterator[float]]) -> None:
     def opened(bundle, tower, name):
         runner = open_runner(bundle, tower, name)
         return Slow(runner, waits[name]) if name in waits else runner
@@ -96,19 +97,57 @@ def test_what_this_environment_has_not_is_not_among_them(tiny_bundle, monkeypatc
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_the_fastest_is_first(tiny_bundle, monkeypatch, tower):
     names = ["onnxruntime:fp32", "openvino:fp32", "openvino:int8"]
-    slow_down(monkeypatch, {names[0]: [60] * 9, names[1]: [0] * 9, names[2]: [30] * 9})
+    slow_down(monkeypatch, {name: repeat(ms) for name, ms in zip(names, (60, 0, 30), strict=True)})
     timed = time_runners(tiny_bundle, tower, names)
     assert [latency.runner for latency in timed] == [names[1], names[2], names[0]]
     assert 0 < timed[0].milliseconds < 30 <= timed[1].milliseconds < 60 <= timed[2].milliseconds
     assert {(t.tower, t.batch, t.machine) for t in timed} == {(tower, BATCH, describe())}
 
 
+LOOKS = 1 + 2 * 2
+"""Runs before the turns: one for allocation, and twice one that warms caches, one that counts."""
+
+
 def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
-    """Two slow first runs and three outliers among seven say nothing."""
-    waits = [200, 200, 150, 20, 20, 150, 20, 20, 150]
+    """Slow first runs and three outliers among seven say nothing."""
+    counted = chain.from_iterable((0, wait) for wait in (150, 20, 20, 150, 20, 20, 150))
+    waits = chain([140] * LOOKS, counted)
     slow_down(monkeypatch, {"onnxruntime:fp32": waits})
     (latency,) = time_runners(tiny_bundle, "image", ["onnxruntime:fp32"])
     assert 20 <= latency.milliseconds < 100
+
+
+def test_a_busy_second_does_not_decide(tiny_bundle, monkeypatch):
+    """The faster one is looked at while the machine is busy; in turns it is the faster one."""
+    names = ["onnxruntime:fp32", "openvino:fp32"]
+    waits = {names[0]: repeat(60), names[1]: chain([75] * LOOKS, repeat(30))}
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == [names[1], names[0]]
+    assert 30 <= timed[0].milliseconds < 60 <= timed[1].milliseconds
+
+
+def test_turns_that_are_busy_alike(tiny_bundle, monkeypatch):
+    """Three slow rounds of seven leave the order as it is."""
+    names, busy = ["onnxruntime:fp32", "openvino:fp32"], [110] * (2 * 3)
+    waits = {
+        names[0]: chain([30] * LOOKS, busy, repeat(30)),
+        names[1]: chain([55] * LOOKS, busy, repeat(55)),
+    }
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == names
+    assert timed[1].milliseconds < 110
+
+
+def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
+    """After the looks, for which alone it has waits; before or after those that are near."""
+    names = ["openvino:int8", "openvino:fp32", "onnxruntime:int8"]
+    for order in (names, names[::-1]):
+        waits = {names[0]: repeat(30), names[1]: repeat(50), names[2]: repeat(120, LOOKS)}
+        slow_down(monkeypatch, waits)
+        timed = time_runners(tiny_bundle, "image", order)
+        assert [latency.runner for latency in timed] == names
 
 
 def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:

@@ -3,10 +3,10 @@
     python killed_writes.py assemble BUNDLE WORK KILLS
     python killed_writes.py export CHECKPOINT BUNDLE WORK KILLS
 
-Each run happens in a fork of this process and dies by SIGKILL: an assembly at one of its file
-operations or after a random time, an export a random time after one of its steps. What is left must
-be an output, whole; in the end a run must succeed, and leave nothing of all that behind. Prints, as
-JSON, how the runs ended.
+Each run happens in a fork of this process and dies by SIGKILL, after a random part of the time that
+a whole one takes; an assembly also at one of its file operations. What is left must be an output,
+whole; in the end a run must succeed, and leave nothing of all that behind. Prints, as JSON, how the
+runs ended.
 """
 
 import functools
@@ -17,7 +17,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -94,20 +93,6 @@ def killed_at(operation, change):
     return True
 
 
-def killed_in(step, seconds, checkpoint, target):
-    """Kill an export so many seconds after it tells of its step number `step`."""
-
-    def progress(text, done=0, total=0):
-        nonlocal step
-        step -= 1
-        if step == 0:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    status = os.waitpid(forked(build, checkpoint, target, progress, Options(kinds=())), 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status == signal.SIGKILL
-
-
 def survived(work, kills, check, again):
     """Do all `kills` over one output, looking at it after each; then a whole run."""
     told = {"kills": 0, "changed": 0, "littered": 0}
@@ -147,12 +132,12 @@ def assembled(bundle, work, count):
 def exported(source, bundle, work, count):
     checkpoint, target, rng = load_checkpoint(str(source)), work / "target", random.Random(0)
     shutil.copytree(bundle, target)
+    change = functools.partial(build, checkpoint, target, silent, Options(kinds=()))
+    _, seconds = counted(change)
     kills = [
-        functools.partial(killed_in, rng.randint(1, 5), rng.uniform(0, 1.5), checkpoint, target)
-        for _ in range(count)
+        functools.partial(killed_after, rng.uniform(0, 0.9 * seconds), change) for _ in range(count)
     ]
-    again = functools.partial(build, checkpoint, target, silent, Options(kinds=()))
-    return survived(work, kills, check_bundle, again)
+    return survived(work, kills, check_bundle, change)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Bulk embedding on a real Ray: every source, bad files, killed workers and jobs, refusals."""
 
+import faulthandler
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 from PIL import Image
 
 from serving.bulk import bulk_embed
@@ -40,7 +42,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(request):
     """One Ray for the module; `bulk_embed` takes the one that runs."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     import ray
@@ -55,6 +57,8 @@ def cluster():
     )
     yield
     ray.shutdown()
+    # Ray (2.60) takes the handlers of crashes away: a later one would end pytest without a word.
+    faulthandler.enable(request.config.stash[fault_handler_stderr_fd_key])
 
 
 @pytest.fixture(scope="module")

@@ -124,9 +124,11 @@ def _race(
             for far in [one for one in near if looks[one] > _NEAR * min(looks.values())]:
                 near.pop(far)[1].close()
         times = _in_turns({name: runner for name, (runner, _) in near.items()}, batch)
-    ranked = sorted(times, key=times.__getitem__)
-    ranked += sorted(looks.keys() - times.keys(), key=looks.__getitem__)
-    return {name: (looks | times)[name] * 1e3 for name in ranked}, errors
+    seconds = looks | times
+    # A look may have been in a better moment than the turns: only who took turns can be first.
+    first = min(times, key=times.__getitem__, default="")
+    ranked = sorted(seconds, key=lambda name: (name != first, seconds[name]))
+    return {name: seconds[name] * 1e3 for name in ranked}, errors
 
 
 def _in_turns(runners: Mapping[str, Runner], batch: Batch) -> dict[str, float]:

@@ -150,6 +150,16 @@ def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
         assert [latency.runner for latency in timed] == names
 
 
+def test_a_look_makes_no_one_the_first(tiny_bundle, monkeypatch):
+    """The machine gets busy after the looks, of which the slow one has had its."""
+    names = ["openvino:int8", "onnxruntime:int8"]
+    waits = {names[0]: chain([10] * LOOKS, repeat(120)), names[1]: repeat(60, LOOKS)}
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == names
+    assert 60 <= timed[1].milliseconds < 120 <= timed[0].milliseconds
+
+
 def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:
     """A copy whose graph `name` is vouched for, and cannot be run."""
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))

@@ -37,7 +37,7 @@ NAMES = (REFERENCE, *TORCH, *CUDA, *PEERS, *RUNNERS)
 _LONG_ONLY = ("compiled*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:fp16")
 """Left to the full matrix: minutes of compilation, and graphs for GPUs on a CPU."""
 
-_TURN_SECONDS, _TURN_RUNS = 0.15, 10
+_TURN_SECONDS, _TURN_RUNS = 0.15, 30
 """A turn lasts about so long and has so many runs at most, and one more; the first half is not
 timed. Of runs that take longer it has one. (An int8 text tower after eager float32: its quartiles
 28 to 47 ms after one untimed run, 27 to 30 after five.)"""

@@ -267,19 +267,19 @@ def test_short_and_padded_texts_are_the_same_texts(tiny_bundle):
 def test_turns_alternate():
     told = []
     turns = Turns(lambda: told.append("reference"), lambda: told.append("mine"))
-    assert turns.rounds(1e-9) == 5 * 6  # half of eleven runs are timed
+    assert turns.rounds(1e-9) == 5 * 16  # half of 31 runs are timed
     turns._both = 2.0
-    assert turns.rounds(1e-9) == 3 * 6
-    assert turns.rounds(20.0) == 10 * 6
+    assert turns.rounds(1e-9) == 3 * 16
+    assert turns.rounds(20.0) == 10 * 16
     turns._both = 1e-6
-    assert turns.rounds(1e9) == 15 * 6
+    assert turns.rounds(1e9) == 15 * 16
     told.clear()
-    for _ in range(7):
+    for _ in range(17):
         turns.setup()
         told.append("timed")
-    turn = ["reference"] * 11 + ["mine"] * 5 + ["timed"] * 6
-    assert told == (turn * 2)[: 11 + 5 + 6 + 11 + 5 + 1]
-    assert list(map(len, turns.reference_seconds)) == [6, 6]
+    turn = ["reference"] * 31 + ["mine"] * 15 + ["timed"] * 16
+    assert told == (turn * 2)[: 31 + 15 + 16 + 31 + 15 + 1]
+    assert list(map(len, turns.reference_seconds)) == [16, 16]
 
 
 def test_slow_runs_need_no_untimed_ones():

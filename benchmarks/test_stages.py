@@ -111,8 +111,9 @@ def _text_calls(
     bundle: Bundle, inputs: Inputs, run: Callable[[Any], Any], clip: LocalClip
 ) -> dict[str, Callable[[], Any]]:
     peer = inputs.peer()
-    tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-    strings = [_caption(tokenizer, number) for number in range(TEXTS)]
+    spec = bundle.manifest.text
+    tokenizer = Tokenizer(bundle.tokenizer, spec)
+    strings = [caption(tokenizer, spec.context_length, number) for number in range(TEXTS)]
     rows, padded = tokenizer.encode(strings), peer.texts(strings, "max_length")
     ids = tokenizer.padded(rows, max(map(len, rows)))  # as LocalClip runs them, to no bucket
 
@@ -130,13 +131,14 @@ def _text_calls(
     }
 
 
-def _caption(tokenizer: Tokenizer, number: int) -> str:
+def caption(tokenizer: Tokenizer, context_length: int, number: int) -> str:
     """As many words as TOKENS hold: a tokenizer without a vocabulary has one a letter."""
     words = _WORDS[number:] + _WORDS[:number]
+    most = min(TOKENS, context_length - 1)  # what is cut off below would fill the context
     fitting = [
         text
         for count in range(1, len(words))
-        if len(tokenizer.encode([text := " ".join(words[:count])])[0]) <= TOKENS
+        if len(tokenizer.encode([text := " ".join(words[:count])], truncate=True)[0]) <= most
     ]
     return fitting[-1] if fitting else words[0]
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,9 @@ from benchmarks.compare import compare
 from benchmarks.latency import FULL, SHORT, Turns, Work, batch_of, wanted
 from benchmarks.report import BEGIN, END, Results, headlines, markdown, readme_part, write_report
 from benchmarks.results import Latency, Timed
+from benchmarks.test_stages import caption
 from serving.errors import InputError
+from serving.tokenizer import Tokenizer
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RUNNERS = ("eager:fp32", "onnxruntime:fp32", "transformers*", "onnxruntime-plain:fp32")
@@ -262,6 +265,14 @@ def test_short_and_padded_texts_are_the_same_texts(tiny_bundle):
     assert np.array_equal(cut, full[:, :9])
     assert (full[:, 9:] == tiny_bundle.manifest.text.pad_id).all()
     assert (cut[:, -1] == tiny_bundle.manifest.text.end_id).all()
+
+
+@pytest.mark.parametrize(("context_length", "longest"), [(8, 7), (32, 10), (77, 10)])
+def test_captions_are_cut_for_the_model(tiny_bundle, context_length, longest):
+    spec = replace(tiny_bundle.manifest.text, context_length=context_length)
+    tokenizer = Tokenizer(tiny_bundle.tokenizer, spec)
+    captions = [caption(tokenizer, context_length, number) for number in range(8)]
+    assert max(map(len, tokenizer.encode(captions))) == longest
 
 
 def test_turns_alternate():

@@ -86,6 +86,7 @@ def write_report(folder: Path, target: Path, readme: Path | None = None) -> list
     """
     results = Results.of(folder)
     plots = draw(results.latency, results.served, results.accuracy, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, markdown(results, _relative(folder, target.parent)))
     written = [*plots, target]
     if readme is not None:

@@ -110,13 +110,13 @@ def test_stages_and_footprints_are_told(folder):
 def test_a_report_is_made_of_entries(folder, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\ntail\n")
-    written = write_report(folder, folder / "RESULTS.md", readme)
+    written = write_report(folder, tmp_path / "new" / "RESULTS.md", readme)
     assert {path.name for path in written} >= {"RESULTS.md", "latency.png", "stages.png"}
     for path in written:
         if path.suffix == ".png":
             with Image.open(path) as picture:
                 assert min(picture.size) > 300
-    text = (folder / "RESULTS.md").read_text()
+    text = (tmp_path / "new" / "RESULTS.md").read_text()
     entries = {
         b["name"]: b for b in json.loads((folder / "latency.json").read_text())["benchmarks"]
     }

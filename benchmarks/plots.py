@@ -3,6 +3,7 @@
 Does not know: how the results are told in words (`report.py`).
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _COLOURS = {
     "tensorrt": "#3a8f3a",
 }
 """By runtime; the first that a name begins with, longest first."""
+_COLUMNS = 3
+"""Panels beside each other, at most."""
 _LINE = 0.047
 """Height of a line of labels, as a share of a panel's."""
 _DASHES = {"fp32": "-", "tf32": "-", "bf16": "-.", "fp16": ":", "int8": "--"}
@@ -75,10 +78,16 @@ def _latency(latency: Latency) -> Any:
     """A panel for pictures and one for each text length: milliseconds against batch."""
     from matplotlib import pyplot
 
-    kinds = sorted({(tower, length) for tower, _, length in latency.works()}, key=str)
+    works = {(tower, length) for tower, _, length in latency.works()}
+    kinds = sorted(works, key=lambda kind: (kind[0], kind[1] or 0))
     kinds = [kind for kind in kinds if _batches(latency, *kind) > 1]
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(6.6 * len(kinds), 5.2), squeeze=False)
-    for axis, (tower, length) in zip(axes[0], kinds, strict=True):
+    columns = min(_COLUMNS, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    size = 6.6 * columns, 5.2 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_axis_off()
+    for axis, (tower, length) in zip(axes.flat, kinds, strict=False):
         lines: dict[str, list[Timed]] = {}
         for one in latency.towers:
             if (one.facts["tower"], one.facts["length"]) == (tower, length):

@@ -287,16 +287,17 @@ def test_what_waited_too_long_is_dropped(server, model, protocol):
 def test_what_nobody_waits_for_is_not_computed(server, figure, model):
     """Over gRPC, where the server is told that a client gave up."""
     load = Load(server, model, "grpc")
+    alone = min(answer.seconds for answer in load.run(load.closed, 1, 0.5))
 
     async def behind_others(connection):
         others = [asyncio.create_task(load.ask(connection)) for _ in range(MAX_QUEUE // 2)]
-        await asyncio.sleep(0.005)
-        late = await asyncio.gather(*(load.ask(connection, patience=0.015) for _ in range(3)))
+        await asyncio.sleep(alone / 4)
+        late = await asyncio.gather(*(load.ask(connection, patience=alone) for _ in range(3)))
         return late, await asyncio.gather(*others)
 
     rows, given_up, before = len(IDS), 0, counted(server, "nv_inference_count", "text_tower")
     answered = 0
-    for _ in range(5):
+    for _ in range(10):
         late, others = load.run(behind_others)
         assert not any(answer.status in REFUSED for answer in (*late, *others))
         given_up += sum(answer.status == "StatusCode.DEADLINE_EXCEEDED" for answer in late)

@@ -28,13 +28,18 @@ def repository(tiny_bundle, tmp_path_factory):
 
 
 def test_nothing_leaks(repository, tiny_bundle, figure):
-    with TritonServer(repository, **ANY) as server:
-        Traffic(server, tiny_bundle, WARM_UP_S).run()
-        before = at_rest(server)
-        traffic = Traffic(server, tiny_bundle, SECONDS)
-        with watched(server) as samples:
-            traffic.run()
-        after = at_rest(server, before)
+    for _ in range(2):
+        with TritonServer(repository, **ANY) as server:
+            Traffic(server, tiny_bundle, WARM_UP_S).run()
+            before = at_rest(server)
+            traffic = Traffic(server, tiny_bundle, SECONDS)
+            with watched(server) as samples:
+                traffic.run()
+            after = at_rest(server, before)
+        # Triton 2.51 crashes now and then as a gRPC client gives up a call, as one
+        # user does all the time: github.com/triton-inference-server/server/issues/8034.
+        if "Signal (11) received" not in server.log.read_text():
+            break
     grown, risen = growth(samples)
     figure(
         "soak",

@@ -67,9 +67,10 @@ check: setup
 
 # The long versions of the tests that make promises; their figures are printed last.
 soak: setup
-	CLIP_SOAK=1 $(BIN)/python -m pytest $(addprefix tests/test_,limits.py fuzz.py isolation.py \
-	  overload.py retries.py artifacts.py crash_safety.py faults.py security.py tls.py \
-	  zero_shot_server.py rtx_builds.py soak.py)
+	CLIP_SOAK=1 $(BIN)/python -m pytest tests/robustness tests/integration/test_limits.py \
+	  tests/integration/test_retry.py tests/integration/test_tls.py \
+	  tests/integration/test_zero_shot.py tests/unit/serving/bundles/test_artifacts.py \
+	  tests/unit/export/engines/test_rtx_builds.py
 
 artifacts/random-ViT-B-32/manifest.json: | setup
 	$(BIN)/python -m export random:ViT-B-32 --precision fp32 --precision int8
@@ -90,7 +91,7 @@ TRITON ?= nvcr.io/nvidia/tritonserver:26.07-py3
 engines:
 	test -f '$(BUNDLE)/manifest.json' || { echo 'expected a bundle: make engines BUNDLE=artifacts/NAME'; exit 2; }
 	docker run --rm --gpus all -v '$(CURDIR):/work' -w /work '$(TRITON)' \
-	  sh export/in_container.sh '$(BUNDLE)' $(OPTIONS)
+	  sh export/engines/in_container.sh '$(BUNDLE)' $(OPTIONS)
 
 clean:
 	rm -rf artifacts build

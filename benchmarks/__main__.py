@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from serving.bundle import Bundle
-from serving.commands import Json, log, out, run, steps
+from serving.bundles.bundle import Bundle
+from serving.cli.console import Json, log, out, run, steps
 from serving.errors import RunnerError
-from serving.files import write_text
+from serving.util.files import write_text
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -48,7 +48,7 @@ def latency(
 ) -> None:
     """Time runners, peers, stages and loading in turns with eager float32, by pytest-benchmark."""
     Bundle.open(bundle)
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "latency"
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.tmp")
     command = [sys.executable, "-m", "pytest", str(folder), "-v", "-p", "no:cacheprovider"]
@@ -57,7 +57,7 @@ def latency(
     command += ["--full"] if full else []
     command += [f"--runners={pattern}" for pattern in runner or []]
     command += [f"--budget={budget}"] if budget is not None else []
-    done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parent, check=False)
+    done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parents[1], check=False)
     if not temporary.exists() or not temporary.stat().st_size:
         temporary.unlink(missing_ok=True)
         raise RunnerError(
@@ -65,8 +65,8 @@ def latency(
             f"above, and {output} was not touched"
         )
     temporary.replace(output)
-    from benchmarks.results import Latency
-    from benchmarks.sections import summary
+    from benchmarks.report.results import Latency
+    from benchmarks.report.sections import summary
 
     log.print(f"wrote {output}")
     found = Latency(output)
@@ -94,7 +94,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Results in words and pictures."""
-    from benchmarks.report import write_report
+    from benchmarks.report.markdown import write_report
 
     written = write_report(folder, output or folder / "RESULTS.md", readme)
     for path in written:
@@ -113,8 +113,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """What changed beyond noise; exits with 1 when something became slower by the threshold."""
-    from benchmarks.compare import compare as measure
-    from benchmarks.compare import table
+    from benchmarks.report.compare import compare as measure
+    from benchmarks.report.compare import table
 
     found = measure(old, new, threshold)
     for warning in found.warnings:
@@ -156,8 +156,8 @@ def served(
     as_json: Json = False,
 ) -> None:
     """Put load on Triton by perf_analyzer and an asyncio client, and against eager float32."""
-    from benchmarks.served import measure_embedded, measure_running, urls_of
-    from benchmarks.served_report import Plan, remarks, table
+    from benchmarks.load.report import Plan, remarks, table
+    from benchmarks.load.served import measure_embedded, measure_running, urls_of
 
     plan = (Plan.quick if quick else Plan.full)(concurrency or ())
     opened, urls = Bundle.open(bundle), urls_of(url, http_url)
@@ -207,7 +207,7 @@ def gpu(
         )
     from benchmarks.gpu import measure
     from benchmarks.gpu_report import Plan, tables
-    from benchmarks.limits import require
+    from benchmarks.machine.limits import require
 
     require("cuda")
     plan = Plan(batches=batch or (), rounds=rounds, budget=budget)
@@ -250,10 +250,10 @@ def accuracy(
     as_json: Json = False,
 ) -> None:
     """Zero-shot top-1 and top-5 of every runner on labelled pictures, against eager float32."""
-    from benchmarks.accuracy import accuracy as measure
-    from benchmarks.accuracy_report import table
-    from benchmarks.environment import environment
-    from serving.zero_shot import read_templates
+    from benchmarks.accuracy.measure import accuracy as measure
+    from benchmarks.accuracy.report import table
+    from benchmarks.machine.environment import environment
+    from serving.tasks.zero_shot import read_templates
 
     opened = Bundle.open(bundle)
     prompts = read_templates(templates) if templates else None

@@ -21,24 +21,24 @@ from statistics import median
 
 import torch
 
-from benchmarks.environment import LeftOut, environment
 from benchmarks.gpu_report import Gate, Plan, Report, Row, Work
-from benchmarks.limits import Limits, count_flops, measure_limits, require, timed
+from benchmarks.machine.environment import LeftOut, environment
+from benchmarks.machine.limits import Limits, count_flops, measure_limits, require, timed
 from benchmarks.subject import Subject, load
-from export.parity import judge
-from export.torch_runners import (
+from export.gate.parity import judge
+from export.gate.torch_runners import (
     CompiledRunner,
     EagerRunner,
     Precision,
     TorchRunner,
     TorchScriptRunner,
 )
-from export.towers import ImageTower, TextTower
-from serving.bundle import TOWERS, Tower, Verdict
-from serving.commands import Steps
+from export.towers.clip import ImageTower, TextTower
+from serving.bundles.bundle import TOWERS, Tower, Verdict
+from serving.cli.console import Steps
 from serving.errors import ClipDeployError, RunnerError
-from serving.files import write_text
 from serving.runners.base import RUNNERS, Runner, library_of, missing, open_runner
+from serving.util.files import write_text
 
 ROW_SECONDS = 30.0
 """A row that is expected to take longer is left out: large batches on a CPU."""
@@ -112,7 +112,7 @@ def _torchscript(session: "_Session", subject: Subject) -> Iterator[_Candidate]:
 
 
 def _traced(tower: ImageTower | TextTower, runner: TorchScriptRunner, path: Path) -> Runner:
-    from export.to_torchscript import export_torchscript  # needs onnx
+    from export.graphs.torchscript import export_torchscript  # needs onnx
 
     export_torchscript(tower, path)
     return runner

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.environment import LeftOut
-from benchmarks.limits import Limits
-from serving.bundle import Tower, Verdict
+from benchmarks.machine.environment import LeftOut
+from benchmarks.machine.limits import Limits
+from serving.bundles.bundle import Tower, Verdict
 
 IMAGE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TEXT_BATCHES = (1, 32, 256)
@@ -87,7 +87,7 @@ class Row:
     """The batch being on the device already and the result staying there; PyTorch's runners."""
     milliseconds_device_range: tuple[float, float] | None
     gflop: float
-    """1e9 operations, counted: see `benchmarks.limits.count_flops`."""
+    """1e9 operations, counted: see `benchmarks.machine.limits.count_flops`."""
     tflops: float
     """1e12 operations a second: by milliseconds_device where that was measured, else by _host."""
     matmul_tflops: float | None

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu_report import Plan, Work
-from export.calibration import probe_images, probe_texts
-from export.checkpoint import Checkpoint, load_checkpoint
+from export.checkpoints.load import Checkpoint, load_checkpoint
+from export.gate.datasets import probe_images, probe_texts
+from export.gate.parity import Expected, expect
+from export.gate.torch_runners import EagerRunner
 from export.kinds import Kind
-from export.parity import Expected, expect
-from export.torch_runners import EagerRunner
-from export.towers import ImageTower, TextTower
-from serving.bundle import TOWERS, Bundle, Tower
-from serving.commands import Steps
-from serving.engines import Library
+from export.towers.clip import ImageTower, TextTower
+from serving.bundles.bundle import TOWERS, Bundle, Tower
+from serving.bundles.engine_facts import Library
+from serving.cli.console import Steps
 from serving.errors import RunnerError
 from serving.runners.base import Batch
 
@@ -60,8 +60,8 @@ class Subject:
         """
         key = (bundle.path, library, precision)
         if key not in self._plans:
-            from export.engines import add_engines
-            from export.to_engine import EngineOptions
+            from export.engines.builder import EngineOptions
+            from export.engines.bundle_engines import add_engines
 
             options = EngineOptions(library=library, max_batch=max_batch)
             self._plans[key] = add_engines(bundle, [precision], options, progress)
@@ -71,7 +71,7 @@ class Subject:
         path = folder / "-".join([self.checkpoint.name, *sorted(precisions)])
         kinds = [kind for kind in Kind if kind.value in precisions]
         try:
-            from export.build import Options, build  # needs onnx, onnxruntime and onnxscript
+            from export.pipeline import Options, build  # needs onnx, onnxruntime and onnxscript
 
             return build(self.checkpoint, path, progress, Options(kinds=kinds))
         except Exception as error:  # exporters and quantizers have classes of their own
@@ -83,7 +83,7 @@ def load(model: str, plan: Plan, progress: Steps) -> Subject:
     """Load `model`, draw its batches, and embed probes with eager float32 on the CPU.
 
     Raises:
-        CheckpointError: see `export.checkpoint.load_checkpoint`.
+        CheckpointError: see `export.checkpoints.load.load_checkpoint`.
     """
     progress(f"loading {model}")
     checkpoint = load_checkpoint(model)

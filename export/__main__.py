@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from export.kinds import DEFAULT_KINDS, Kind, Library, Method
-from serving.bundle import Bundle
-from serving.commands import DefaultCommandGroup, Json, log, out, run, steps
+from serving.bundles.bundle import Bundle
+from serving.cli.console import DefaultCommandGroup, Json, log, out, run, steps
 from serving.errors import InputError
 
 app = typer.Typer(
@@ -87,8 +87,8 @@ def bundle(
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
-    from export.build import Options, build
-    from export.checkpoint import load_checkpoint
+    from export.checkpoints.load import load_checkpoint
+    from export.pipeline import Options, build
 
     with steps(f"loading {checkpoint}") as progress:
         loaded = load_checkpoint(checkpoint, vocabulary=vocabulary, activation=activation)
@@ -107,8 +107,8 @@ def bundle(
         )
         progress(f"wrote {made.path}")
         if library is not None:
-            from export.engines import add_engines, buildable
-            from export.to_engine import EngineOptions
+            from export.engines.builder import EngineOptions
+            from export.engines.bundle_engines import add_engines, buildable
 
             options = EngineOptions(library=library.value)
             made = add_engines(made, buildable(made), options, progress)
@@ -148,8 +148,8 @@ def engine(
     as_json: Json = False,
 ) -> None:
     """Build plans of a bundle's graphs for this machine's GPU, judge them, and record them."""
-    from export.engines import add_engines, buildable
-    from export.to_engine import EngineOptions
+    from export.engines.builder import EngineOptions
+    from export.engines.bundle_engines import add_engines, buildable
 
     if unbuildable := sorted(set(precision or ()) & {Kind.INT8_DYNAMIC, Kind.TORCHSCRIPT}):
         raise InputError(
@@ -175,14 +175,14 @@ def engine(
 @app.command("list")
 def list_models(as_json: Json = False) -> None:
     """Known checkpoints: name, sizes, and where the weights come from."""
-    from export.architectures import ARCHITECTURES, KNOWN_MODELS
+    from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS
 
     if as_json:
         models = [asdict(model) for model in KNOWN_MODELS]
         architectures = {name: asdict(config) for name, config in ARCHITECTURES.items()}
         print(json.dumps({"models": models, "architectures": architectures}))
         return
-    from export.build import count_parameters
+    from export.pipeline import count_parameters
 
     table = Table(title="Known checkpoints")
     table.add_column("checkpoint", no_wrap=True)  # whole, to be copied
@@ -212,7 +212,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a bundle's files and graphs, and run the gate again on this machine."""
-    from export.verify import verify as verify_bundle
+    from export.gate.verify import verify as verify_bundle
 
     with steps(f"verifying {path}") as progress:
         verified = verify_bundle(Bundle.open(path), checkpoint, labelled, progress)
@@ -274,7 +274,7 @@ def _table(made: Bundle) -> Table:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, what can be built and served with it, and what mends the rest."""
-    from export.doctor import examine, tables
+    from export.doctor.report import examine, tables
 
     report = examine()
     if as_json:

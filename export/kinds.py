@@ -16,7 +16,7 @@ class Kind(StrEnum):
 
 
 class Library(StrEnum):
-    """What builds plans; `serving.engines.Library` as the command line takes it."""
+    """What builds plans; `serving.bundles.engine_facts.Library` as the command line takes it."""
 
     TENSORRT = "tensorrt"
     TENSORRT_RTX = "tensorrt-rtx"

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from rich.progress import track
 from rich.table import Table
 
-from serving.bulk_command import bulk
-from serving.bundle import Bundle
-from serving.commands import Json, log, out, run, steps
-from serving.demo import demo as run_demo
-from serving.demo import tables
-from serving.errors import InputError
-from serving.folders import read_lines
-from serving.options import (
+from serving.bundles.bundle import Bundle
+from serving.cli.bulk import bulk
+from serving.cli.classify import classify
+from serving.cli.console import Json, log, out, run, steps
+from serving.cli.demo import demo as run_demo
+from serving.cli.demo import tables
+from serving.cli.options import (
     LOCAL_RUNNER,
     REPOSITORY,
     BundlePath,
@@ -31,12 +30,13 @@ from serving.options import (
     embedder_of,
     picture_files,
 )
-from serving.rank_command import app as rank_app
-from serving.repository import MAX_QUEUE, assembled_backend, assembled_latencies
-from serving.repository import assemble as assemble_repository
-from serving.search_command import app as search_app
-from serving.up_command import up
-from serving.zero_shot_command import classify
+from serving.cli.rank import app as rank_app
+from serving.cli.search import app as search_app
+from serving.cli.up import up
+from serving.errors import InputError
+from serving.triton.repository import MAX_QUEUE, assembled_backend, assembled_latencies
+from serving.triton.repository import assemble as assemble_repository
+from serving.util.directories import read_lines
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 

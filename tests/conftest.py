@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from references import VOCABULARY, randomise
+from tests.support.references import VOCABULARY, randomise
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -85,7 +85,7 @@ def tiny_checkpoint(once, vocabulary) -> Path:
 def save_tiny_checkpoint(path: Path, vocabulary: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-    from export.vocabulary import openai_tokenizer
+    from export.checkpoints.vocabulary import openai_tokenizer
 
     sizes = {
         "hidden_size": 64,
@@ -114,11 +114,11 @@ def save_tiny_checkpoint(path: Path, vocabulary: Path) -> None:
 
 @pytest.fixture(scope="session")
 def kept_graphs(once):
-    """`export.to_onnx.export_onnx` that traces a tower once for all tests and processes of a run.
+    """`export_onnx` that traces a tower once for all tests and processes of a run.
 
     For tests that need a graph, and do not look at how it is made.
     """
-    from export.to_onnx import export_onnx
+    from export.graphs.onnx_export import export_onnx
 
     def export(tower, path, metadata):
         key = hashlib.sha256(
@@ -138,23 +138,23 @@ def kept_graphs(once):
 @pytest.fixture(scope="session")
 def quick_build(kept_graphs):
     """`quick_build(checkpoint, output, **options)`: a bundle, of `kept_graphs`."""
-    import export.build
-    from export.checkpoint import load_checkpoint
-    from serving.commands import silent
+    import export.pipeline
+    from export.checkpoints.load import load_checkpoint
+    from serving.cli.console import silent
 
     def build(checkpoint, output, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export.build, "export_onnx", kept_graphs)
+            patch.setattr(export.pipeline, "export_onnx", kept_graphs)
             loaded = load_checkpoint(str(checkpoint))
-            return export.build.build(loaded, output, silent, export.build.Options(**options))
+            return export.pipeline.build(loaded, output, silent, export.pipeline.Options(**options))
 
     return build
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint, quick_build, once):
-    """The `serving.bundle.Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
-    from serving.bundle import Bundle
+    """The `Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
+    from serving.bundles.bundle import Bundle
 
     with once("tiny-clip") as path:
         return Bundle.open(path) if path.exists() else quick_build(tiny_checkpoint, path)
@@ -173,7 +173,7 @@ def tree_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
 @pytest.fixture(scope="session")
 def fp32_bundle(tiny_bundle, tmp_path_factory):
     """The tiny bundle's float32 graphs only, which are judged in a moment; do not change it."""
-    from serving.bundle import Bundle
+    from serving.bundles.bundle import Bundle
 
     path = tmp_path_factory.mktemp("fp32") / "tiny-clip"
     artifacts = tuple(a for a in tiny_bundle.manifest.artifacts if a.precision == "fp32")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from serving.commands import Json, log, out, run
+from serving.cli.console import Json, log, out, run
 from training.shapes import PAIRS, label, write_folder
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from export.resnet import ResNetConfig
-from export.towers import Clip
-from serving.commands import log
+from export.towers.clip import Clip
+from export.towers.resnet import ResNetConfig
+from serving.cli.console import log
 from serving.errors import CheckpointError
 from training.batches import MixedBatches, Pairs
 

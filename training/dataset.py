@@ -15,13 +15,13 @@ import torch
 from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from export.vocabulary import clip_tokenizer, with_clip_steps
-from serving.bundle import ImageSpec, TextSpec
-from serving.commands import log
+from export.checkpoints.vocabulary import clip_tokenizer, with_clip_steps
+from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.cli.console import log
 from serving.errors import InputError
-from serving.preprocess import preprocess
-from serving.tokenizer import END, START
-from serving.tokenizer import Tokenizer as ServingTokenizer
+from serving.inputs.preprocess import preprocess
+from serving.inputs.tokenizer import END, START
+from serving.inputs.tokenizer import Tokenizer as ServingTokenizer
 
 END_OF_WORD = "</w>"
 MIN_VOCABULARY = 514

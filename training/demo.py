@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.formats import save_checkpoint
-from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
-from serving.bundle import ImageSpec, TextSpec
-from serving.files import write_text
+from export.checkpoints.weight_names import save_checkpoint
+from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerConfig
+from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.util.files import write_text
 from training.batches import Kind, Pairs
 from training.card import card
 from training.contrastive import Settings, plot_losses, reproducible, train

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from export.checkpoint import load_checkpoint
-from export.formats import save_checkpoint
-from export.resnet import ResNetConfig
-from export.towers import Clip, ClipConfig, TextConfig, VisionTransformerConfig
-from serving.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
+from export.checkpoints.load import load_checkpoint
+from export.checkpoints.weight_names import save_checkpoint
+from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerConfig
+from export.towers.resnet import ResNetConfig
+from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import InputError
 from training.batches import Kind, Pairs
 from training.contrastive import Settings, plot_losses, reproducible, train

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.towers import ImageTower, VisionTransformer
+from export.towers.clip import ImageTower, VisionTransformer
 
 FLOOR = 0.01
 """Variance added to each component's own, so that noise is not amplified to the size of edges."""

@@ -10,10 +10,10 @@ from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from export.towers import Clip
-from serving.bundle import ImageSpec, TextSpec
-from serving.commands import log
-from serving.preprocess import preprocess
+from export.towers.clip import Clip
+from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.cli.console import log
+from serving.inputs.preprocess import preprocess
 from training.dataset import encode
 from training.scenes import swapped_couples
 from training.shapes import PAIRS, SEEN, Pair, draw, draw_labelled, label

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from serving.bundle import ImageSpec
-from serving.commands import log
-from serving.preprocess import preprocess
+from serving.bundles.bundle import ImageSpec
+from serving.cli.console import log
+from serving.inputs.preprocess import preprocess
 from training.scenes import COLOURS, SEEN, Pair, Scene, choose, lineup, portraits, swapped_couples
 from training.shapes import TEMPLATES, caption, draw, label
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Artifact, Bundle, Graph, Tower
-from serving.engines import LIBRARIES, MODULES, Library
+from serving.bundles.bundle import Artifact, Bundle, Graph, Tower
+from serving.bundles.engine_facts import LIBRARIES, MODULES, Library
 from serving.errors import RunnerError
-from serving.nvidia import gpu
+from serving.util.nvidia import gpu
 
 Batch = NDArray[np.uint8] | NDArray[np.int32]
 Embeddings = NDArray[np.float32]

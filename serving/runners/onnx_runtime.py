@@ -9,10 +9,10 @@ from typing import Any
 
 import onnxruntime
 
-from serving.bundle import Bundle, Graph, Tower
+from serving.bundles.bundle import Bundle, Graph, Tower
 from serving.errors import RunnerError
-from serving.machine import cpu_count
 from serving.runners.base import PROVIDERS, Batch, Embeddings, LoadedRunner
+from serving.util.machine import cpu_count
 
 
 class OnnxRuntimeRunner(LoadedRunner):
@@ -79,7 +79,7 @@ def session_options(threads: int, *, int8: bool) -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if int8:
         options.add_session_config_entry("session.x64quantprecision", "1")
-        # It would join what `export.to_int8` keeps apart.
+        # It would join what `export.int8.qdq` keeps apart.
         joins = "CommonSubexpressionElimination"
         options.add_session_config_entry("optimization.disable_specified_optimizers", joins)
     return options

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import openvino
 
-from serving.bundle import Bundle, Graph, Tower
+from serving.bundles.bundle import Bundle, Graph, Tower
 from serving.errors import RunnerError
-from serving.machine import cpu_count
 from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
+from serving.util.machine import cpu_count
 
 
 class OpenVinoRunner(LoadedRunner):

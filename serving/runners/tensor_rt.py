@@ -4,7 +4,7 @@ Every shape gets an execution context of its own and, after one plain run, a CUD
 of it: pixels or ids to the device, the tower, embeddings back. Replaying one costs a single launch.
 Contexts share one scratch memory and run one after the other on one stream.
 
-Does not know: how plans are made (`export.to_engine`).
+Does not know: how plans are made (`export.engines.builder`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import Artifact, Bundle, Tower
-from serving.engines import MODULES, Engine, Library, Profile, mismatches
+from serving.bundles.bundle import Artifact, Bundle, Tower
+from serving.bundles.engine_facts import MODULES, Engine, Library, Profile, mismatches
 from serving.errors import RunnerError
-from serving.nvidia import gpu
 from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
+from serving.util.nvidia import gpu
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -18,15 +18,15 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from serving.answers import may_be_told, refused, response
-from serving.bundle import Bundle
+from serving.bundles.bundle import Bundle
 from serving.errors import ImageError, relocated
-from serving.label_sets import Abandoned, Full, LabelSetCache, embedding_work, key_of
-from serving.labels import LabelSet, refuse_numbers
+from serving.inputs.labels import LabelSet, refuse_numbers
+from serving.inputs.tokenizer import Tokenizer, decode_text
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
-from serving.queues import Behind
-from serving.tokenizer import Tokenizer, decode_text
-from serving.zero_shot import softmax
+from serving.tasks.zero_shot import softmax
+from serving.triton_models.admission import Behind
+from serving.triton_models.label_cache import Abandoned, Full, LabelSetCache, embedding_work, key_of
+from serving.triton_models.responses import may_be_told, refused, response
 
 Floats = NDArray[np.float32]
 
@@ -144,7 +144,7 @@ class TritonPythonModel:
 
 
 class Call:
-    """One request until it is answered; a `serving.label_sets.Waiter`."""
+    """One request until it is answered; a `serving.triton_models.label_cache.Waiter`."""
 
     images: Floats
 

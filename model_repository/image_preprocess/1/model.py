@@ -1,4 +1,4 @@
-"""Encoded pictures -> pixels: `serving.preprocess` behind Triton's Python backend."""
+"""Encoded pictures -> pixels: `serving.inputs.preprocess` behind Triton's Python backend."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.answers import answered, full
-from serving.bundle import Bundle
+from serving.bundles.bundle import Bundle
 from serving.errors import ImageError
-from serving.preprocess import preprocess
-from serving.queues import Ahead
+from serving.inputs.preprocess import preprocess
+from serving.triton_models.admission import Ahead
+from serving.triton_models.responses import answered, full
 
 
 class TritonPythonModel:

@@ -1,6 +1,6 @@
 """The image tower when the server has only the Python backend; other backends take a file."""
 
-from serving.tower_model import TowerModel
+from serving.triton_models.tower import TowerModel
 
 
 class TritonPythonModel(TowerModel):

@@ -1,4 +1,4 @@
-"""Texts -> token ids: `serving.tokenizer` behind Triton's Python backend."""
+"""Texts -> token ids: `serving.inputs.tokenizer` behind Triton's Python backend."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from serving.answers import answered, full
-from serving.bundle import Bundle
-from serving.queues import Ahead, Behind
-from serving.tokenizer import Tokenizer, decode_text
+from serving.bundles.bundle import Bundle
+from serving.inputs.tokenizer import Tokenizer, decode_text
+from serving.triton_models.admission import Ahead, Behind
+from serving.triton_models.responses import answered, full
 
 
 class TritonPythonModel:

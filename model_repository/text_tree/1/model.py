@@ -1,6 +1,6 @@
 """The text tower over trees, for label sets: texts that begin alike share what they begin with."""
 
-from serving.tower_model import TowerModel
+from serving.triton_models.tower import TowerModel
 
 
 class TritonPythonModel(TowerModel):

@@ -1,0 +1,1 @@
+"""Zero-shot accuracy of every runner on labelled images."""

@@ -1,0 +1,313 @@
+"""Zero-shot accuracy of every runner of a bundle on a labelled folder, against eager float32.
+
+Both towers run by the same runner, as they are deployed (the gate swaps one at a time). Labels are
+put into templates and averaged as in Radford et al. 2021, 3.1.4, and in `zeroshot_classifier` of
+OpenAI's notebook Prompt_Engineering_for_ImageNet: unit vectors, their mean, at unit length again.
+
+Every runner takes every batch, in turns of a few batches: a picture is decoded once, one turn's
+pixels are in memory whatever the size of the folder, and the machine's drift falls on all alike.
+The runners of one tower are open at a time. Milliseconds are those of the tower alone, an item, the
+median over full batches; texts are padded to their bucket, for eager float32 too.
+
+A folder is either
+- `DIR/label/*.jpg`, as torchvision's ImageFolder reads it; what is put into templates are the names
+  of the folders, or those in `DIR/classnames.txt` (`folder, name` a line); or
+- flat, with `captions.txt` (`file, label` a line), and `labels.txt` where only some captions are
+  labels; as `python -m training pictures` draws it and `python -m export --labelled` reads it.
+
+ImageNetV2 (Recht et al. 2019), matched-frequency, is 10,000 pictures in folders `0` to `999`. Write
+OpenAI's 1,000 class names to `classnames.txt` and the 80 templates of the same notebook to a file,
+both in its order, and call `python -m benchmarks accuracy BUNDLE DIR --templates FILE`. The figure
+to meet for OpenAI's ViT-B/32 is 55.93 % top-1; a version of the notebook whose class names hold
+`missile` twice prints 55.73 %, and 83.45 % top-5. This project has not run it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.accuracy.intervals import paired_difference, wilson
+from benchmarks.accuracy.labelled import read_folder
+from benchmarks.accuracy.report import REFERENCE, Accuracy, Row
+from export.gate.torch_runners import EagerRunner, TorchScriptRunner
+from export.gate.verify import checkpoint_of
+from export.pipeline import tower_of
+from serving.bundles.bundle import TOWERS, Bundle, ImageSpec, Tower
+from serving.cli.console import Steps
+from serving.errors import ImageError, InputError, RunnerError, TextError
+from serving.inputs.labels import LabelSet
+from serving.inputs.preprocess import preprocess
+from serving.inputs.tokenizer import Tokenizer
+from serving.runners.base import Batch, Embeddings, Runner, missing, open_runner, runners_of
+from serving.tasks.zero_shot import unit_length
+
+BATCH = 32
+"""Of pictures and of texts."""
+METHODS = {
+    "top1": "Wilson's score interval",
+    "difference": "Tango's score interval for paired proportions",
+}
+"""Of the intervals, each of 95 %."""
+
+_TURN = 8
+"""Batches in a turn; the runner's first is run once more before it, untimed."""
+
+
+@dataclass(slots=True)
+class _Model:
+    """Both towers by one runner, and what came of them."""
+
+    name: str
+    runners: dict[Tower, Runner]
+    labels: list[Embeddings] = field(default_factory=list)
+    top: list[NDArray[np.intp]] = field(default_factory=list)
+    timings: dict[Tower, list[tuple[int, float]]] = field(
+        default_factory=lambda: {tower: [] for tower in TOWERS}
+    )
+    """Items of a batch, and its seconds."""
+
+    def milliseconds(self, tower: Tower) -> float:
+        """An item, the median over batches of full size."""
+        full = self.batch(tower)
+        return statistics.median(s for n, s in self.timings[tower] if n == full) / full * 1e3
+
+    def batch(self, tower: Tower) -> int:
+        """Items in a full batch."""
+        return max(n for n, _ in self.timings[tower])
+
+
+def accuracy(
+    bundle: Bundle,
+    folder: Path,
+    progress: Steps,
+    *,
+    templates: Sequence[str] | None = None,
+    patterns: Sequence[str] = ("*",),
+    limit: int | None = None,
+) -> Accuracy:
+    """Classify the pictures of `folder` with every runner that this environment has.
+
+    Args:
+        templates: each with a `{}`; default: the checkpoint's own.
+        patterns: of runner names, such as `openvino:*`; eager float32 runs in any case.
+        limit: most pictures, taken evenly over the folder.
+
+    Raises:
+        InputError: the folder has no labelled pictures, or none that can be read.
+        TextError: a template without a `{}`, or a label too long for the model with it.
+        RunnerError: no runner is like a pattern.
+        CheckpointError: the checkpoint that the bundle was made of is not there any more.
+    """
+    data = read_folder(folder)
+    # Those that share a name are embedded once: they are to tie exactly.
+    names = list(dict.fromkeys(data.labels))
+    columns = [names.index(label) for label in data.labels]
+    texts = LabelSet(tuple(names), tuple(templates or bundle.manifest.templates))
+    left_out: dict[str, str] = {}
+    models = _models(bundle, patterns, left_out)
+
+    def keep_labels(model: _Model, embeddings: Embeddings) -> None:
+        every = embeddings.reshape(-1, len(texts.templates), embeddings.shape[1])
+        model.labels.append(unit_length(every.mean(axis=1)))
+
+    def keep_top(model: _Model, embeddings: Embeddings) -> None:
+        scores = (embeddings @ np.concatenate(model.labels).T)[:, columns]
+        top = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+        top[~np.isfinite(scores).all(axis=1)] = -1
+        model.top.append(top)
+
+    tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
+    turns = _text_turns(texts, tokenizer, progress)
+    models = _take_turns(models, "text", turns, keep_labels, left_out)
+    chosen = _spread(len(data.files), limit)
+    skipped: list[str] = []
+    kept: list[int] = []
+    files = {index: data.files[index] for index in chosen}
+    turns = _image_turns(files, bundle.manifest.image, kept, skipped, progress)
+    models = _take_turns(models, "image", turns, keep_top, left_out)
+    if not kept:
+        raise InputError(f"{folder}: none of its pictures can be read; first {skipped[0]}")
+    truth = np.array([data.truth[index] for index in kept])
+    notes = list(data.notes)
+    if bundle.manifest.provenance.weights == "random":
+        notes.insert(0, "the weights are random: accuracy is chance, and says nothing of a model")
+    return Accuracy(
+        pictures=len(kept),
+        labels=len(data.labels),
+        templates=list(texts.templates),
+        image_batch=models[0].batch("image"),
+        text_batch=models[0].batch("text"),
+        skipped=skipped,
+        left_out=left_out,
+        notes=notes,
+        methods=METHODS,
+        rows=_rows(bundle, models, truth, len(data.labels)),
+    )
+
+
+def _models(bundle: Bundle, patterns: Sequence[str], left_out: dict[str, str]) -> list[_Model]:
+    """Eager float32, and what both towers have and a pattern fits."""
+    found = {tower: _runners(bundle, tower) for tower in TOWERS}
+    names = list(dict.fromkeys(name for tower in TOWERS for name in found[tower]))
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in [REFERENCE, *names]):
+            raise RunnerError(
+                f"no runner of {bundle.path} is like {pattern!r}; here it has {', '.join(names)}"
+            )
+    checkpoint = checkpoint_of(bundle)
+    eager = {tower: EagerRunner(tower_of(checkpoint, tower)) for tower in TOWERS}
+    models = [_Model(REFERENCE, dict(eager))]
+    for name in names:
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        has = [tower for tower in TOWERS if name in found[tower]]
+        if len(has) == len(TOWERS):
+            models.append(_Model(name, {tower: found[tower][name] for tower in TOWERS}))
+        else:
+            left_out[name] = f"the bundle has it for the {has[0]} tower only"
+    return models
+
+
+def _runners(bundle: Bundle, tower: Tower) -> dict[str, Runner]:
+    """By name, what runs the bundle's artifacts of one tower in this environment."""
+    found: dict[str, Runner] = {}
+    for artifact in bundle.manifest.artifacts:
+        if artifact.tower != tower or artifact.kind == "tree":  # which is for label sets alone
+            continue
+        if artifact.kind == "torchscript":
+            traced = TorchScriptRunner(bundle.verified(artifact))
+            found[traced.name] = traced
+        names = [name for name in runners_of(artifact) if missing(name) is None]
+        found |= {name: open_runner(bundle, tower, name) for name in names}
+    return found
+
+
+def _take_turns(
+    models: list[_Model],
+    tower: Tower,
+    turns: Iterator[list[Batch]],
+    keep: Callable[[_Model, Embeddings], None],
+    left_out: dict[str, str],
+) -> list[_Model]:
+    """Every model runs every turn's batches; those that could."""
+    with ExitStack() as stack:
+        able = []
+        for model in models:
+            try:
+                stack.enter_context(model.runners[tower])
+            except RunnerError as error:  # such as bfloat16 on a CPU without it
+                left_out[model.name] = str(error).removeprefix(f"{model.name}: ")
+                continue
+            able.append(model)
+        for batches in turns:
+            for model in list(able):
+                try:
+                    keep(model, _timed(model, tower, batches))
+                except RunnerError as error:
+                    if model.name == REFERENCE:
+                        raise
+                    left_out[model.name] = str(error).removeprefix(f"{model.name}: ")
+                    able.remove(model)
+    return able
+
+
+def _timed(model: _Model, tower: Tower, batches: list[Batch]) -> Embeddings:
+    runner, parts = model.runners[tower], []
+    runner.run(batches[0])  # for what the runner before it left in caches and spinning threads
+    for batch in batches:
+        start = time.perf_counter()
+        parts.append(runner.run(batch))
+        model.timings[tower].append((len(batch), time.perf_counter() - start))
+    return np.concatenate(parts)
+
+
+def _text_turns(texts: LabelSet, tokenizer: Tokenizer, progress: Steps) -> Iterator[list[Batch]]:
+    count = len(texts.templates)
+    step = max(1, _TURN * BATCH // count) * count
+    for start in range(0, len(texts), step):
+        progress("labels", start // count, len(texts.labels))
+        some = texts.texts(start, start + step)
+        try:
+            rows = tokenizer.encode(some)
+        except TextError as error:
+            raise texts.blamed(error, range(start, len(texts))) from error
+        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        lengths = [tokenizer.bucket(max(map(len, batch))) for batch in batches]
+        yield [tokenizer.padded(b, length) for b, length in zip(batches, lengths, strict=True)]
+
+
+def _image_turns(
+    files: dict[int, Path],
+    spec: ImageSpec,
+    kept: list[int],
+    skipped: list[str],
+    progress: Steps,
+) -> Iterator[list[Batch]]:
+    pixels: list[NDArray[np.uint8]] = []
+    for done, (index, file) in enumerate(files.items(), 1):
+        try:
+            pixels.append(preprocess(file, spec))
+            kept.append(index)
+        except ImageError as error:
+            skipped.append(str(error))
+        if len(pixels) == _TURN * BATCH or (done == len(files) and pixels):
+            progress("pictures", done, len(files))
+            yield [np.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
+            pixels.clear()
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of `count` places, evenly spaced: folders are sorted by label."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
+
+
+def _rows(bundle: Bundle, models: list[_Model], truth: NDArray[np.intp], labels: int) -> list[Row]:
+    tops = {model.name: np.concatenate(model.top) for model in models}
+    first = tops[REFERENCE][:, 0]
+    expected = first == truth
+    rows = []
+    for model in models:
+        top = tops[model.name]
+        right = top[:, 0] == truth
+        low, high = wilson(int(right.sum()), len(truth))
+        gained, lost = int((right & ~expected).sum()), int((expected & ~right).sum())
+        itself = model.name == REFERENCE
+        less, more = (0.0, 0.0) if itself else paired_difference(gained, lost, len(truth))
+        rows.append(
+            Row(
+                runner=model.name,
+                top1=float(right.mean()),
+                top1_low=low,
+                top1_high=high,
+                top5=float((top == truth[:, None]).any(axis=1).mean()) if labels > 5 else None,
+                agreement=float((top[:, 0] == first).mean()),
+                difference=(gained - lost) / len(truth),
+                difference_low=less,
+                difference_high=more,
+                passed=_passed(bundle, model.name),
+                image_ms=model.milliseconds("image"),
+                text_ms=model.milliseconds("text"),
+            )
+        )
+    return [rows[0], *sorted(rows[1:], key=lambda row: -row.top1)]
+
+
+def _passed(bundle: Bundle, name: str) -> bool | None:
+    every = [
+        a
+        for a in bundle.manifest.artifacts
+        if a.kind != "tree" and any(v.runner == name for v in a.verdicts)
+    ]
+    passed = {tower: [a.passed(name) for a in every if a.tower == tower] for tower in TOWERS}
+    if any(verdicts and not any(verdicts) for verdicts in passed.values()):
+        return False
+    return True if all(passed.values()) else None

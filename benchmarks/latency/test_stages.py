@@ -1,0 +1,163 @@
+"""Where the time goes between encoded pictures or strings and embeddings, alone and together.
+
+Each stage takes turns with the whole of what transformers' documentation does, `CLIPModel` with its
+processor and tokenizer, from the same bytes and strings.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.latency.candidates import Inputs, Turns
+from benchmarks.load.workload import jpegs
+from serving.bundles.bundle import Bundle, Tower
+from serving.clients.local import LocalClip
+from serving.inputs.decode import decode
+from serving.inputs.preprocess import to_pixels
+from serving.inputs.tokenizer import Tokenizer
+from serving.runners.autotune import passed, time_runners
+from serving.runners.base import open_runner
+
+PICTURES, TEXTS, TOKENS = 4, 8, 10
+PASSES = 50
+"""Of tokenizers over the texts: one takes a fifth of a millisecond, which cannot be timed alone."""
+_WORDS = (
+    *("a", "red", "dog", "by", "the", "sea", "an", "old", "man", "at", "night", "snow", "on"),
+    *("one", "house", "two", "cats", "in", "my", "park"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage, or a whole way."""
+
+    name: str
+    tower: Tower
+    runner: str
+    items: int
+    """Pictures or texts of a call."""
+    call: Callable[[], Any]
+
+
+NAMES = (
+    *(f"image: {part}" for part in ("decode", "resize", "tower", "together")),
+    *(f"image: transformers {part}" for part in ("processor", "tower", "together")),
+    *(f"text: {part}" for part in ("tokenise", "tower", "together")),
+    *(f"text: transformers {part}" for part in ("tokenizer", "tower", "together", "longest")),
+)
+
+
+@pytest.fixture(scope="module")
+def stages(bundle: Bundle, inputs: Inputs) -> Iterator[dict[str, Stage]]:
+    """All of them, on the fastest runners that passed the gate."""
+    chosen: dict[Tower, str] = {
+        tower: time_runners(bundle, tower, passed(bundle, tower))[0].runner
+        for tower in ("image", "text")
+    }
+    with (
+        open_runner(bundle, "image", chosen["image"]) as images,
+        open_runner(bundle, "text", chosen["text"]) as texts,
+        LocalClip(bundle.path, chosen["image"]) as image_clip,
+        LocalClip(bundle.path, chosen["text"]) as text_clip,
+    ):
+        calls = _image_calls(bundle, inputs, images.run, image_clip)
+        calls |= _text_calls(bundle, inputs, texts.run, text_clip)
+        yield {name: _stage(name, call, chosen) for name, call in calls.items()}
+
+
+def _stage(name: str, call: Callable[[], Any], chosen: dict[Tower, str]) -> Stage:
+    tower: Tower = "image" if name.startswith("image") else "text"
+    runner = "transformers:fp32" if "transformers" in name else chosen[tower]
+    items = PICTURES if tower == "image" else TEXTS
+    if "tokeni" in name:
+        items, call = items * PASSES, partial(_again, call)
+    return Stage(name=name, tower=tower, runner=runner, items=items, call=call)
+
+
+def _again(call: Callable[[], Any]) -> None:
+    for _ in range(PASSES):
+        call()
+
+
+def _image_calls(
+    bundle: Bundle, inputs: Inputs, run: Callable[[Any], Any], clip: LocalClip
+) -> dict[str, Callable[[], Any]]:
+    spec, peer = bundle.manifest.image, inputs.peer()
+    encoded = jpegs(PICTURES)
+    decoded = [decode(data) for data in encoded]
+    pixels = np.stack([to_pixels(image, spec) for image in decoded])
+    floats = peer.images(decoded)
+
+    def theirs() -> Any:
+        return peer.embed("image", peer.images([decode(data) for data in encoded]))
+
+    return {
+        "image: decode": lambda: [decode(data) for data in encoded],
+        "image: resize": lambda: [to_pixels(image, spec) for image in decoded],
+        "image: tower": partial(run, pixels),
+        "image: together": partial(clip.embed_images, encoded),
+        "image: transformers processor": lambda: peer.images(decoded),
+        "image: transformers tower": partial(peer.embed, "image", floats),
+        "image: transformers together": theirs,
+    }
+
+
+def _text_calls(
+    bundle: Bundle, inputs: Inputs, run: Callable[[Any], Any], clip: LocalClip
+) -> dict[str, Callable[[], Any]]:
+    peer = inputs.peer()
+    spec = bundle.manifest.text
+    tokenizer = Tokenizer(bundle.tokenizer, spec)
+    strings = [caption(tokenizer, spec.context_length, number) for number in range(TEXTS)]
+    rows, padded = tokenizer.encode(strings), peer.texts(strings, "max_length")
+    ids = tokenizer.padded(rows, max(map(len, rows)))  # as LocalClip runs them, to no bucket
+
+    def theirs(padding: Any) -> Any:
+        return peer.embed("text", peer.texts(strings, padding))
+
+    return {
+        "text: tokenise": partial(tokenizer, strings),
+        "text: tower": partial(run, ids),
+        "text: together": partial(clip.embed_texts, strings),
+        "text: transformers tokenizer": partial(peer.texts, strings, "max_length"),
+        "text: transformers tower": partial(peer.embed, "text", padded),
+        "text: transformers together": partial(theirs, "max_length"),
+        "text: transformers longest": partial(theirs, "longest"),
+    }
+
+
+def caption(tokenizer: Tokenizer, context_length: int, number: int) -> str:
+    """As many words as TOKENS hold: a tokenizer without a vocabulary has one a letter."""
+    words = _WORDS[number:] + _WORDS[:number]
+    most = min(TOKENS, context_length - 1)  # what is cut off below would fill the context
+    fitting = [
+        text
+        for count in range(1, len(words))
+        if len(tokenizer.encode([text := " ".join(words[:count])], truncate=True)[0]) <= most
+    ]
+    return fitting[-1] if fitting else words[0]
+
+
+@pytest.mark.parametrize("stage", NAMES)
+def test_stage(
+    benchmark: BenchmarkFixture, stages: dict[str, Stage], stage: str, budget: float
+) -> None:
+    """One stage, on JPEGs of 640x480 or captions of at most TOKENS tokens."""
+    mine = stages[stage]
+    turns = Turns(stages[f"{mine.tower}: transformers together"].call, mine.call)
+    rounds = turns.rounds(budget / 3)
+    benchmark.group = f"{mine.tower} pipeline"
+    benchmark.extra_info.update(
+        kind="stage",
+        stage=stage,
+        tower=mine.tower,
+        items=mine.items,
+        runner=mine.runner,
+    )
+    benchmark.pedantic(mine.call, setup=turns.setup, rounds=rounds)  # type: ignore[no-untyped-call]
+    benchmark.extra_info["reference_seconds"] = turns.reference_seconds

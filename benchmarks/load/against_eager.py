@@ -1,0 +1,102 @@
+"""JPEG files -> embeddings through a served bundle, against a loop around eager float32.
+
+Both sides decode and resize with the same code; rounds of the two alternate, and each number is a
+median.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.load.workload import jpegs
+from export.gate.torch_runners import EagerRunner
+from export.gate.verify import checkpoint_of
+from serving.bundles.bundle import Bundle
+from serving.cli.console import Steps
+from serving.clients.triton import ClipClient
+from serving.errors import ServerError
+from serving.inputs.preprocess import preprocess
+
+EAGER_BATCH = 32
+_BATCH_SIZE, _IN_FLIGHT = 16, 8
+_SIZE = (640, 480)
+_ALONE = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgainstEager:
+    """Pictures a second, each way; client and loop run on this machine."""
+
+    pictures: int
+    size: tuple[int, int]
+    runner: str | None
+    """Of the image tower; None where a running server was measured, which does not tell."""
+    served_per_s: float
+    """By `serving.clients.triton.ClipClient`, 16 pictures a request, 8 requests under way."""
+    eager_per_s: float
+    """Of batches of 32."""
+    speedup: float
+    latency_ms: float
+    """Median of one picture at a time through the server."""
+    largest_difference: float
+    """Between the two sides' embeddings."""
+    rounds: int
+
+
+def against_eager(
+    bundle: Bundle, url: str, count: int, rounds: int, progress: Steps, *, runner: str | None
+) -> AgainstEager:
+    """Measure both ways over `count` pictures of 640x480; the server at `url` serves `bundle`.
+
+    Raises:
+        CheckpointError: the checkpoint of the bundle is not there any more.
+        ServerError: the server did not answer, or serves a model of another size.
+    """
+    progress("eager against served")
+    checkpoint, spec = checkpoint_of(bundle), bundle.manifest.image
+    pictures = jpegs(count, _SIZE)
+    serve_s, eager_s, alone_s, differences = [], [], [], []
+    with (
+        ClipClient(url, batch_size=_BATCH_SIZE, in_flight=_IN_FLIGHT) as client,
+        EagerRunner(checkpoint.clip.image) as eager,
+    ):
+
+        def loop() -> NDArray[np.float32]:
+            parts = (pictures[s : s + EAGER_BATCH] for s in range(0, count, EAGER_BATCH))
+            batches = (np.stack([preprocess(p, spec) for p in part]) for part in parts)
+            return np.concatenate([eager.run(batch) for batch in batches])
+
+        client.embed_images(pictures)
+        eager.run(np.stack([preprocess(p, spec) for p in pictures[:EAGER_BATCH]]))
+        for turn in range(rounds):
+            start = time.perf_counter()
+            mine = client.embed_images(pictures)
+            serve_s.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            theirs = loop()
+            eager_s.append(time.perf_counter() - start)
+            if mine.shape != theirs.shape:
+                raise ServerError(
+                    f"{url} serves another model than {bundle.path}: its embeddings have "
+                    f"{mine.shape[1]} dimensions, not {theirs.shape[1]}; give the bundle it serves"
+                )
+            differences.append(float(np.abs(mine - theirs).max()))
+            for picture in pictures[:_ALONE]:
+                start = time.perf_counter()
+                client.embed_images([picture])
+                alone_s.append(time.perf_counter() - start)
+            progress("eager against served", turn + 1, rounds)
+    return AgainstEager(
+        pictures=count,
+        size=_SIZE,
+        runner=runner,
+        served_per_s=count / statistics.median(serve_s),
+        eager_per_s=count / statistics.median(eager_s),
+        speedup=statistics.median(eager_s) / statistics.median(serve_s),
+        latency_ms=statistics.median(alone_s) * 1e3,
+        largest_difference=max(differences),
+        rounds=rounds,
+    )

@@ -1,0 +1,288 @@
+"""A running Triton under load: perf_analyzer's numbers, and an independent client's beside them.
+
+Each point is one load on `clip_image` or `clip_text`, with mixed picture sizes or text lengths, and
+carries the split of a request's time into the ensemble's steps, from Triton's statistics.
+`against_eager.py` adds the comparison with a loop around eager float32.
+
+Triton's response cache is off in the repository that is served from here, so each text is computed.
+Of a server that already runs nothing is changed; each measurement sends texts that it has not seen,
+and the hits of its cache are counted.
+
+Does not know: how a load is put on (`perf_analyzer.py`, `async_client.py`), what its requests carry
+(`load.py`), how results are told (`served_report.py`).
+"""
+
+import itertools
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from benchmarks.load.against_eager import against_eager
+from benchmarks.load.async_client import AsyncClient
+from benchmarks.load.perf_analyzer import open_perf_analyzer
+from benchmarks.load.report import (
+    Agreement,
+    Plan,
+    Point,
+    Report,
+    Sweep,
+    saturation_of,
+)
+from benchmarks.load.step_times import Statistics, counted
+from benchmarks.load.workload import WINDOWS, Client, Load, Mode, Wire, mixed_pictures, mixed_texts
+from benchmarks.machine.environment import LeftOut, environment
+from serving.bundles.bundle import TOWERS, Bundle
+from serving.cli.console import Steps
+from serving.clients.triton import ClipClient
+from serving.errors import InputError, RunnerError, ServerError
+from serving.triton.repository import assemble, assembled_latencies
+from serving.triton.server import TritonServer
+from serving.util.files import sha256_of
+
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+Urls = Mapping[Wire, str]
+"""grpc://host:port and http://host:port of one server, or one of them."""
+
+
+def measure_embedded(
+    bundle: Bundle, plan: Plan, repository: Path, runner: str, progress: Steps
+) -> Report:
+    """Assemble `bundle` to `repository`, serve it by the embedded Triton, and measure that.
+
+    Raises:
+        ClipDeployError: it cannot be assembled or served; see `serving.triton`.
+    """
+    here = environment()
+    progress("assembling")
+    assemble(bundle, repository, runner=runner, progress=progress)
+    runners = dict.fromkeys(TOWERS, runner)
+    if runner == "auto":  # the fastest of each tower comes first
+        runners = {timed.tower: timed.runner for timed in reversed(assembled_latencies(repository))}
+    switch_cache_off(repository)
+    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
+        report = Report(
+            environment=here,
+            bundle=bundle.manifest.name,
+            server="the embedded Triton",
+            runners={str(tower): name for tower, name in runners.items()},
+            shares_machine=True,
+            response_cache="off",
+            perf_analyzer=None,
+        )
+        urls: Urls = {"grpc": server.grpc_url, "http": server.http_url}
+        return _measure(bundle, plan, urls, server.admin_key, report, progress)
+
+
+def measure_running(
+    bundle: Bundle, plan: Plan, urls: Urls, progress: Steps, admin_key: str | None = None
+) -> Report:
+    """Measure the server at `urls`, which serves `bundle`; a protocol without a URL is left out.
+
+    Args:
+        admin_key: that its statistics are behind, if they are.
+
+    Raises:
+        ServerError: it does not answer, serves something else, asks for another key, or others use
+            it meanwhile.
+    """
+    hosts = {url.partition("://")[2].rpartition(":")[0] for url in urls.values()}
+    report = Report(
+        environment=environment(),
+        bundle=bundle.manifest.name,
+        server="a running Triton",
+        runners=None,
+        shares_machine=bool(hosts & set(_LOOPBACK)),
+        response_cache="as the server is configured",
+        perf_analyzer=None,
+    )
+    plan = replace(plan, sweeps=tuple(sweep for sweep in plan.sweeps if sweep.wire in urls))
+    return _measure(bundle, plan, urls, admin_key, report, progress)
+
+
+def urls_of(grpc: str | None, http: str | None) -> Urls:
+    """The URLs that are given, by protocol.
+
+    Raises:
+        InputError: one is of the other protocol.
+    """
+    given: dict[Wire, str | None] = {"grpc": grpc, "http": http}
+    for wire, url in given.items():
+        if url is not None and not url.startswith(f"{wire}://"):
+            raise InputError(f"expected {wire}://host:port of a running server, got {url!r}")
+    return {wire: url for wire, url in given.items() if url is not None}
+
+
+def switch_cache_off(repository: Path) -> None:
+    """No model of `repository` uses the response cache."""
+    for path in repository.glob("*/config.pbtxt"):
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        config.ClearField("response_cache")
+        path.write_text(text_format.MessageToString(config))
+
+
+def _measure(
+    bundle: Bundle,
+    plan: Plan,
+    urls: Urls,
+    admin_key: str | None,
+    report: Report,
+    progress: Steps,
+) -> Report:
+    start = time.monotonic()
+    for url in urls.values():
+        ClipClient(url).close()  # answers, and serves a CLIP of ours
+    report.window_s = plan.window_s
+    with ExitStack() as stack:
+        client = _main_client(stack, report)
+        session = _Session(bundle, plan, urls, admin_key, report, client, progress)
+        for sweep in plan.sweeps:
+            session.sweep(sweep)
+    url = urls.get("grpc") or urls["http"]
+    runner = report.runners["image"] if report.runners else None
+    report.against_eager = against_eager(
+        bundle, url, plan.pictures, plan.rounds, progress, runner=runner
+    )
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _main_client(stack: ExitStack, report: Report) -> Client:
+    """perf_analyzer, or the asyncio client where there is none; `report` says which."""
+    try:
+        analyzer = stack.enter_context(open_perf_analyzer())
+    except RunnerError as error:
+        report.left_out.append(LeftOut(what="perf_analyzer", reason=str(error)))
+        return AsyncClient()
+    report.perf_analyzer = f"{analyzer.version}, sha256 {sha256_of(analyzer.binary)}"
+    return analyzer
+
+
+class _Session:
+    """Measures sweeps, and adds what it measures to `report`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        urls: Urls,
+        admin_key: str | None,
+        report: Report,
+        client: Client,
+        show: Steps,
+    ) -> None:
+        self._bundle, self._plan, self._urls, self._show = bundle, plan, urls, show
+        self._report, self._client, self._second = report, client, AsyncClient()
+        self._key = admin_key
+        self._pictures = mixed_pictures()
+        # A server that was measured before may have kept the texts of that time in its cache.
+        self._seeds = itertools.count(0 if report.response_cache == "off" else time.time_ns())
+        loads = (len(sweep.concurrency) + len(sweep.rates) for sweep in plan.sweeps)
+        self._done, self._total = 0, sum(loads)
+
+    def sweep(self, sweep: Sweep) -> None:
+        """All concurrencies, then rates below the saturation, then both clients in turn."""
+        self._warm_up(sweep)
+        first = len(self._report.points)
+        for concurrency in sweep.concurrency:
+            self._point(self._client, sweep, "concurrency", concurrency)
+        found = saturation_of(self._report.points[first:])
+        if found is None:
+            return
+        self._report.saturation.append(found)
+        for fraction in sweep.rates:
+            self._point(self._client, sweep, "rate", round(fraction * found.throughput_per_s, 1))
+        if isinstance(self._client, AsyncClient) or not sweep.compared:
+            return
+        compared = {found.concurrency, *sweep.concurrency[: self._plan.lowest_too]}
+        compared &= {p.load for p in self._report.points[first:] if p.client == self._client.name}
+        for concurrency in sorted(compared):
+            self._compare(sweep, concurrency)
+
+    def _compare(self, sweep: Sweep, concurrency: int) -> None:
+        """Measure one load by either client; see `Agreement`."""
+        what = f"{sweep.model} over {sweep.wire}, {concurrency} under way, both clients"
+        self._show(what, self._done, self._total)
+        found: dict[str, list[float]] = {self._client.name: [], self._second.name: []}
+        try:
+            for turn in range(3):
+                pair = (self._second, self._client)
+                for client in pair[:: -1 if turn == 1 else 1]:
+                    load = self._load(sweep, "concurrency", concurrency)
+                    load = replace(load, window_s=self._plan.compared_window_s)
+                    measured = client.measure(load)
+                    found[client.name].append(measured.throughput_per_s)
+        except ServerError as error:
+            self._report.left_out.append(LeftOut(what=what, reason=str(error)))
+            return
+        self._report.agreement.append(
+            Agreement.of(
+                sweep.model,
+                sweep.wire,
+                concurrency,
+                perf_analyzer=found[self._client.name],
+                asyncio=found[self._second.name],
+            )
+        )
+
+    def _warm_up(self, sweep: Sweep) -> None:
+        """So that runtimes have seen the batches that the largest load makes."""
+        self._show(f"warming up {sweep.model} over {sweep.wire}", self._done, self._total)
+        load = self._load(sweep, "concurrency", sweep.concurrency[-1])
+        self._second.measure(replace(load, window_s=max(0.5, self._plan.window_s / WINDOWS)))
+
+    def _point(self, client: Client, sweep: Sweep, mode: Mode, amount: float) -> None:
+        """Measure one load; where the client gives up, by the one that goes on past errors."""
+        unit = "under way" if mode == "concurrency" else "a second"
+        what = f"{sweep.model} over {sweep.wire}, {amount:g} {unit}, {client.name}"
+        self._show(what, self._done, self._total)
+        load = self._load(sweep, mode, amount)
+        statistics = Statistics(self._urls[sweep.wire], self._key)
+        before = statistics.at_rest()
+        try:
+            measured = client.measure(load)
+        except ServerError as error:
+            self._report.left_out.append(LeftOut(what=what, reason=str(error)))
+            if client is not self._second:
+                self._point(self._second, sweep, mode, amount)
+            return
+        server = counted(sweep.model, before, statistics.at_rest())
+        self._done += client is self._client
+        self._report.points.append(
+            Point(
+                client=client.name,
+                protocol=sweep.wire,
+                model=sweep.model,
+                mode=mode,
+                load=amount,
+                throughput_per_s=measured.throughput_per_s,
+                p50_ms=measured.p50_ms,
+                p95_ms=measured.p95_ms,
+                p99_ms=measured.p99_ms,
+                errors=measured.errors,
+                stable=measured.stable,
+                client_cpu_share=measured.cpu_share,
+                cache_hits=server.cache_hits,
+                steps=server.steps,
+            )
+        )
+
+    def _load(self, sweep: Sweep, mode: Mode, amount: float) -> Load:
+        workload = self._pictures
+        if sweep.model == "clip_text":  # others each time
+            workload = mixed_texts(self._bundle, next(self._seeds))
+        self._report.mix[sweep.model] = workload.mix
+        return Load(
+            workload=workload,
+            wire=sweep.wire,
+            address=self._urls[sweep.wire].partition("://")[2],
+            mode=mode,
+            load=amount,
+            window_s=self._plan.window_s,
+            admin_key=self._key,
+        )

@@ -1,0 +1,136 @@
+"""Where the server spends a request's time: differences of Triton's own statistics.
+
+Triton counts from the start of the server, and for all clients together: nobody else is to use it
+meanwhile. Its failures are not read: 2.51 counts each failure of an ensemble twice.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tritonclient.utils import InferenceServerException
+
+from benchmarks.load.workload import Model
+from serving.clients.endpoint import Endpoint, admin_headers
+from serving.errors import ServerError
+
+STEPS: Mapping[Model, tuple[str, ...]] = {
+    "clip_image": ("image_preprocess", "image_tower"),
+    "clip_text": ("text_tokenize", "text_tower"),
+}
+"""The models of each ensemble, in order."""
+_REST_S, _REST_WITHIN_S = 0.1, 5.0
+_TIMEOUT_S = 60.0
+_COMPUTE = ("compute_input", "compute_infer", "compute_output")
+
+Counters = dict[str, dict[str, int]]
+"""By model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A model within an ensemble; times are means over its requests."""
+
+    model: str
+    queue_ms: float
+    """Waiting for company and for an instance."""
+    compute_ms: float
+    """In the batch that a request was part of, copies in and out included."""
+    requests: int
+    mean_batch: float
+    """Items that ran at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """What the server counted between two moments."""
+
+    steps: tuple[Step, ...]
+    cache_hits: int
+    """Requests that its response cache answered, no step being run."""
+
+
+class Statistics:
+    """The statistics of the server at `url`, grpc://host:port or http://host:port.
+
+    Args:
+        admin_key: which a server of `serving.triton.server` asks for.
+    """
+
+    def __init__(self, url: str, admin_key: str | None) -> None:
+        self._url, self._key = url, admin_key
+
+    def at_rest(self) -> Counters:
+        """The counters, once they rest: Triton counts a request a moment after it answered.
+
+        Raises:
+            ServerError: the server does not answer, wants a key, or others keep it busy.
+        """
+        last, deadline = self._read(), time.monotonic() + _REST_WITHIN_S
+        while time.monotonic() < deadline:
+            time.sleep(_REST_S)
+            current = self._read()
+            if current == last:
+                return current
+            last = current
+        raise ServerError(
+            f"the counters of {self._url} did not rest within {_REST_WITHIN_S:g} s: other clients "
+            "use the server; measure one that nobody else uses"
+        )
+
+    def _read(self) -> Counters:
+        endpoint = Endpoint.of(self._url)
+        options: dict[str, Any] = {"as_json": True} if endpoint.protocol == "grpc" else {}
+        try:
+            with endpoint.open(_TIMEOUT_S) as client:
+                headers = admin_headers(endpoint.protocol, self._key)
+                answer = client.get_inference_statistics(headers=headers, **options)
+        except (InferenceServerException, OSError) as error:
+            if "restricted" in str(error):
+                raise ServerError(
+                    f"{self._url} tells its statistics only to who has its administrative key; "
+                    "give it as --admin-key, or in CLIP_ADMIN_KEY"
+                ) from error
+            raise ServerError(f"no statistics from {self._url}: {error}") from error
+        return {model["name"]: _counters(model) for model in answer["model_stats"]}
+
+
+def counted(model: Model, before: Counters, after: Counters) -> Counted:
+    """What was counted of an ensemble and its steps between two readings."""
+
+    def grown(name: str) -> dict[str, int]:
+        return {key: value - before[name][key] for key, value in after[name].items()}
+
+    return Counted(
+        steps=tuple(_step(name, grown(name)) for name in STEPS[model]),
+        cache_hits=grown(model)["cache_hits"],
+    )
+
+
+def _step(name: str, grown: dict[str, int]) -> Step:
+    requests = grown["requests"]
+    return Step(
+        model=name,
+        queue_ms=grown["queue_ns"] / 1e6 / max(requests, 1),
+        compute_ms=grown["compute_ns"] / 1e6 / max(requests, 1),
+        requests=requests,
+        mean_batch=grown["inferences"] / max(grown["executions"], 1),
+    )
+
+
+def _counters(model: Mapping[str, Any]) -> dict[str, int]:
+    """Of one model; gRPC as JSON gives integers as strings, and leaves out zeros."""
+    durations = model["inference_stats"]
+
+    def of(name: str, key: str) -> int:
+        return int(durations.get(name, {}).get(key, 0))
+
+    return {
+        "requests": of("success", "count"),
+        "cache_hits": of("cache_hit", "count"),
+        "queue_ns": of("queue", "ns"),
+        "compute_ns": sum(of(part, "ns") for part in _COMPUTE),
+        "inferences": int(model.get("inference_count", 0)),
+        "executions": int(model.get("execution_count", 0)),
+    }

@@ -1,0 +1,160 @@
+"""What a device does at best, measured, and what a tower asks of it, counted.
+
+Does not know: runners (`gpu.py`).
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from export.checkpoints.architectures import OPENAI_MEAN, OPENAI_STD
+from export.gate.torch_runners import allow_tf32
+from export.towers.clip import Clip, ClipConfig
+from serving.bundles.bundle import Tower
+from serving.errors import RunnerError
+from serving.util.nvidia import gpu
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_ROUND_SECONDS = 0.02
+"""A round repeats what takes less, so that a clock and a synchronisation weigh nothing."""
+_REPEATS = 200
+_WARM_UP_SECONDS = 0.1
+"""Before the first round, and at least two calls: an idle GPU raises its clocks first."""
+_WARM_UPS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Medians on random numbers: zeros are faster than data."""
+
+    matmul_tflops: dict[str, float]
+    """By precision: 1e12 operations a second (of int8 integer ones) in a product of two squares;
+    fp32 without TF32, tf32 the same product with it."""
+    matmul_size: int
+    """Side of those squares."""
+    copy_gb_per_s: float
+    """1e9 bytes a second of a copy within the device's memory, read and written ones together."""
+    copy_bytes: int
+    """How large the copied tensor was."""
+    without: dict[str, str]
+    """Precisions that the device or this PyTorch does not multiply in, and what it said."""
+    matmul_by: dict[str, str] = field(default_factory=dict)
+    """What reached a precision's rate, where it was not PyTorch."""
+
+
+def measure_limits(
+    device: str, rounds: int = 9, *, size: int = 8192, copy_bytes: int = 2 << 30
+) -> Limits:
+    """Measure `device` as it is now: its clocks, its temperature, its other users."""
+    rates, without = {}, {}
+    for precision in PRECISIONS:
+        if precision == "tf32" and torch.device(device).type != "cuda":
+            continue
+        try:
+            seconds = timed(_product(precision, size, device), device, rounds)
+        except (RuntimeError, AttributeError) as error:  # the latter: no torch._int_mm
+            without[precision] = str(error).splitlines()[0]
+        else:
+            rates[precision] = 2 * size**3 / median(seconds) / 1e12
+    if torch.device(device).type == "cuda":
+        copy_bytes = min(copy_bytes, torch.cuda.mem_get_info(device)[0] // 4)
+    source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = timed(lambda: target.copy_(source), device, rounds)
+    return Limits(
+        matmul_tflops=rates,
+        matmul_size=size,
+        copy_gb_per_s=2 * copy_bytes / median(seconds) / 1e9,
+        copy_bytes=copy_bytes,
+        without=without,
+    )
+
+
+def _product(precision: str, size: int, device: str) -> Callable[[], Tensor]:
+    if precision == "int8":
+        shape, dtype = (size, size), torch.int8
+        a, b = (torch.randint(-127, 128, shape, dtype=dtype, device=device) for _ in "ab")
+        # The second factor by columns is what cuBLASLt has INT8 kernels for.
+        return lambda: torch._int_mm(a, b.t())
+    real = _DTYPES.get(precision, torch.float32)
+    x, y = (torch.randn(size, size, device=device).to(real) for _ in "xy")
+
+    def product() -> Tensor:
+        allow_tf32(precision == "tf32")
+        return x @ y
+
+    return product
+
+
+def timed(call: Callable[[], object], device: str, rounds: int) -> list[float]:
+    """Seconds that one `call` takes, a value a round; what it left undone on `device` is awaited.
+
+    A round repeats a short call and divides. Calls before the first round warm up.
+    """
+    once, warm_until = 0.0, time.perf_counter() + _WARM_UP_SECONDS
+    for _ in range(_WARM_UPS):
+        start = time.perf_counter()
+        call()
+        _synchronise(device)
+        once = time.perf_counter() - start
+        if start > warm_until:
+            break
+    repeats = min(_REPEATS, max(1, math.ceil(_ROUND_SECONDS / once)))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        _synchronise(device)
+        seconds.append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def _synchronise(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def require(device: str) -> None:
+    """Raises RunnerError, with what to do, unless PyTorch can compute on `device`."""
+    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+        return
+    here = gpu()
+    if here is None:
+        raise RunnerError(
+            "expected a machine with an NVIDIA GPU; this one has none, or no driver for it "
+            "(`nvidia-smi` tells); CPUs are measured by `python -m benchmarks latency BUNDLE`"
+        )
+    built = torch.version.cuda
+    raise RunnerError(
+        f"expected a torch that can use the {here.name} of this machine, whose driver runs CUDA "
+        f"{here.cuda}; torch {torch.__version__} is {f'for CUDA {built}' if built else 'without'}; "
+        "install another build of it"
+    )
+
+
+@functools.cache
+def count_flops(config: ClipConfig, tower: Tower, batch: int, length: int | None = None) -> int:
+    """Floating-point operations of one run of a tower, a multiplication and an addition being two.
+
+    PyTorch counts those of products, convolutions and attention while the tower runs on its `meta`
+    device, where attention is made of products: on a CPU its fused attention counts as nothing.
+    """
+    with torch.device("meta"):
+        clip = Clip(config, OPENAI_MEAN, OPENAI_STD).eval()
+        size = config.image.image_size
+        module = clip.image if tower == "image" else clip.text
+        shape = (batch, 3, size, size) if tower == "image" else (batch, length or 0)
+        example = torch.zeros(shape, dtype=torch.uint8 if tower == "image" else torch.int32)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        module(example)
+    return int(counter.get_total_flops())

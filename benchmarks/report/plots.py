@@ -1,0 +1,312 @@
+"""Pictures of results: latency against batch, load, stages, accuracy against latency.
+
+Does not know: how the results are told in words (`report.py`).
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.results import Document, Latency, Timed
+from serving.errors import RunnerError
+
+_COLOURS = {
+    "eager": "#555555",
+    "torchscript": "#8c8c8c",
+    "compiled": "#b0b0b0",
+    "transformers": "#111111",
+    "transformers-longest": "#9467bd",
+    "onnxruntime-plain": "#7fb3d9",
+    "onnxruntime": "#1f6fb4",
+    "openvino": "#d9641c",
+    "tensorrt": "#3a8f3a",
+}
+"""By runtime; the first that a name begins with, longest first."""
+_COLUMNS = 3
+"""Panels beside each other, at most."""
+_LINE = 0.047
+"""Height of a line of labels, as a share of a panel's."""
+_DASHES = {"fp32": "-", "tf32": "-", "bf16": "-.", "fp16": ":", "int8": "--"}
+
+
+def draw(
+    latency: Latency | None, served: Document | None, accuracy: Document | None, folder: Path
+) -> list[Path]:
+    """Write a PNG of everything that there is; the old ones stay whole until then.
+
+    Raises:
+        RunnerError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RunnerError("plots need matplotlib; pip install -e '.[bench]'") from error
+    matplotlib.use("agg")
+    style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110, "axes.titlesize": 12}
+    written = []
+    with matplotlib.rc_context(style):
+        if latency is not None:
+            written.append(_save(_latency(latency), folder / "latency.png"))
+            if latency.stages:
+                written.append(_save(_stages(latency), folder / "stages.png"))
+        if served is not None and served["points"]:
+            written.append(_save(_served(served), folder / "served.png"))
+        if accuracy is not None:
+            written.append(_save(_accuracy(accuracy), folder / "accuracy.png"))
+    return written
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
+    temporary.replace(path)
+    pyplot.close(figure)
+    return path
+
+
+def _look(runner: str) -> dict[str, Any]:
+    runtime, _, precision = runner.partition(":")
+    family = max((f for f in _COLOURS if runtime.startswith(f)), key=len, default="eager")
+    dash = _DASHES[precision.partition("-")[0]]
+    return {"color": _COLOURS[family], "linestyle": dash, "marker": "o", "markersize": 4}
+
+
+def _latency(latency: Latency) -> Any:
+    """A panel for pictures and one for each text length: milliseconds against batch."""
+    from matplotlib import pyplot
+
+    works = {(tower, length) for tower, _, length in latency.works()}
+    kinds = sorted(works, key=lambda kind: (kind[0], kind[1] or 0))
+    kinds = [kind for kind in kinds if _batches(latency, *kind) > 1]
+    columns = min(_COLUMNS, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    size = 6.6 * columns, 5.2 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_axis_off()
+    for axis, (tower, length) in zip(axes.flat, kinds, strict=False):
+        lines: dict[str, list[Timed]] = {}
+        for one in latency.towers:
+            if (one.facts["tower"], one.facts["length"]) == (tower, length):
+                lines.setdefault(one.facts["runner"], []).append(one)
+        ends = []
+        for runner, points in lines.items():
+            points.sort(key=lambda point: point.facts["batch"])
+            batches = [point.facts["batch"] for point in points]
+            times = [point.milliseconds for point in points]
+            axis.plot(batches, times, label=runner, **_look(runner))
+            ends.append((times[-1], f"{runner}  {points[-1].ratio:.1f}x", _look(runner)["color"]))
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        _label_ends(axis, max(axis.get_xlim()), ends)
+        ticks = sorted({one.facts["batch"] for points in lines.values() for one in points})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel("batch")
+        axis.set_ylabel("milliseconds a batch")
+        axis.set_title("Pictures" if tower == "image" else f"Texts of {length} tokens")
+    figure.suptitle(
+        f"{latency.bundle['name']} on {latency.environment['machine']}\n"
+        "ratio to PyTorch eager fp32 at the largest batch; lower is faster",
+        y=1.02,
+    )
+    figure.tight_layout()
+    return figure
+
+
+def _batches(latency: Latency, tower: str, length: int | None) -> int:
+    return len({b for t, b, n in latency.works() if (t, n) == (tower, length)})
+
+
+def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None:
+    """Names beside the lines' ends, moved apart where they would overlap (a log axis)."""
+    ends.sort()
+    low, high = axis.get_ylim()
+    step = (high / low) ** _LINE
+    places = [value for value, _, _ in ends]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] * step)
+    places[-1] = min(places[-1], high)
+    for index in range(len(places) - 2, -1, -1):
+        places[index] = min(places[index], places[index + 1] / step)
+    for at, (value, text, colour) in zip(places, ends, strict=True):
+        axis.annotate(
+            text,
+            (x, value),
+            xytext=(x * 1.12, at),
+            color=colour,
+            fontsize=9.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+        )
+
+
+def _stages(latency: Latency) -> Any:
+    """Stacked bars a way: the stages alone; a line where they take together."""
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    found = {one.facts["stage"]: one for one in latency.stages}
+    per = {name: one.milliseconds / one.facts["items"] for name, one in found.items()}
+    panels: dict[str, tuple[str, dict[str, tuple[tuple[str, ...], str]]]] = {
+        "image": (
+            "One picture: JPEG 640x480 to embedding",
+            {
+                f"this project\n{found['image: tower'].facts['runner']}": (
+                    ("image: decode", "image: resize", "image: tower"),
+                    "image: together",
+                ),
+                "transformers\nCLIPModel, fp32": (
+                    ("image: decode", "image: transformers processor", "image: transformers tower"),
+                    "image: transformers together",
+                ),
+            },
+        ),
+        "text": (
+            "One caption to embedding",
+            {
+                f"this project\n{found['text: tower'].facts['runner']}": (
+                    ("text: tokenise", "text: tower"),
+                    "text: together",
+                ),
+                "transformers\npadded to 77": (
+                    ("text: transformers tokenizer", "text: transformers tower"),
+                    "text: transformers together",
+                ),
+            },
+        ),
+    }
+    shades = {"decode": "#c6dbef", "resize": "#6baed6", "processor": "#6baed6"}
+    shades |= {"tokenise": "#c6dbef", "tokenizer": "#c6dbef", "tower": "#d9641c"}
+    figure, axes = pyplot.subplots(2, 1, figsize=(9.5, 4.6))
+    for axis, (title, ways) in zip(axes, panels.values(), strict=True):
+        for row, (parts, whole) in enumerate(ways.values()):
+            left = 0.0
+            for part in parts:
+                kind = part.split()[-1]
+                axis.barh(row, per[part], left=left, color=shades[kind], height=0.55)
+                if per[part] > 0.09 * max(per[w] for _, w in ways.values()):
+                    label = f"{kind} {per[part]:.2g}"
+                    axis.text(
+                        left + per[part] / 2, row, label, ha="center", va="center", fontsize=9
+                    )
+                left += per[part]
+            axis.plot([per[whole]] * 2, [row - 0.36, row + 0.36], color="black", linewidth=2)
+            axis.text(
+                max(per[whole], left),
+                row,
+                f"  together {per[whole]:.3g} ms",
+                va="center",
+                fontsize=9.5,
+            )
+        axis.set_yticks(range(len(ways)), list(ways))
+        axis.invert_yaxis()
+        axis.grid(axis="y", visible=False)
+        axis.set_title(title, loc="left")
+        kinds = {part.split()[-1]: None for parts, _ in ways.values() for part in parts}
+        handles = [Patch(color=shades[kind], label=kind) for kind in kinds]
+        axis.legend(handles=handles, fontsize=8, ncols=len(handles), loc="upper right")
+        axis.margins(x=0.22)
+        axis.set_xlim(left=0)
+    axes[-1].set_xlabel("milliseconds an item; the black line is the whole way in one go")
+    figure.tight_layout()
+    return figure
+
+
+def _served(served: Document) -> Any:
+    """Throughput and p99 against concurrency, a column a model."""
+    from matplotlib import pyplot
+
+    points = [p for p in served["points"] if p["mode"] == "concurrency"]
+    models = list(dict.fromkeys(point["model"] for point in points))
+    figure, axes = pyplot.subplots(
+        2, len(models), figsize=(5.6 * len(models), 6.4), squeeze=False, sharex="col"
+    )
+    colours = {"grpc": "#1f6fb4", "http": "#d9641c"}
+    for column, model in enumerate(models):
+        for client, marker in (("perf_analyzer", "o"), ("asyncio", "x")):
+            for protocol, colour in colours.items():
+                mine = [
+                    p
+                    for p in points
+                    if (p["model"], p["client"], p["protocol"]) == (model, client, protocol)
+                ]
+                mine.sort(key=lambda point: point["load"])
+                for row, key in enumerate(("throughput_per_s", "p99_ms")):
+                    axes[row][column].plot(
+                        [p["load"] for p in mine],
+                        [p[key] for p in mine],
+                        color=colour,
+                        marker=marker,
+                        linestyle="-" if client == "perf_analyzer" else "none",
+                        markersize=5 if client == "perf_analyzer" else 8,
+                        label=f"{protocol}, {client}" if mine else None,
+                    )
+        for one in served["saturation"]:
+            if one["model"] == model:
+                axes[0][column].axvline(
+                    one["concurrency"], color=colours[one["protocol"]], alpha=0.35, linestyle=":"
+                )
+        axes[0][column].set_title(f"{model}, one item a request")
+        for axis in axes[:, column]:
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+        axes[1][column].set_xscale("log", base=2)
+        ticks = sorted({p["load"] for p in points if p["model"] == model})
+        axes[1][column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes[1][column].set_xlabel("requests under way; dotted: saturation")
+        axes[0][column].set_ylabel("items a second")
+        axes[1][column].set_ylabel("p99, milliseconds")
+        axes[0][column].legend(fontsize=9, loc="lower right")
+    figure.suptitle(f"{served['bundle']} served by {served['server']}; clients on the same machine")
+    figure.tight_layout()
+    return figure
+
+
+def _accuracy(accuracy: Document) -> Any:
+    """Top-1 with its interval against milliseconds a picture; the Pareto front is drawn through."""
+    from matplotlib import pyplot
+
+    rows = sorted(accuracy["rows"], key=lambda row: (row["image_ms"], -row["top1"]))
+    slowest = rows[-1]["image_ms"]
+    wide = (slowest / rows[0]["image_ms"]) ** 0.17  # a name, as a factor on the logarithmic axis
+    figure, axis = pyplot.subplots(figsize=(8.6, 5.0))
+    lift, before = 0, 0.0
+    front: list[tuple[float, float]] = []
+    for row in rows:
+        milliseconds, top1 = row["image_ms"], 100 * row["top1"]
+        look = _look(row["runner"]) | {"linestyle": "none", "markersize": 7}
+        around = [[top1 - 100 * row["top1_low"]], [100 * row["top1_high"] - top1]]
+        axis.errorbar(milliseconds, top1, yerr=around, elinewidth=1, capsize=3, **look)
+        lift = lift + 1 if milliseconds < wide * before else 0  # names would run into each other
+        before = milliseconds
+        last = milliseconds > slowest / wide
+        axis.annotate(
+            row["runner"],
+            (milliseconds, top1),
+            xytext=(-7 if last else 7, 6 + 14 * lift),
+            textcoords="offset points",
+            ha="right" if last else "left",
+            fontsize=9,
+            color=look["color"],
+        )
+        if not front or top1 > front[-1][1]:
+            front.append((milliseconds, top1))
+    front.append((slowest, front[-1][1]))
+    axis.step(*zip(*front, strict=True), where="post", color="#3a8f3a", alpha=0.4, lw=4, zorder=0)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:.2g}")
+    axis.set_xlabel(f"milliseconds a picture, batches of {accuracy['image_batch']}")
+    axis.set_ylabel("zero-shot top-1, %")
+    axis.set_title(
+        f"{accuracy['bundle']}: {accuracy['pictures']} pictures, {accuracy['labels']} labels; "
+        "bars: 95 %, green: Pareto front",
+        fontsize=11,
+    )
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,1 @@
+"""From the name of a checkpoint to weights, configuration and tokenizer."""

@@ -1,0 +1,280 @@
+"""Configurations: Hugging Face's `config.json`, OpenCLIP's `open_clip_config.json`, bare shapes.
+
+Does not know: weight names other than those whose shapes tell sizes (`formats.py`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from export.towers.clip import (
+    Activation,
+    ClipConfig,
+    ResNetConfig,
+    TextConfig,
+    VisionTransformerConfig,
+)
+from serving.bundles.bundle import ImageSpec
+from serving.errors import CheckpointError
+
+State = Mapping[str, Tensor]
+
+_ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+
+
+def _activation(name: str) -> Activation:
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"activation {name!r} is not supported; expected quick_gelu or gelu")
+    return _ACTIVATIONS[name]
+
+
+def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
+    """The architecture that a Hugging Face CLIP `config.json` describes.
+
+    A key that is left out means the default of `transformers.CLIPTextConfig` / `CLIPVisionConfig`
+    (those of ViT-B/32), as it does there.
+    """
+    if config.get("model_type") != "clip":
+        raise CheckpointError(
+            f"config.json is of model_type {config.get('model_type')!r}; expected 'clip'"
+        )
+    try:
+        return _checked(_hugging_face_sizes(config), "config.json")
+    except (AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: a size is not what it should be: {error}") from error
+
+
+def _hugging_face_sizes(config: Mapping[str, Any]) -> ClipConfig:
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    vocab_size = int(text.get("vocab_size", 49408))
+    # Configurations written before 2023 carry a wrong 2 and mean the highest id
+    # (transformers, modeling_clip.py, CLIPTextTransformer.forward).
+    end_id = int(text.get("eos_token_id", 49407))
+    return ClipConfig(
+        embed_dim=int(config.get("projection_dim", 512)),
+        image=VisionTransformerConfig(
+            width=int(vision.get("hidden_size", 768)),
+            layers=int(vision.get("num_hidden_layers", 12)),
+            heads=int(vision.get("num_attention_heads", 12)),
+            mlp_width=int(vision.get("intermediate_size", 3072)),
+            activation=_activation(vision.get("hidden_act", "quick_gelu")),
+            norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
+            image_size=int(vision.get("image_size", 224)),
+            patch_size=int(vision.get("patch_size", 32)),
+        ),
+        text=TextConfig(
+            width=int(text.get("hidden_size", 512)),
+            layers=int(text.get("num_hidden_layers", 12)),
+            heads=int(text.get("num_attention_heads", 8)),
+            mlp_width=int(text.get("intermediate_size", 2048)),
+            activation=_activation(text.get("hidden_act", "quick_gelu")),
+            norm_eps=float(text.get("layer_norm_eps", 1e-5)),
+            context_length=int(text.get("max_position_embeddings", 77)),
+            vocab_size=vocab_size,
+            end_id=vocab_size - 1 if end_id == 2 else end_id,
+        ),
+    )
+
+
+def _checked(config: ClipConfig, file: str) -> ClipConfig:
+    """`config`, if towers can be built of it."""
+    for name, tower in (("image", config.image), ("text", config.text)):
+        if isinstance(tower, ResNetConfig):
+            continue
+        smallest = min(tower.width, tower.layers, tower.heads, tower.mlp_width, config.embed_dim)
+        if smallest < 1 or tower.width % tower.heads:
+            raise CheckpointError(
+                f"{file}: an {name} tower of width {tower.width}, {tower.layers} layers and "
+                f"{tower.heads} heads; expected positive sizes, and heads that divide the width"
+            )
+        if isinstance(tower, VisionTransformerConfig) and not (
+            0 < tower.patch_size <= tower.image_size
+        ):
+            raise CheckpointError(
+                f"{file}: patches of {tower.patch_size} px in pictures of {tower.image_size} px"
+            )
+    return config
+
+
+def config_to_hugging_face(config: ClipConfig, start_id: int) -> dict[str, Any]:
+    """A `config.json` that `transformers.CLIPModel.from_pretrained` reads back as `config`."""
+    image, text = config.image, config.text
+    if isinstance(image, ResNetConfig):
+        raise CheckpointError("a ResNet has no Hugging Face layout; save it in OpenCLIP's")
+
+    def common(tower: VisionTransformerConfig | TextConfig) -> dict[str, Any]:
+        return {
+            "hidden_size": tower.width,
+            "num_hidden_layers": tower.layers,
+            "num_attention_heads": tower.heads,
+            "intermediate_size": tower.mlp_width,
+            "hidden_act": tower.activation,
+            "layer_norm_eps": tower.norm_eps,
+            "projection_dim": config.embed_dim,
+        }
+
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": {
+            "model_type": "clip_text_model",
+            **common(text),
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "bos_token_id": start_id,
+            "eos_token_id": text.end_id,
+            "pad_token_id": text.end_id,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **common(image),
+            "image_size": image.image_size,
+            "patch_size": image.patch_size,
+            "num_channels": 3,
+        },
+    }
+
+
+def config_to_open_clip(config: ClipConfig, image: ImageSpec) -> dict[str, Any]:
+    """An `open_clip_config.json`, as OpenCLIP's `push_to_hf_hub` writes it, of a ResNet."""
+    vision, text = config.image, config.text
+    if not isinstance(vision, ResNetConfig):
+        raise CheckpointError("a vision transformer is saved in Hugging Face's layout")
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": text.activation == "quick_gelu",
+            "vision_cfg": {
+                "image_size": vision.image_size,
+                "layers": list(vision.layers),
+                "width": vision.width,
+            },
+            "text_cfg": {
+                "context_length": text.context_length,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(image.mean),
+            "std": list(image.std),
+            "interpolation": image.interpolation,
+            "resize_mode": "shortest",
+        },
+    }
+
+
+# What a plain CLIP's sections may hold. Anything else (timm towers, attentional pooling, layer
+# scale, sigmoid losses ...) changes what the towers compute, so it is refused, not ignored.
+_OPEN_CLIP_KEYS = {
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
+
+
+def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConfig:
+    """The architecture of OpenCLIP weights: sizes from shapes, heads and activation from the file.
+
+    Raises:
+        CheckpointError: the configuration asks for something a plain CLIP does not have.
+    """
+    model = document.get("model_cfg") or {}
+    for section, known in _OPEN_CLIP_KEYS.items():
+        unknown = sorted((model.get(section) or {}).keys() - known)
+        if unknown:
+            raise CheckpointError(
+                f"open_clip_config.json: {section} has {', '.join(unknown)}, which a plain CLIP "
+                "does not have; only ViT and ModifiedResNet towers with a causal text tower load"
+            )
+    vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+    config = config_from_openai(
+        state,
+        "quick_gelu" if model.get("quick_gelu", False) else "gelu",
+        int(vision.get("head_width", 64)),
+        int(text["heads"]) if "heads" in text else None,
+    )
+    return _checked(config, "open_clip_config.json")
+
+
+def _depth(state: State, prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def _head_count(width: int, head_width: int) -> int:
+    if width % head_width:
+        raise CheckpointError(
+            f"a width of {width} does not divide into heads of {head_width}; "
+            "put the open_clip_config.json of this model beside the weights"
+        )
+    return width // head_width
+
+
+def config_from_openai(
+    state: State, activation: Activation, head_width: int = 64, text_heads: int | None = None
+) -> ClipConfig:
+    """Infer the architecture from the shapes of a state dict in OpenAI's layout.
+
+    Head counts leave no trace in the shapes: 64 channels a head is the convention of every OpenAI
+    model (clip/model.py, `build_model`); OpenCLIP's configuration overrides it.
+
+    Raises:
+        CheckpointError: the weights that tell the sizes are not there.
+    """
+    try:
+        return ClipConfig(
+            embed_dim=state["text_projection"].shape[1],
+            image=_image_config(state, activation, head_width),
+            text=_text_config(state, activation, text_heads),
+        )
+    except KeyError as error:
+        raise CheckpointError(
+            f"not a CLIP state dict: weight {error.args[0]!r} is missing; expected the layout of "
+            "OpenAI's or OpenCLIP's CLIP ('visual.*', 'transformer.*', 'text_projection')"
+        ) from None
+
+
+def _image_config(
+    state: State, activation: Activation, head_width: int
+) -> VisionTransformerConfig | ResNetConfig:
+    if "visual.proj" not in state:
+        width = state["visual.layer1.0.conv1.weight"].shape[0]
+        places = state["visual.attnpool.positional_embedding"].shape[0] - 1
+        depths = [_depth(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4)]
+        return ResNetConfig(
+            image_size=32 * round(places**0.5),
+            width=width,
+            layers=(depths[0], depths[1], depths[2], depths[3]),
+            heads=_head_count(32 * width, 64),
+        )
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    patches = state["visual.positional_embedding"].shape[0] - 1
+    return VisionTransformerConfig(
+        width=width,
+        layers=_depth(state, "visual.transformer.resblocks."),
+        heads=_head_count(width, head_width),
+        mlp_width=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        activation=activation,
+        image_size=patch * round(patches**0.5),
+        patch_size=patch,
+    )
+
+
+def _text_config(state: State, activation: Activation, heads: int | None) -> TextConfig:
+    context_length, width = state["positional_embedding"].shape
+    vocab_size = state["token_embedding.weight"].shape[0]
+    return TextConfig(
+        width=width,
+        layers=_depth(state, "transformer.resblocks."),
+        heads=heads or _head_count(width, 64),
+        mlp_width=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        activation=activation,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        end_id=vocab_size - 1,
+    )

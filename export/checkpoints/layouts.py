@@ -1,0 +1,193 @@
+"""Files and directories of the layouts CLIP comes in -> weights with the facts that belong to them.
+
+Does not know: how a checkpoint is named or found (`checkpoint.py`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoints.architectures import KNOWN_MODELS, OPENAI_MEAN, OPENAI_STD
+from export.checkpoints.configs import (
+    config_from_hugging_face,
+    config_from_open_clip,
+    config_from_openai,
+)
+from export.checkpoints.weight_names import Layout, State
+from export.checkpoints.weights import read_json, read_weights, strip_wrappers
+from export.towers.clip import Activation, ClipConfig
+from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec
+from serving.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """What was found, before towers are built of it."""
+
+    state: State
+    layout: Layout
+    config: ClipConfig
+    image: ImageSpec
+    sha256: str
+    tokenizer: Path | None
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+
+def read_directory(path: Path) -> Files:
+    """Read a Hugging Face or an OpenCLIP directory."""
+    if (path / "config.json").exists():
+        return _read_hugging_face(path)
+    if (path / "open_clip_config.json").exists():
+        return _read_open_clip(path)
+    raise CheckpointError(
+        f"{path}: no config.json (Hugging Face) and no open_clip_config.json (OpenCLIP) in it; "
+        "a checkpoint directory has one of them beside its weights"
+    )
+
+
+def _read_hugging_face(path: Path) -> Files:
+    document = read_json(path / "config.json")
+    weights = _first(path, "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    processor = _first(path, "preprocessor_config.json", "processor_config.json")
+    tokenizer = _first(path, "tokenizer.json", "vocab.json")
+    if tokenizer and tokenizer.name == "vocab.json" and not (path / "merges.txt").exists():
+        tokenizer = None
+    found = {
+        "weights (model.safetensors)": weights,
+        "preprocessor_config.json": processor,
+        "tokenizer.json": tokenizer,
+    }
+    absent = [name for name, file in found.items() if file is None]
+    if weights is None or processor is None or tokenizer is None:
+        raise CheckpointError(f"{path}: half a checkpoint: {', '.join(absent)} not there")
+    config = config_from_hugging_face(document)
+    state, sha256 = read_weights(weights)
+    return Files(
+        state=state,
+        layout="hugging_face",
+        config=config,
+        image=_hugging_face_image_spec(processor, config.image.image_size),
+        sha256=sha256,
+        tokenizer=tokenizer,
+        templates=tuple(document.get("prompt_templates", DEFAULT_TEMPLATES)),
+    )
+
+
+def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
+    document = read_json(path)
+    document = document.get("image_processor", document)
+    resample = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    try:
+        size, crop = document["size"], document["crop_size"]
+        spec = ImageSpec(
+            size=int(crop["height"] if isinstance(crop, dict) else crop),
+            resize=int(size["shortest_edge"] if isinstance(size, dict) else size),
+            interpolation=resample[document.get("resample", 3)],  # type: ignore[arg-type]
+            mean=_per_channel(document["image_mean"]),
+            std=_per_channel(document["image_std"]),
+            pipeline="huggingface",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing or not supported" if type(error) is KeyError else str(error)
+        raise CheckpointError(
+            f"{path}: {reason}; expected a CLIPImageProcessor that resizes the shortest edge and "
+            "crops the centre"
+        ) from None
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if off := [step for step in steps if not document.get(step, True)]:
+        raise CheckpointError(
+            f"{path}: {', '.join(off)} switched off; expected a CLIPImageProcessor that does it"
+        )
+    if abs(255 * document.get("rescale_factor", 1 / 255) - 1) > 1e-3:
+        raise CheckpointError(
+            f"{path}: rescale_factor {document['rescale_factor']}; expected 1/255, which CLIP has"
+        )
+    if spec.size != image_size:
+        raise CheckpointError(
+            f"{path}: pictures are cropped to {spec.size}, but the image tower takes {image_size}"
+        )
+    return spec
+
+
+def _per_channel(values: Iterable[float]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _read_open_clip(path: Path) -> Files:
+    document = read_json(path / "open_clip_config.json")
+    weights = _first(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if weights is None:
+        raise CheckpointError(
+            f"{path}: half a checkpoint: open_clip_model.safetensors is not there"
+        )
+    state, sha256 = read_weights(weights)
+    state = strip_wrappers(state)
+    config = config_from_open_clip(state, document)
+    return Files(
+        state=state,
+        layout="openai",
+        config=config,
+        image=openai_image_spec(config.image.image_size, document.get("preprocess_cfg")),
+        sha256=sha256,
+        tokenizer=_first(path, "tokenizer.json"),
+        templates=tuple(document.get("prompt_templates", DEFAULT_TEMPLATES)),
+    )
+
+
+def _first(directory: Path, *names: str) -> Path | None:
+    return next((directory / name for name in names if (directory / name).exists()), None)
+
+
+def read_file(path: Path, activation: Activation | None) -> Files:
+    """Read a weights file in OpenAI's layout."""
+    state, sha256 = read_weights(path)
+    state = strip_wrappers(state)
+    known = next((model for model in KNOWN_MODELS if model.sha256 == sha256), None)
+    namesake = next((m for m in KNOWN_MODELS if m.source.endswith(f"/{path.name}")), None)
+    if namesake and not known:
+        raise CheckpointError(
+            f"{path} is named like OpenAI's {namesake.name}, whose sha256 is {namesake.sha256}, "
+            f"but has {sha256}: a damaged download? If it is your own model, rename it"
+        )
+    sidecar = path.with_name("open_clip_config.json")
+    document = read_json(sidecar) if sidecar.exists() else None
+    if document is not None and not known:
+        config = config_from_open_clip(state, document)
+    else:
+        activation = "quick_gelu" if known else activation
+        if activation is None:
+            raise CheckpointError(
+                f"{path}: weights do not say which activation they were trained with; give "
+                "--activation quick_gelu (OpenAI's, and OpenCLIP's '-quickgelu' models) or "
+                "--activation gelu (OpenCLIP's others), or put open_clip_config.json beside them"
+            )
+        config = config_from_openai(state, activation)
+    return Files(
+        state=state,
+        layout="openai",
+        config=config,
+        image=openai_image_spec(
+            config.image.image_size, document.get("preprocess_cfg") if document else None
+        ),
+        sha256=sha256,
+        tokenizer=_first(path.parent, "tokenizer.json") if document else None,
+    )
+
+
+def openai_image_spec(size: int, preprocess: Mapping[str, Any] | None = None) -> ImageSpec:
+    """OpenAI's preprocessing, or what an `open_clip_config.json` says of it."""
+    facts = preprocess or {}
+    if facts.get("resize_mode", "shortest") != "shortest":
+        raise CheckpointError(
+            f"open_clip_config.json: resize_mode {facts['resize_mode']!r}; expected 'shortest'"
+        )
+    return ImageSpec(
+        size=size,
+        resize=size,
+        interpolation=facts.get("interpolation", "bicubic"),
+        mean=_per_channel(facts.get("mean", OPENAI_MEAN)),
+        std=_per_channel(facts.get("std", OPENAI_STD)),
+        pipeline="openai",
+    )

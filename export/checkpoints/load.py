@@ -1,0 +1,191 @@
+"""A checkpoint's name -> loaded towers, their preprocessing facts and their tokenizer.
+
+A name is one of
+    random:ViT-B-32[@seed]           seeded weights of a true architecture, for latency work
+    ViT-B/32                         OpenAI's published file, by the name OpenAI gave it
+    openai/clip-vit-base-patch32     a Hugging Face hub id
+    path/to/directory                Hugging Face or OpenCLIP layout
+    path/to/file                     OpenAI .pt (TorchScript archive or state dict), OpenCLIP
+                                     .safetensors / .bin / .pt
+"""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+
+from export.checkpoints.architectures import (
+    ARCHITECTURES,
+    KNOWN_MODELS,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    KnownModel,
+)
+from export.checkpoints.download import download_file, download_hub
+from export.checkpoints.layouts import openai_image_spec, read_directory, read_file
+from export.checkpoints.vocabulary import byte_tokenizer, load_tokenizer
+from export.checkpoints.weight_names import load_state
+from export.towers.clip import Activation, Clip, ClipConfig
+from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
+from serving.errors import CheckpointError
+
+_NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
+_TOKENIZER_HINT = (
+    "give OpenAI's bpe_simple_vocab_16e6.txt.gz or a tokenizer.json with --vocabulary FILE"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Everything that is known about a model before anything is made of it."""
+
+    name: str
+    """Good for a directory name."""
+    source: str
+    clip: Clip
+    """float32, eval mode."""
+    image: ImageSpec
+    text: TextSpec
+    tokenizer: tokenizers.Tokenizer
+    templates: tuple[str, ...]
+    weights: Literal["trained", "random"]
+    weights_sha256: str
+
+
+def load_checkpoint(
+    name: str,
+    *,
+    vocabulary: Path | None = None,
+    activation: Activation | None = None,
+) -> Checkpoint:
+    """Load the checkpoint `name` (see the module's text for what a name may be).
+
+    Args:
+        vocabulary: OpenAI's `bpe_simple_vocab_16e6.txt.gz` or a `tokenizer.json`, for checkpoints
+            that bring no tokenizer.
+        activation: of a bare weights file, which does not say.
+
+    Raises:
+        CheckpointError: unknown name, incomplete directory, not a CLIP, or sizes that disagree.
+    """
+    if name.startswith("random:"):
+        return _random(name, vocabulary)
+    known = next((model for model in KNOWN_MODELS if model.name == name), None)
+    path = Path(name)
+    if known and known.sha256:
+        path = download_file(known.source, known.sha256)
+    elif known or (not path.exists() and _looks_like_hub_id(name)):
+        path = _from_hub(name)
+    if path.is_dir():
+        files = read_directory(path)
+    elif path.is_file():
+        files = read_file(path, activation)
+    else:
+        raise _unknown(name)
+    tokenizer = load_tokenizer(vocabulary or files.tokenizer or _hub_tokenizer(known))
+    clip = Clip(files.config, files.image.mean, files.image.std)
+    load_state(clip, files.state, files.layout)
+    return Checkpoint(
+        name=path.stem if path.is_file() else Path(name).resolve().name,  # also of "." and "x/.."
+        source=name,
+        clip=clip.eval(),
+        image=files.image,
+        text=_text_spec(files.config, tokenizer),
+        tokenizer=tokenizer,
+        templates=files.templates,
+        weights="trained",
+        weights_sha256=files.sha256,
+    )
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix == ""
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return download_hub(name)
+    except CheckpointError as error:
+        # "ViT-B/33" looks like a hub id, too.
+        if name in _NAMES or not (hint := _suggestion(name, cutoff=0.8)):
+            raise
+        raise CheckpointError(f"{error}; {hint.rstrip()}") from error
+
+
+def _suggestion(name: str, cutoff: float) -> str:
+    close = difflib.get_close_matches(name, _NAMES, n=3, cutoff=cutoff)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def _unknown(name: str) -> CheckpointError:
+    hint = _suggestion(name, cutoff=0.5)
+    return CheckpointError(
+        f"unknown checkpoint {name!r}: no such file or directory, and not a known name; {hint}"
+        "`python -m export list` shows the known ones, any Hugging Face id 'owner/name' works too"
+    )
+
+
+def _hub_tokenizer(known: KnownModel | None) -> Path:
+    repo = known.tokenizer_repo if known else "openai/clip-vit-base-patch32"
+    try:
+        return download_hub(repo, only_tokenizer=True) / "tokenizer.json"
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the checkpoint brings no tokenizer, and {repo}'s was not to be had: {error}; "
+            f"{_TOKENIZER_HINT}"
+        ) from error
+
+
+def _text_spec(config: ClipConfig, tokenizer: tokenizers.Tokenizer) -> TextSpec:
+    text = config.text
+    start_id = tokenizer.token_to_id("<|startoftext|>")
+    end_id = tokenizer.token_to_id("<|endoftext|>")
+    if start_id is None or end_id != text.end_id:
+        raise CheckpointError(
+            f"the tokenizer's <|endoftext|> is {end_id}, its <|startoftext|> {start_id}; the text "
+            f"tower pools at {text.end_id}: tokenizer and weights are of different models"
+        )
+    if tokenizer.get_vocab_size() > text.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the text tower embeds "
+            f"{text.vocab_size}: tokenizer and weights are of different models"
+        )
+    return TextSpec(
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        start_id=start_id,
+        end_id=end_id,
+        pad_id=end_id,
+    )
+
+
+def _random(name: str, vocabulary: Path | None) -> Checkpoint:
+    architecture, _, seed = name.removeprefix("random:").partition("@")
+    config = ARCHITECTURES.get(architecture)
+    if config is None or not (seed or "0").isdecimal():
+        raise CheckpointError(
+            f"{name!r}: expected random:ARCHITECTURE or random:ARCHITECTURE@SEED with an "
+            f"architecture of {', '.join(ARCHITECTURES)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seed or 0))
+        clip = Clip(config, OPENAI_MEAN, OPENAI_STD).eval()
+    digest = hashlib.sha256()
+    for tensor in clip.state_dict().values():
+        digest.update(memoryview(tensor.detach().contiguous().flatten().numpy()))
+    tokenizer = load_tokenizer(vocabulary) if vocabulary else byte_tokenizer(config.text.vocab_size)
+    return Checkpoint(
+        name=f"random-{architecture}",
+        source=name,
+        clip=clip,
+        image=openai_image_spec(config.image.image_size),
+        text=_text_spec(config, tokenizer),
+        tokenizer=tokenizer,
+        templates=DEFAULT_TEMPLATES,
+        weights="random",
+        weights_sha256=digest.hexdigest(),
+    )

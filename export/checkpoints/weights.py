@@ -1,0 +1,117 @@
+"""Weights files -> tensors, and no more than tensors.
+
+safetensors hold nothing else; pickles are read with `weights_only=True`; a TorchScript archive
+(what OpenAI published) is read by `torch.jit.load`, which runs no Python.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from export.checkpoints.weight_names import State
+from serving.errors import CheckpointError
+from serving.util.files import sha256_of
+
+
+def read_weights(path: Path) -> tuple[State, str]:
+    """All tensors of a weights file (or of the shards that an index names), and their sha256."""
+    try:
+        if path.suffix == ".json":
+            shards = _shards(path)
+            parts = [read_weights(path.parent / os.fspath(shard)) for shard in shards]
+            merged = {name: tensor for part, _ in parts for name, tensor in part.items()}
+            return merged, hashlib.sha256("".join(sha for _, sha in parts).encode()).hexdigest()
+        if path.suffix == ".safetensors":
+            return load_file(path), sha256_of(path)
+        return _read_torch(path), sha256_of(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: a part of the weights is not there: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}); download it again"
+        ) from error
+
+
+def _read_torch(path: Path) -> State:
+    if not zipfile.is_zipfile(path) and path.read_bytes()[:2] != b"\x80\x02":
+        raise CheckpointError(
+            f"{path}: not a PyTorch file (neither a zip archive nor a pickle); expected "
+            ".safetensors, an OpenAI .pt or an OpenCLIP .bin"
+        )
+    if zipfile.is_zipfile(path) and _is_torchscript(path):
+        return _read_torchscript(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: refused: {str(error).splitlines()[0]}. Only tensors are loaded from a pickle "
+            "(weights_only=True), because a pickle can run any code; if you trust this file, "
+            "convert it to safetensors"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(
+        isinstance(t, torch.Tensor) for t in content.values()
+    ):
+        raise CheckpointError(f"{path}: expected a dictionary of tensors (a state dict)")
+    return content
+
+
+def _shards(index: Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(
+            f"{index}: no weight_map in it; expected an index of sharded weights as transformers "
+            "writes it"
+        )
+    return sorted(set(names.values()))
+
+
+def _read_torchscript(path: Path) -> State:
+    try:
+        with warnings.catch_warnings():
+            # Deprecated, and the only reader of the form in which OpenAI published its weights.
+            warnings.filterwarnings("ignore", ".*torch.jit.load", DeprecationWarning)
+            state: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: a TorchScript archive that cannot be read ({reason}); download it again"
+        ) from error
+    return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def strip_wrappers(state: State) -> dict[str, torch.Tensor]:
+    """Take off what training wrappers and OpenCLIP's CustomTextCLIP put before names."""
+    out = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if "text.token_embedding.weight" in out:
+        out = {name.removeprefix("text."): tensor for name, tensor in out.items()}
+    return out
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: it is not there, or not a JSON object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document

@@ -1,0 +1,1 @@
+"""TensorRT engines: built from graphs, added to a bundle."""

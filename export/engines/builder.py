@@ -1,0 +1,260 @@
+"""ONNX graph -> TensorRT plan, the same lines for TensorRT 10.13 to 11 and for TensorRT-RTX.
+
+Networks are strongly typed: precision is what the graph says, never a builder flag. The one flag
+that touches numbers is TF32, for plans of the float32 graph.
+
+Does not know: whether a plan fits a machine (`serving.bundles.engine_facts`) or computes the
+right thing (`export.gate.parity`).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.bundles.bundle import Manifest, Tower
+from serving.bundles.engine_facts import SHORT_TEXT, Engine, Library, Profile
+from serving.cli.console import Steps
+from serving.errors import ExportError, InputError
+from serving.runners.tensor_rt import collecting, load_library
+from serving.util.files import write_bytes
+from serving.util.nvidia import gpu
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+_INPUTS: dict[Tower, str] = {"image": "pixels", "text": "input_ids"}
+_OPTIMUM = 16
+"""Tokens that the short profile is tuned for, and the batch that all are."""
+
+
+_DEPTH = 1
+"""Of phases within phases, down to which they are shown; further down there are hundreds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How plans are built."""
+
+    library: Library = "tensorrt"
+    max_batch: int = 64
+    workspace_bytes: int = 4 << 30
+    """Scratch memory that a kernel may ask for."""
+    optimization_level: int = 3
+    """0 builds fastest, 5 searches longest."""
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+    """Measured kernel times of this device, read and written: later builds take seconds."""
+
+
+def profiles_of(tower: Tower, manifest: Manifest, max_batch: int) -> tuple[Profile, ...]:
+    """Image: one, over the batch. Text: one for short texts, one for all others."""
+    batch = min(_OPTIMUM, max_batch)
+    if tower == "image":
+        shape = (3, manifest.image.size, manifest.image.size)
+        return (Profile(minimum=(1, *shape), optimum=(batch, *shape), maximum=(max_batch, *shape)),)
+    context = manifest.text.context_length
+    short = min(SHORT_TEXT, context)
+    lengths = [(2, min(_OPTIMUM, short), short)]
+    if context > short:
+        lengths.append((short + 1, context, context))
+    return tuple(
+        Profile(minimum=(1, low), optimum=(batch, tuned), maximum=(max_batch, high))
+        for low, tuned, high in lengths
+    )
+
+
+def build_plan(
+    graph: Path,
+    graph_sha256: str,
+    tower: Tower,
+    manifest: Manifest,
+    options: EngineOptions,
+    progress: Steps,
+) -> tuple[bytes, Engine]:
+    """Build the plan of one graph; with a GPU for that GPU, TensorRT-RTX also without one.
+
+    Args:
+        graph: an ONNX file of this project.
+        graph_sha256: its sha256.
+
+    Raises:
+        RunnerError: the library cannot be loaded.
+        ExportError: it cannot parse or build the graph; with the node and the reason.
+        InputError: the timing cache cannot be read.
+    """
+    device = gpu()
+    _refuse_impossible(options, has_gpu=device is not None)
+    library = load_library(options.library)
+    name, start = f"{options.library} {library.__version__}", time.monotonic()
+    messages: deque[str] = deque(maxlen=3)
+    logger = collecting(library, messages)
+    builder: trt.Builder = library.Builder(logger)
+    # The member's number is another in TensorRT 11 than in 10.
+    typed = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: trt.INetworkDefinition = builder.create_network(typed)
+    parser: trt.OnnxParser = library.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(graph)) or not network.num_outputs:
+        raise ExportError(f"{name} cannot parse {graph}: {_reasons(parser)}")
+    config: trt.IBuilderConfig = builder.create_builder_config()
+    _configure(library, config, options)
+    profiles = profiles_of(tower, manifest, options.max_batch)
+    for profile in profiles:
+        shapes: trt.IOptimizationProfile = builder.create_optimization_profile()
+        shapes.set_shape(_INPUTS[tower], profile.minimum, profile.optimum, profile.maximum)
+        config.add_optimization_profile(shapes)
+    # Kept in a variable: the builder calls into it for as long as it builds.
+    stopped: list[BaseException] = []
+    monitor = config.progress_monitor = _monitor(library, graph.name, progress, stopped)
+    cache = _read_cache(config, options.timing_cache)
+    with _interrupts(stopped):
+        plan: trt.IHostMemory = builder.build_serialized_network(network, config)
+    del monitor
+    if stopped:
+        raise stopped[0]
+    if plan is None:
+        raise ExportError(
+            f"{name} cannot build {graph}: {'; '.join(messages) or 'it gives no reason'}"
+        )
+    _write_cache(cache, options.timing_cache, progress)
+    tuned = device if options.library == "tensorrt" else None
+    return bytes(plan), Engine(
+        library=options.library,
+        version=str(library.__version__),
+        device=tuned.name if tuned else None,
+        compute_capability=tuned.compute_capability if tuned else None,
+        cuda=device.cuda if device else None,
+        profiles=profiles,
+        onnx_sha256=graph_sha256,
+        build_seconds=round(time.monotonic() - start, 1),
+        workspace_bytes=options.workspace_bytes,
+        optimization_level=options.optimization_level,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        weights_stripped=options.strip_weights,
+    )
+
+
+def _refuse_impossible(options: EngineOptions, *, has_gpu: bool) -> None:
+    if options.library == "tensorrt":
+        if not has_gpu:
+            raise ExportError(
+                "TensorRT tunes a plan on the GPU it is for, and this machine has none, or no "
+                "driver for it; run this on the machine that will serve it, or build for "
+                "TensorRT-RTX, which needs no GPU: --engine tensorrt-rtx"
+            )
+        return
+    if options.version_compatible or options.hardware_compatible:
+        raise ExportError(
+            "plans of TensorRT-RTX run on every RTX GPU and belong to one version of the library; "
+            "leave --version-compatible and --hardware-compatible out"
+        )
+    if options.timing_cache:
+        raise ExportError(
+            "TensorRT-RTX measures no kernels when it builds; leave --timing-cache out"
+        )
+    if options.strip_weights and not has_gpu:
+        raise ExportError(
+            "TensorRT-RTX strips weights only where there is an RTX GPU; leave --strip-weights out"
+        )
+
+
+def _reasons(parser: trt.OnnxParser) -> str:
+    """What the parser found fault with, by node."""
+    reasons = []
+    for index in range(parser.num_errors):
+        error: trt.ParserError = parser.get_error(index)
+        node = f"node {error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
+        reasons.append(node + error.desc())
+    return "; ".join(reasons) or "there is no graph in it"
+
+
+def _configure(library: Any, config: trt.IBuilderConfig, options: EngineOptions) -> None:
+    config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    config.builder_optimization_level = options.optimization_level
+    config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+    config.set_flag(library.BuilderFlag.TF32)
+    if options.version_compatible:
+        config.set_flag(library.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = library.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.strip_weights:
+        config.set_flag(library.BuilderFlag.STRIP_PLAN)
+
+
+def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:
+    """The timing cache in `config`, with what earlier builds on this device measured."""
+    if path is None:
+        return None
+    try:
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise InputError(
+            f"the timing cache {path} cannot be read ({error.strerror}); name another file with "
+            "--timing-cache"
+        ) from error
+    for content in (known, b""):  # an empty one where the known one is of another device
+        cache: trt.ITimingCache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    return None
+
+
+def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Steps) -> None:
+    if cache is None or path is None:
+        return
+    measured: trt.IHostMemory = cache.serialize()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, bytes(measured))
+    except OSError as error:  # a plan that took minutes is worth more
+        progress(f"kernel times are not kept: {path}: {error.strerror}")
+
+
+@contextmanager
+def _interrupts(stopped: list[BaseException]) -> Iterator[None]:
+    """Ctrl-C is put into `stopped`: raised in a callback, the library prints it and may go on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: stopped.append(KeyboardInterrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _monitor(library: Any, name: str, progress: Steps, stopped: list[BaseException]) -> Any:
+    """An `IProgressMonitor` that shows the outer phases, and ends the build if one is `stopped`."""
+
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # the base is known only here
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self._open: dict[str, tuple[int, int]] = {}  # phase -> depth, steps
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            depth = self._open[parent][0] + 1 if parent in self._open else 0
+            self._open[phase] = depth, steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            depth, steps = self._open[phase]
+            try:
+                if depth <= _DEPTH:
+                    progress(f"{name}: {phase.lower()}", step + 1, steps)
+            except BaseException as error:  # raised later, outside the library
+                stopped.append(error)
+            return not stopped
+
+        def phase_finish(self, phase: str) -> None:
+            del self._open[phase]
+
+    return Monitor()

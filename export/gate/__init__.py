@@ -1,0 +1,1 @@
+"""The parity gate: datasets, verdicts, and the PyTorch runners it compares with."""

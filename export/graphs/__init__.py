@@ -1,0 +1,1 @@
+"""Graphs of the towers: ONNX export, TorchScript, lint."""

@@ -1,0 +1,18 @@
+"""A tower -> a traced and frozen TorchScript file, for those who serve with libtorch."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from export.graphs.onnx_export import example_batch
+from export.towers.clip import ImageTower, TextTower, for_inference
+
+
+def export_torchscript(tower: ImageTower | TextTower, path: Path) -> None:
+    """Write `tower`, float32, to `path`; the boundary is that of `export.towers.clip`."""
+    example, _ = example_batch(tower)
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # its own deprecation, and Python values in shapes
+        traced = torch.jit.trace(for_inference(tower), example)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.freeze(traced), path)

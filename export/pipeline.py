@@ -1,0 +1,264 @@
+"""Checkpoint -> bundle: every step in order, written beside its place and then renamed."""
+
+import contextlib
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import torch
+
+from export.checkpoints.architectures import OPENAI_MEAN, OPENAI_STD
+from export.checkpoints.load import Checkpoint
+from export.gate.datasets import Data
+from export.gate.parity import Expected
+from export.gate.verify import data_for, judged, references
+from export.graphs.onnx_export import PROTOBUF_LIMIT, export_onnx, weights_bytes
+from export.graphs.torchscript import export_torchscript
+from export.int8.quantize import write_dynamic, write_int8
+from export.kinds import DEFAULT_KINDS, Kind, Method
+from export.towers.clip import (
+    Clip,
+    ClipConfig,
+    ImageTower,
+    ResNetConfig,
+    TextTower,
+    for_inference,
+    half_precision,
+)
+from export.towers.prefix_tree import TextTreeTower, in_trees
+from serving.bundles.bundle import (
+    FORMAT,
+    TOWERS,
+    Artifact,
+    Bundle,
+    Graph,
+    Manifest,
+    Provenance,
+    Quantisation,
+    Tower,
+    describe_file,
+)
+from serving.cli.console import Steps
+from serving.errors import InputError
+from serving.util.files import new_directory, write_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to make of a checkpoint, and of which data."""
+
+    kinds: Sequence[Kind] = DEFAULT_KINDS
+    method: Method = "percentile"
+    pictures: Path | None = None
+    """Folder of pictures that INT8 ranges are measured on."""
+    captions: Path | None = None
+    """Text file of captions, likewise."""
+    labelled: Path | None = None
+    """Folder of pictures with labels, for the gate."""
+    text_tree: bool = False
+    """Whether to make the tree form of the text tower too, in fp32 and, of `kinds`, int8."""
+
+
+@dataclass
+class _Work:
+    """A bundle in the making."""
+
+    checkpoint: Checkpoint
+    directory: Path
+    options: Options
+    data: Data
+    progress: Steps
+    references: dict[Tower, Expected]
+
+
+def build(
+    checkpoint: Checkpoint,
+    output: Path,
+    progress: Steps,
+    options: Options | None = None,
+) -> Bundle:
+    """Export both towers of `checkpoint`, judge them, and write the bundle to `output`.
+
+    A bundle that was at `output` stays whole until the new one is finished, and then gives way.
+    The gate's refusals do not stop the build: they stand in the manifest, and assembly obeys them.
+
+    Raises:
+        InputError: a folder or file of the options cannot be used.
+    """
+    options = options or Options()
+    _refuse_too_large(checkpoint, options)
+    with new_directory(output, "manifest.json") as directory:
+        checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
+        data = data_for(
+            checkpoint,
+            directory / "tokenizer.json",
+            progress,
+            pictures=options.pictures,
+            captions=options.captions,
+            labelled=options.labelled,
+        )
+        for reason in data.skipped[:5]:
+            progress(f"skipped {reason}")
+        if data.skipped:
+            progress(f"skipped {len(data.skipped)} pictures that cannot be read")
+        expected = references(checkpoint, data, progress)
+        work = _Work(checkpoint, directory, options, data, progress, expected)
+        artifacts = [artifact for tower in TOWERS for artifact in _artifacts(work, tower)]
+        if options.text_tree:
+            artifacts += _trees(work)
+        manifest = _manifest(checkpoint, directory, artifacts)
+        write_text(directory / "manifest.json", manifest.to_json())
+    return Bundle.open(output)
+
+
+def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
+    """Quantising holds a graph in one protobuf; better to know that before the long work."""
+    if not {Kind.INT8, Kind.INT8_FP16, Kind.INT8_DYNAMIC} & set(options.kinds):
+        return
+    for tower in TOWERS:
+        if (size := weights_bytes(tower_of(checkpoint, tower))) > PROTOBUF_LIMIT:
+            raise InputError(
+                f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights; INT8 "
+                "is made of towers up to 2 GB, leave it out: --precision fp32 --precision fp16"
+            )
+
+
+def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
+    """Every asked-for artifact of one tower, judged."""
+    checkpoint, kinds = work.checkpoint, work.options.kinds
+    module = tower_of(checkpoint, tower)
+    metadata = _metadata(checkpoint)
+    made = []
+
+    work.progress(f"{tower} tower: fp32")
+    graph = work.directory / f"{tower}.fp32.onnx"
+    files = export_onnx(for_inference(module), graph, metadata)
+    made.append(_judged(work, _artifact(tower, "fp32", files)))
+    half = work.directory / f"{tower}.fp16.onnx"
+    if {Kind.FP16, Kind.INT8_FP16} & set(kinds):
+        work.progress(f"{tower} tower: fp16")
+        files = export_onnx(half_precision(module), half, metadata)
+        made.append(_judged(work, _artifact(tower, "fp16", files)))
+    if Kind.TORCHSCRIPT in kinds:
+        work.progress(f"{tower} tower: TorchScript")
+        traced = work.directory / f"{tower}.fp32.torchscript.pt"
+        export_torchscript(module, traced)
+        made.append(_judged(work, replace(_artifact(tower, "fp32", [traced]), kind="torchscript")))
+    if Kind.INT8_DYNAMIC in kinds:
+        work.progress(f"{tower} tower: int8, dynamic")
+        dynamic = work.directory / f"{tower}.int8-dynamic.onnx"
+        write_dynamic(graph, dynamic)
+        made.append(_judged(work, _artifact(tower, "int8-dynamic", [dynamic])))
+    if Kind.INT8 in kinds:
+        made.append(_int8(work, tower, graph, "int8"))
+    if Kind.INT8_FP16 in kinds:
+        made.append(_int8(work, tower, half, "int8-fp16"))
+    return made
+
+
+def _trees(work: _Work) -> list[Artifact]:
+    """The tree graphs of the text tower, judged as the others are: they embed the same texts."""
+    work.progress("text tree: fp32")
+    graph = work.directory / "text.fp32.tree.onnx"
+    tower = TextTreeTower(work.checkpoint.clip.text)
+    files = export_onnx(tower, graph, _metadata(work.checkpoint))
+    made = [_judged(work, _artifact("text", "fp32", files, "tree"))]
+    if Kind.INT8 in work.options.kinds:
+        made.append(_int8(work, "text", graph, "int8", "tree"))
+    return made
+
+
+def _int8(work: _Work, tower: Tower, graph: Path, precision: str, kind: Graph = "onnx") -> Artifact:
+    """Quantise `graph`; while the gate refuses, leave out the layers that cost most."""
+    what, suffix, batches = f"{tower} tower", "onnx", work.data.calibration[tower]
+    if kind == "tree":
+        what, suffix = f"{tower} tree", "tree.onnx"
+        batches = in_trees(batches, work.checkpoint.text.end_id)
+    work.progress(f"{what}: {precision}")
+    target = work.directory / f"{tower}.{precision}.{suffix}"
+
+    def judged(quantisation: Quantisation) -> Artifact:
+        artifact = _artifact(tower, precision, [target], kind)
+        return _judged(work, replace(artifact, quantisation=quantisation))
+
+    return write_int8(
+        onnx.load(graph),
+        target,
+        batches,
+        work.data.source,
+        work.options.method,
+        judged,
+        lambda s, done=0, total=0: work.progress(f"{what}: {precision}, {s}", done, total),
+    )
+
+
+def _artifact(tower: Tower, precision: str, files: list[Path], kind: Graph = "onnx") -> Artifact:
+    described = tuple(describe_file(file) for file in files)
+    return Artifact(tower=tower, kind=kind, precision=precision, files=described)
+
+
+def _judged(work: _Work, artifact: Artifact) -> Artifact:
+    bundle = Bundle(work.directory, _manifest(work.checkpoint, work.directory, [artifact]))
+    return judged(bundle, artifact, work.references[artifact.tower], work.progress)
+
+
+def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
+    """The `nn.Module` of one tower."""
+    return checkpoint.clip.image if tower == "image" else checkpoint.clip.text
+
+
+def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a graph says of itself."""
+    facts = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
+    return facts | tools()
+
+
+def tools() -> dict[str, str]:
+    """Package name -> version, of what makes artifacts."""
+    versions = {}
+    for package in ("clip-deploy", "torch", "onnx", "onnxscript", "onnxruntime"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        name=checkpoint.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        architecture=_architecture(checkpoint),
+        activation=checkpoint.clip.config.text.activation,
+        embed_dim=checkpoint.clip.config.embed_dim,
+        logit_scale=checkpoint.clip.logit_scale.exp().item(),
+        templates=checkpoint.templates,
+        image=checkpoint.image,
+        text=checkpoint.text,
+        tokenizer=describe_file(work / "tokenizer.json"),
+        provenance=Provenance(
+            source=checkpoint.source,
+            weights=checkpoint.weights,
+            weights_sha256=checkpoint.weights_sha256,
+            tools=tools(),
+        ),
+        artifacts=tuple(artifacts),
+    )
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    image, text = checkpoint.clip.config.image, checkpoint.clip.config.text
+    if isinstance(image, ResNetConfig):
+        picture = f"ResNet {'-'.join(map(str, image.layers))} width {image.width}"
+    else:
+        picture = f"ViT {image.layers}x{image.width} patch {image.patch_size} {image.activation}"
+    return f"{picture}, {image.image_size} px; text {text.layers}x{text.width} {text.activation}"
+
+
+def count_parameters(config: ClipConfig) -> int:
+    """Parameters of both towers, without allocating them."""
+    with torch.device("meta"):
+        clip = Clip(config, OPENAI_MEAN, OPENAI_STD)
+    return sum(parameter.numel() for parameter in clip.parameters())

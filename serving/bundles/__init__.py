@@ -1,0 +1,1 @@
+"""Bundles: the manifest, its files and their integrity, facts of TensorRT engines."""

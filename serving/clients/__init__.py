@@ -1,0 +1,1 @@
+"""Clients: the same calls to a Triton server and in this process."""

@@ -1,0 +1,1 @@
+"""From encoded images and strings to pixels and token ids."""

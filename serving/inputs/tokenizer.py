@@ -1,0 +1,323 @@
+"""Text -> token ids, as OpenAI's tokenizer makes them, padded to a length bucket.
+
+The rules are those of `clip/simple_tokenizer.py` and `clip/clip.py:tokenize`. `clean` does all the
+normalizing; the file `tokenizer.json` contributes the split into words, the vocabulary and the
+merges. OpenAI's rules are not followed where they would hide a mistake or let a text speak to the
+model in its own signs: an empty text, a NUL character and half a surrogate pair are refused, and
+a literal `<|endoftext|>` is text like any other.
+"""
+
+import html
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import tokenizers
+from ftfy.fixes import unescape_html
+from numpy.typing import NDArray
+
+from serving.bundles.bundle import TextSpec
+from serving.errors import BundleError, TextError
+from serving.limits import MAX_LINES, MAX_TEXT_BYTES, MAX_UNESCAPES, MAX_WORD
+
+START = "<|startoftext|>"
+END = "<|endoftext|>"
+
+_RUN_TOKENS = 16
+"""What a run of the text tower costs beside its tokens, as a number of these: 6 by ONNX Runtime's
+fp32 and 40 by its int8 of ViT-B/32 on two CPUs (1 text of 16 tokens against 32)."""
+
+_WHITESPACE = re.compile(r"\s+")
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_LONE_SURROGATE = re.compile(
+    "[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
+)
+
+
+def clean(text: str) -> str:
+    """Repairs, unescapes, collapses whitespace and lower-cases, in OpenAI's order.
+
+    Source: `basic_clean`, `whitespace_clean` and `encode` in `clip/simple_tokenizer.py`.
+
+    Raises:
+        TextError: repairing takes more rounds than `MAX_UNESCAPES`, or a word is too long then.
+    """
+    # ftfy leaves printable ASCII as it is, an HTML entity apart, and takes most of the time.
+    if not (text.isascii() and text.isprintable()) or "&" in text:
+        text = html.unescape(html.unescape(_repaired(text)))
+    return _WHITESPACE.sub(" ", text.strip()).strip().lower()
+
+
+def _repaired(text: str) -> str:
+    """What `ftfy.fix_text` makes of a text, in a bounded number of rounds.
+
+    ftfy goes on until nothing changes: of nested HTML entities, `&amp;amp;...`, in quadratic time.
+    As in ftfy, lines are repaired one by one, and from the first `<` on, HTML is left alone.
+    """
+    repaired, unescaping = [], True
+    for line in _LINE.findall(text):
+        unescaping = unescaping and "<" not in line
+        repaired.append(_repaired_line(line) if unescaping else _fixed(line))
+    result = "".join(repaired)
+    _refuse_word(result)  # ftfy removes control characters, some of which are whitespace
+    return result
+
+
+def _repaired_line(line: str) -> str:
+    for _ in range(MAX_UNESCAPES + 1):
+        before, line = line, _fixed(unescape_html(line))
+        if line == before or "&" not in line:
+            return line
+    raise TextError(
+        f"has HTML that was escaped more than {MAX_UNESCAPES} times; unescape it before"
+    )
+
+
+def _fixed(line: str) -> str:
+    result: str = ftfy.fix_text_segment(line, unescape_html=False)
+    return result
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """A text from the network, called `name` in errors.
+
+    Raises:
+        TextError: it is too long, or not UTF-8.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise TextError(_too_long(name, len(data)))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{name} is not UTF-8: {error}") from error
+
+
+class Tokenizer:
+    """Turns texts into the ids a text tower takes.
+
+    Args:
+        path: a `tokenizer.json` in CLIP's form: byte-level BPE with `</w>`, of any vocabulary.
+        spec: the text tower it belongs to.
+
+    Raises:
+        BundleError: the file is missing, unreadable, or belongs to another model than `spec`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], spec: TextSpec) -> None:
+        self._spec = spec
+        self._backend = _load(Path(path), spec)
+
+    def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int32]:
+        """Tokenizes texts.
+
+        Args:
+            texts: at least one.
+            truncate: cut what exceeds the context, keeping the end-of-text token, instead of
+                raising.
+
+        Returns:
+            int32 [len(texts), length]: start, the text, end, then padding. `length` is the
+            smallest of `spec.buckets` that holds the longest text.
+
+        Raises:
+            TextError: see `encode`.
+        """
+        rows = self.encode(texts, truncate=truncate)
+        return self.padded(rows, self.bucket(max(map(len, rows))))
+
+    def encode(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """Tokenizes texts without padding them: start, the text, end.
+
+        Raises:
+            TextError: a text is empty, too long, not a `str`, or has a character that cannot be
+                tokenized; of several texts, the message names the index.
+        """
+        if isinstance(texts, str):
+            raise TextError(f"expected a list of texts, got one str; pass [{_excerpt(texts)}]")
+        if not len(texts):
+            raise TextError("expected at least one text, got none")
+        cleaned = [_checked(text, _name(texts, index)) for index, text in enumerate(texts)]
+        encodings = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
+        return [
+            self._row(encoding.ids, cleaned[index], _name(texts, index), truncate)
+            for index, encoding in enumerate(encodings)
+        ]
+
+    def bucket(self, length: int) -> int:
+        """The smallest of the buckets that holds `length` tokens."""
+        return next(bucket for bucket in self._spec.buckets if bucket >= length)
+
+    def padded(self, rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int32]:
+        """Rows of `encode`, none longer than `length` -> int32 [len(rows), length]."""
+        ids = np.full((len(rows), length), self._spec.pad_id, np.int32)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
+        return ids
+
+    def _row(self, body: list[int], text: str, name: str, truncate: bool) -> list[int]:
+        """Puts start and end around a text's ids, and makes sure that they fit and are unique."""
+        spec = self._spec
+        if not body or spec.end_id in body or spec.start_id in body:
+            raise TextError(self._unknown(text, name))
+        if len(body) + 2 > spec.context_length:
+            if not truncate:
+                raise TextError(
+                    f"{name} has {len(body) + 2} tokens, start and end included, more than the "
+                    f"model's {spec.context_length}: {_excerpt(text)}; shorten it or pass "
+                    "truncate=True"
+                )
+            body = body[: spec.context_length - 2]
+        return [spec.start_id, *body, spec.end_id]
+
+    def _unknown(self, text: str, name: str) -> str:
+        """Names what a small vocabulary, one without all 256 bytes, cannot spell."""
+        # Its tokenizer answers with the unknown token, which in CLIP's form is end-of-text: the
+        # text tower would pool there and ignore the rest.
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        special = (self._spec.start_id, self._spec.end_id)
+        spans = [
+            span
+            for token, span in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in special
+        ]
+        pieces = sorted({text[start:stop] for start, stop in spans}) or [text]
+        listed = ", ".join(_excerpt(piece) for piece in pieces[:5])
+        return (
+            f"{name} has characters outside this model's vocabulary: {listed}; "
+            f"leave them out of {_excerpt(text)}"
+        )
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of up to `size`, shortest rows first.
+
+    A tower's time is proportional to the padded length, so batches of like length waste least.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def batches_by_beginning(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of up to `size`; those that begin alike stand together.
+
+    For what computes shared beginnings once, see `serving.inputs.prefix_tree`.
+    """
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def runs_by_length(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Which arrays of token ids to pad to one length and run as one, shortest first.
+
+    A shorter array joins a longer one where its padding costs less than a run of its own.
+
+    Args:
+        shapes: texts and length of each array.
+
+    Returns:
+        Indices of `shapes`, in groups; the last of a group is the longest.
+    """
+    groups: list[list[int]] = []
+    texts = length = 0
+    for index in sorted(range(len(shapes)), key=lambda index: shapes[index][1]):
+        if not groups or texts * (shapes[index][1] - length) > _RUN_TOKENS:
+            groups.append([])
+            texts = 0
+        groups[-1].append(index)
+        texts, length = texts + shapes[index][0], shapes[index][1]
+    return groups
+
+
+def _load(path: Path, spec: TextSpec) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise BundleError(
+            f"{path}: no such file; expected a tokenizer.json, export the model again"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(
+            f"{path} is not a tokenizer.json ({error}); export the model again"
+        ) from error
+    for token, expected in ((START, spec.start_id), (END, spec.end_id)):
+        found = backend.token_to_id(token)
+        if found != expected:
+            raise BundleError(
+                f"{path} and the manifest belong to different models: {token} is {found} in the "
+                f"file and {expected} in the manifest; export the model again"
+            )
+    entries = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+    if entries > spec.vocab_size:
+        raise BundleError(
+            f"{path} has {entries} entries, the text tower only {spec.vocab_size}: they belong to "
+            "different models; export the model again"
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    # `clean` has normalized already. The NFC in transformers' files would compose accents that
+    # OpenAI's tokenizer leaves apart: those that html.unescape and lower() bring in after ftfy.
+    backend.normalizer = None
+    backend.encode_special_tokens = True  # a user's "<|endoftext|>" must not end the text
+    return backend
+
+
+def _checked(text: object, name: str) -> str:
+    """Cleans a text, unless it is one that nobody can mean to tokenize."""
+    if not isinstance(text, str):
+        raise TextError(f"expected {name} to be a str, got {type(text).__name__}")
+    _refuse_size(text, name)
+    if "\0" in text:
+        raise TextError(f"{name} has a NUL character at position {text.index(chr(0))}; remove it")
+    if surrogate := _LONE_SURROGATE.search(text):
+        raise TextError(
+            f"{name} has half a surrogate pair, {surrogate[0]!r}, at position "
+            f"{surrogate.start()}; decode the text as UTF-8 and without 'surrogateescape'"
+        )
+    try:
+        cleaned = clean(text)
+    except TextError as error:
+        raise TextError(f"{name} {error}") from error
+    if not cleaned:
+        raise TextError(f"{name} is empty or only whitespace: {_excerpt(text)}; give it words")
+    return cleaned
+
+
+def _refuse_size(text: str, name: str) -> None:
+    """Keeps to the limits of a text, before anything reads it character by character."""
+    size = len(text)
+    if size <= MAX_TEXT_BYTES and not text.isascii():
+        size = len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT_BYTES:
+        raise TextError(_too_long(name, size))
+    if (lines := text.count("\n") + 1) > MAX_LINES:
+        raise TextError(f"{name} has {lines} lines, more than the {MAX_LINES} allowed; join them")
+    try:
+        _refuse_word(text)
+    except TextError as error:
+        raise TextError(f"{name} {error}") from error
+
+
+def _refuse_word(text: str) -> None:
+    longest = max(map(len, text.split()), default=0)
+    if longest > MAX_WORD:
+        raise TextError(
+            f"has {longest} characters without whitespace, more than the {MAX_WORD} allowed; "
+            "shorten it"
+        )
+
+
+def _too_long(name: str, size: int) -> str:
+    return f"{name} has {size} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten it"
+
+
+def _name(texts: Sequence[str], index: int) -> str:
+    return f"texts[{index}]" if len(texts) > 1 else "the text"
+
+
+def _excerpt(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."

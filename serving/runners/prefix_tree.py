@@ -1,0 +1,69 @@
+"""The text tower by its tree graph: for texts that begin alike, such as labels in templates."""
+
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from serving.bundles.bundle import Bundle
+from serving.errors import RunnerError
+from serving.inputs.prefix_tree import trees
+from serving.runners.base import Batch, Embeddings, Runner, open_runner
+
+
+class TextTreeRunner:
+    """A `Runner` of the text tower: texts in, any number, put into trees for the runner below.
+
+    Args:
+        inner: takes batches of trees, see `serving.inputs.prefix_tree`.
+        end_id: the end-of-text token.
+    """
+
+    def __init__(self, inner: Runner, end_id: int) -> None:
+        self.name = inner.name
+        self.runtime_version = inner.runtime_version
+        self._inner = inner
+        self._end_id = end_id
+
+    def __enter__(self) -> Self:
+        self._inner.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
+
+    def run(self, batch: Batch) -> Embeddings:
+        """`input_ids` int32 [n, length], n >= 1 -> float32 [n, dim], in the order of the texts.
+
+        Raises:
+            RunnerError: the runner below cannot run them, or a text has no end-of-text token.
+        """
+        texts, parts = [], []
+        try:
+            for tree in trees(batch.astype(np.int32, copy=False), self._end_id):
+                parts.append(self._inner.run(tree.nodes)[tree.leaves])
+                texts.append(tree.texts)
+        except (ValueError, IndexError) as error:
+            raise RunnerError(
+                f"{self.name} cannot run {batch.dtype} {list(batch.shape)} as trees: {error}"
+            ) from error
+        found = np.concatenate(parts)
+        embeddings: Embeddings = np.empty_like(found)
+        embeddings[np.concatenate(texts)] = found
+        return embeddings
+
+
+def open_text_tree(bundle: Bundle, name: str) -> Runner:
+    """The runner called `name` of the text tower's tree graph; not yet entered.
+
+    Raises:
+        RunnerError: there is no such runner, it does not run trees, or not in this environment.
+        BundleError: the bundle has no tree graph of this precision, or it is not the exported one.
+    """
+    inner = open_runner(bundle, "text", name, "tree")
+    return TextTreeRunner(inner, bundle.manifest.text.end_id)

@@ -1,0 +1,1 @@
+"""Image search: queries, FAISS indexes and their storage."""

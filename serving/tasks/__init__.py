@@ -1,0 +1,1 @@
+"""Tasks on top of embeddings: zero-shot classification, ranking, captions."""

@@ -1,0 +1,1 @@
+"""Model repositories, and the Triton server that serves them."""

@@ -1,0 +1,320 @@
+"""`model_repository/` + a bundle -> a directory that Triton serves.
+
+The committed `config.pbtxt` files are read as protobuf, given the facts of the bundle, and written
+beside what each model needs: its `model.py` or its graph, and the part of the bundle it reads.
+
+Does not know: how a server is started (`triton.py`).
+"""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from serving.bundles.bundle import TOWERS, Artifact, Bundle, Latency, Manifest, Tower
+from serving.bundles.engine_facts import SHORT_TEXT
+from serving.cli.console import Steps, silent
+from serving.errors import BundleError, RunnerError
+from serving.runners.autotune import passed, time_runners, tree_runner
+from serving.runners.base import RUNNERS, graph_of, library_of
+from serving.runners.tensor_rt import fitting_plan
+from serving.util.files import link_or_copy, new_directory
+from serving.util.machine import cpu_count
+
+Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
+ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
+
+SOURCE = Path(__file__).resolve().parents[2] / "model_repository"
+_TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
+_WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
+_WARM_UP_BATCHES = (1, 8, 32)
+_TREE_TEXTS = 256  # a request for `text_tree`: a few batches of trees, and a set's turn
+
+MAX_QUEUE = 512
+"""Requests that wait for a model, at most: who is taken waits so many times as long as one request
+takes, and each holds its pictures in memory, at 224 pixels 0.15 MB a picture before the tower."""
+
+
+def assemble(
+    bundle: Bundle,
+    target: Path,
+    *,
+    backend: Backend = "embedded",
+    runner: str = "auto",
+    precision: str = "fp32",
+    max_batch_size: int = 64,
+    max_queue: int = MAX_QUEUE,
+    refused_too: bool = False,
+    fallback: bool = False,
+    progress: Steps = silent,
+) -> Path:
+    """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
+
+    Label sets are embedded as trees if the bundle has a graph for that which passed the gate, and
+    the backend is `embedded`.
+
+    Args:
+        backend: `embedded` runs the towers in Triton's Python backend through a runner of this
+            project; the others name a backend that the serving container must have.
+        runner: of the embedded backend; `auto` times those that passed the gate, here and now, and
+            takes the fastest of each tower.
+        precision: of the graphs that the other backends get.
+        max_queue: requests that wait for a model, at most; the server refuses more.
+        refused_too: take what the parity gate refused.
+        fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
+
+    Raises:
+        BundleError: an artifact is missing, not the exported one, or was refused by the gate.
+        RunnerError: there is no such runner, or no plan fits this machine; with what differs.
+        InputError: `target` holds something that is no model repository.
+    """
+    if backend == "tensorrt":
+        try:
+            return _assemble(
+                bundle, target, backend, _plans(precision), max_batch_size, max_queue, refused_too
+            )
+        except (BundleError, RunnerError) as error:
+            if not fallback:
+                raise
+            progress(f"ONNX Runtime instead of TensorRT: {error}")
+            backend = "onnxruntime"
+    chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
+    tree = None
+    if backend == "embedded" and runner == "auto":
+        latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
+        chosen = {timed[0].tower: timed[0].runner for timed in latencies}
+        every = tuple(latency for timed in latencies for latency in timed)
+        bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
+    elif backend == "embedded":
+        chosen = dict.fromkeys(TOWERS, runner)
+    if backend == "embedded":
+        tree = tree_runner(bundle, runner, chosen["text"])
+    return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too, tree)
+
+
+def _plans(precision: str) -> dict[Tower, str]:
+    """The runners whose verdicts tell whether Triton may run plans of `precision`."""
+    return dict.fromkeys(TOWERS, f"tensorrt:{'tf32' if precision == 'fp32' else precision}")
+
+
+def _assemble(
+    bundle: Bundle,
+    target: Path,
+    backend: Backend,
+    chosen: dict[Tower, str],
+    max_batch_size: int,
+    max_queue: int,
+    refused_too: bool,
+    tree: str | None = None,
+) -> Path:
+    towers = {}
+    for model, tower in _TOWERS.items():
+        artifact = _artifact(bundle, tower, name := chosen[tower], max_batch_size)
+        if not refused_too and not artifact.passed(name):
+            raise BundleError(_refusal(artifact, name))
+        towers[model] = artifact, name
+    if tree is not None:
+        towers["text_tree"] = bundle.artifact("text", graph_of(tree), "tree"), tree
+    with new_directory(target, "image_tower/config.pbtxt") as work:
+        for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
+            if source.name == "text_tree" and tree is None:
+                continue
+            version = work / source.name / "1"
+            version.mkdir(parents=True)
+            config = model_config(source.name, bundle.manifest, backend, max_batch_size, max_queue)
+            if source.name == "clip_zero_shot" and tree is not None:
+                config.parameters["tree_chunk"].string_value = str(_TREE_TEXTS)
+            if source.name in towers:
+                _add_tower(bundle, *towers[source.name], config, version)
+            elif source.name in ("image_preprocess", *_WITH_TOKENIZER):
+                files = [bundle.tokenizer] if source.name in _WITH_TOKENIZER else []
+                _add_python_model(bundle, source.name, version, files)
+            (work / source.name / "config.pbtxt").write_text(text_format.MessageToString(config))
+    return target
+
+
+def _artifact(bundle: Bundle, tower: Tower, runner: str, max_batch_size: int) -> Artifact:
+    """What `runner` runs; of plans, the one that was built for this machine."""
+    library, precision = library_of(runner), graph_of(runner)
+    if library is None:
+        return bundle.artifact(tower, precision)
+    plan = fitting_plan(bundle, tower, precision, library)
+    assert plan.engine is not None
+    again = bundle.build_command(precision, library)
+    if plan.engine.weights_stripped:
+        raise BundleError(
+            f"{plan.file} was stripped of its weights, which Triton cannot put in; build it "
+            f"without --strip-weights: {again}"
+        )
+    most = min(profile.maximum[0] for profile in plan.engine.profiles)
+    if max_batch_size > most:
+        raise BundleError(
+            f"{plan.file} takes batches of up to {most}, asked for is {max_batch_size}; assemble "
+            f"with --max-batch-size {most}, or build it again: {again} --max-batch {max_batch_size}"
+        )
+    return plan
+
+
+def assembled_latencies(repository: Path) -> tuple[Latency, ...]:
+    """What the runners of an assembled repository were chosen by; fastest first in each tower."""
+    return Bundle.open(repository / "image_preprocess" / "1" / "bundle").manifest.latencies
+
+
+def assembled_backend(repository: Path) -> str:
+    """What runs the towers of an assembled repository; with a fallback not what was asked for."""
+    text = (repository / "image_tower" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    if config.platform == "tensorrt_plan":
+        return "tensorrt"
+    return "embedded" if config.backend == "python" else str(config.backend)
+
+
+def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
+    has = {a.precision for a in bundle.manifest.artifacts if a.tower == tower}
+    every = [name for name in RUNNERS if graph_of(name) in has]
+    return time_runners(bundle, tower, every if refused_too else passed(bundle, tower))
+
+
+def model_config(
+    name: str,
+    manifest: Manifest,
+    backend: Backend,
+    max_batch_size: int,
+    max_queue: int = MAX_QUEUE,
+) -> ModelConfig:
+    """The committed configuration of model `name`, with the facts of a bundle and a backend."""
+    text = (SOURCE / name / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    if name == "clip_zero_shot":  # which cuts what it is given into batches by itself
+        config.parameters["chunk"].string_value = str(max_batch_size)
+    else:
+        config.max_batch_size = _TREE_TEXTS if name == "text_tree" else max_batch_size
+    _set_dimensions(config, manifest)
+    if config.platform == "ensemble":  # which has no queue, its steps have
+        _set_facts(config, manifest)
+    elif name not in _TOWERS or backend == "embedded":
+        config.parameters["max_queue"].string_value = str(max_queue)
+    if name == "image_preprocess":
+        config.instance_group[0].count = max(2, cpu_count())  # Triton's own bound asks for two
+        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
+    if name in _TOWERS and backend != "embedded":
+        _set_backend(config, backend, manifest)
+        _set_warm_up(config, manifest)
+    return config
+
+
+def _add_tower(
+    bundle: Bundle, artifact: Artifact, runner: str, config: ModelConfig, version: Path
+) -> None:
+    bundle.verified(artifact)
+    files = [bundle.path / file.name for file in artifact.files]
+    if config.backend == "python":
+        config.parameters["runner"].string_value = runner
+        _add_python_model(bundle, config.name, version, files)
+        return
+    link_or_copy(files[0], version / config.default_model_filename)
+    for file in files[1:]:
+        # External data, which the graph knows by this name, or the plan's sidecar.
+        link_or_copy(file, version / file.name)
+
+
+def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path]) -> None:
+    """`model.py`, and the part of the bundle that it reads."""
+    shutil.copy(SOURCE / name / "1" / "model.py", version)
+    directory = version / "bundle"
+    directory.mkdir()
+    (directory / "manifest.json").write_text(bundle.manifest.to_json())
+    for file in files:
+        link_or_copy(file, directory / file.name)
+
+
+def _refusal(artifact: Artifact, runner: str) -> str:
+    measured = [
+        f"minimum cosine {v.min_cosine:.6f}, largest difference {v.max_abs_difference:.1e}"
+        + ("" if v.relative_accuracy is None else f", {v.relative_accuracy:.2%} of fp32's accuracy")
+        for v in artifact.verdicts
+        if v.runner == runner
+    ]
+    return (
+        f"the parity gate did not pass the {artifact.tower} tower by {runner} "
+        f"({measured[0] if measured else 'no verdict'}); look at `python -m export verify`, choose "
+        "another runner, or assemble with --refused-too to serve it anyway"
+    )
+
+
+def _set_dimensions(config: ModelConfig, manifest: Manifest) -> None:
+    dimensions = {
+        "pixels": [3, manifest.image.size, manifest.image.size],
+        "image_embeds": [manifest.embed_dim],
+        "text_embeds": [manifest.embed_dim],
+    }
+    for tensor in (*config.input, *config.output):
+        if tensor.name in dimensions:
+            tensor.dims[:] = dimensions[tensor.name]
+
+
+def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
+    """What a client needs to know, where `get_model_config` shows it."""
+    facts = {
+        "model": manifest.name,
+        "architecture": manifest.architecture,
+        "weights": manifest.provenance.weights,
+        "weights_sha256": manifest.provenance.weights_sha256,
+        "embed_dim": str(manifest.embed_dim),
+        "logit_scale": repr(manifest.logit_scale),
+        "templates": json.dumps(manifest.templates),
+        "context_length": str(manifest.text.context_length),
+    }
+    for key, value in facts.items():
+        config.parameters[key].string_value = value
+
+
+def _set_backend(config: ModelConfig, backend: Backend, manifest: Manifest) -> None:
+    """Hand the tower to a backend of the container."""
+    group, kinds = config.instance_group[0], model_config_pb2.ModelInstanceGroup
+    for tensor in config.input:
+        tensor.ClearField("allow_ragged_batch")  # our model.py pads, these do not
+    if backend == "tensorrt":
+        config.ClearField("backend")
+        config.platform = "tensorrt_plan"
+        config.default_model_filename = "model.plan"
+        group.kind = kinds.KIND_GPU
+        long_texts = manifest.text.context_length > SHORT_TEXT
+        two = config.name == "text_tower" and long_texts  # profiles: short, full
+        group.profile[:] = ["0", "1"] if two else ["0"]
+    else:
+        config.backend = backend
+        config.default_model_filename = "model.onnx"
+        group.kind = kinds.KIND_AUTO if backend == "onnxruntime" else kinds.KIND_CPU
+        if backend == "onnxruntime":
+            group.ClearField("count")  # one a GPU, or one on the CPU
+
+
+def _set_warm_up(config: ModelConfig, manifest: Manifest) -> None:
+    """Prefer some batch sizes, and run each of them once before the model counts as ready.
+
+    TensorRT replays a CUDA graph of each of them, at each length that the tokenizer pads to.
+    """
+    sizes = [size for size in _WARM_UP_BATCHES if size <= config.max_batch_size]
+    config.dynamic_batching.preferred_batch_size[:] = sizes[1:]
+    tensor = config.input[0]
+    lengths = manifest.text.buckets if config.name == "text_tower" else (None,)
+    for size, length in itertools.product(sizes, lengths):
+        dims = [length] if length else list(tensor.dims)
+        warmup = config.model_warmup.add()
+        warmup.name = f"batch {size}" + (f" length {length}" if length else "")
+        warmup.batch_size = size
+        data = warmup.inputs[tensor.name]
+        data.data_type = tensor.data_type
+        data.dims[:] = dims
+        data.zero_data = True
+        if config.platform == "tensorrt_plan":
+            config.optimization.cuda.graphs = True
+            graph = config.optimization.cuda.graph_spec.add()
+            graph.batch_size = size
+            graph.input[tensor.name].dim[:] = dims

@@ -1,0 +1,1 @@
+"""The Python models of a Triton model repository."""

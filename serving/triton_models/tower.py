@@ -1,0 +1,118 @@
+"""A tower behind Triton's Python backend: batches of requests in, one run of a runner.
+
+For the embedded server, which has no other backend. Imported only inside Triton's Python stub,
+which provides `triton_python_backend_utils`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from serving.bundles.bundle import Bundle, Graph, TextSpec, Tower
+from serving.errors import TextError
+from serving.inputs.tokenizer import runs_by_length
+from serving.runners.base import Batch, open_runner
+from serving.runners.prefix_tree import open_text_tree
+from serving.triton_models.admission import Behind
+from serving.triton_models.responses import full, refused
+
+
+class TowerModel:
+    """`pixels` or `input_ids` -> embeddings float32 [n, dim]."""
+
+    tower: ClassVar[Tower]
+    graph: ClassVar[Graph] = "onnx"
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the runner that assembly chose, and run every shape once before Triton is ready."""
+        config = json.loads(args["model_config"])
+        self._name = config["name"]
+        bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
+        self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
+        self._text = bundle.manifest.text if self.tower == "text" else None
+        name = config["parameters"]["runner"]["string_value"]
+        self._most = int(config["parameters"]["max_queue"]["string_value"])
+        self._queue = Behind(self._name, self._most)
+        if self.graph == "tree":
+            self._runner = open_text_tree(bundle, name).__enter__()
+        else:
+            self._runner = open_runner(bundle, self.tower, name).__enter__()
+        size = bundle.manifest.image.size
+        for count in (1, min(8, config["max_batch_size"])):
+            if self._text is None:
+                self._runner.run(np.zeros((count, 3, size, size), np.uint8))
+                continue
+            for length in self._text.buckets:
+                self._runner.run(np.full((count, length), self._text.end_id, np.int32))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """As few runs over all good requests as pay; a bad one gets its own error."""
+        excess = self._queue.excess(len(requests))
+        answers = full(self._name, self._most, excess) + [None] * (len(requests) - excess)
+        good, batches = [], []
+        for index, request in enumerate(requests[excess:], excess):
+            try:
+                batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
+                if self._text is not None:
+                    check_ids(batch, self._text)
+            except Exception as error:  # raised out of here, it would be everyone's answer
+                answers[index] = refused(self._name, error)
+                continue
+            good.append(index)
+            batches.append(batch)
+        # Texts of all lengths come together (allow_ragged_batch); pictures are of one shape.
+        runs = [list(range(len(batches)))] if batches else []
+        if self._text is not None:
+            runs = runs_by_length([(len(batch), batch.shape[1]) for batch in batches])
+        for run in runs:
+            for place, answer in zip(run, self._run([batches[i] for i in run]), strict=True):
+                answers[good[place]] = answer
+        self._queue.done()
+        return answers
+
+    def _run(self, batches: list[Any]) -> list[Any]:
+        """The responses to some requests, all in one run; each in its own where that run fails."""
+        try:
+            embeddings = self._runner.run(self._joined(batches))
+            parts = np.split(embeddings, np.cumsum([len(batch) for batch in batches])[:-1])
+            return [pb_utils.InferenceResponse([pb_utils.Tensor(self._output, p)]) for p in parts]
+        except Exception as error:
+            if len(batches) == 1:
+                return [refused(self._name, error)]
+        return [answer for batch in batches for answer in self._run([batch])]
+
+    def _joined(self, batches: list[Any]) -> Any:
+        if len(batches) == 1:
+            return batches[0]
+        if self._text is None:
+            return np.concatenate(batches)
+        length = max(batch.shape[1] for batch in batches)
+        joined = np.full((sum(map(len, batches)), length), self._text.pad_id, np.int32)
+        start = 0
+        for batch in batches:
+            joined[start : start + len(batch), : batch.shape[1]] = batch
+            start += len(batch)
+        return joined
+
+    def finalize(self) -> None:
+        """Free the runner."""
+        self._runner.__exit__(None, None, None)
+
+
+def check_ids(ids: Batch, spec: TextSpec) -> None:
+    """Refuse token ids that would end a whole batch, or pool at the wrong place, one level below.
+
+    Raises:
+        TextError: too long, out of the vocabulary, or without an end-of-text token.
+    """
+    if not 2 <= ids.shape[1] <= spec.context_length:
+        raise TextError(f"input_ids are {ids.shape[1]} long; expected 2 to {spec.context_length}")
+    if ids.min() < 0 or ids.max() >= spec.vocab_size:
+        raise TextError(
+            f"input_ids hold {ids.min()} to {ids.max()}; expected 0 to {spec.vocab_size - 1}"
+        )
+    if not (ids == spec.end_id).any(axis=1).all():
+        raise TextError(f"input_ids of a text lack the end-of-text token {spec.end_id}")

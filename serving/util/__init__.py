@@ -1,0 +1,1 @@
+"""Helpers without knowledge of CLIP: files, directories, progress, typed JSON, the machine."""

@@ -1,0 +1,369 @@
+"""The whole way, through a real Triton server: pictures and texts in, embeddings out."""
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from PIL import Image
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from serving.clients.local import LocalClip
+from serving.clients.triton import ClipClient
+from serving.errors import ImageError, ServerError, TextError
+from serving.runners.base import open_runner
+from serving.triton.repository import assemble
+from serving.triton.server import TritonServer
+
+PROTOCOLS = ("grpc", "http")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle, tmp_path_factory):
+    repository = tmp_path_factory.mktemp("served") / "repository"
+    assemble(tiny_bundle, repository, runner="onnxruntime:fp32", max_batch_size=16)
+    with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=PROTOCOLS)
+def client(server, request):
+    with ClipClient(getattr(server, f"{request.param}_url")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def local(tiny_bundle):
+    with LocalClip(tiny_bundle.path) as opened:
+        yield opened
+
+
+def encoded(index: int, form: str = "JPEG", size: tuple[int, int] = (64, 48)) -> bytes:
+    rng = np.random.default_rng(index)
+    grid = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    buffer = io.BytesIO()
+    grid.resize(size, Image.Resampling.BICUBIC).save(buffer, form)
+    return buffer.getvalue()
+
+
+def metric(server, name: str, model: str) -> float:
+    """A counter, once it rests: Triton counts an inference after it has answered it."""
+    value, last = counted(server, name, model), -1.0
+    while value != last:
+        time.sleep(0.1)
+        value, last = counted(server, name, model), value
+    return value
+
+
+def counted(server, name: str, model: str) -> float:
+    from urllib.request import urlopen
+
+    with urlopen(f"http://{server.metrics_url}/metrics") as response:
+        text = response.read().decode()
+    return sum(
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith(name + "{") and f'model="{model}"' in line
+    )
+
+
+# ------------------------------------------------------------------ what is right
+
+
+def test_served_embeddings_equal_those_in_this_process(client, local):
+    pictures = [encoded(i, form) for i in range(9) for form in ("JPEG", "PNG")]
+    served = client.embed_images(pictures)
+    assert served.dtype == np.float32
+    assert served.shape == (18, 32)
+    np.testing.assert_allclose(np.linalg.norm(served, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(served, local.embed_images(pictures), atol=1e-4)
+    texts = [
+        "a cat",
+        "two dogs on a very long bench in the sun",
+        "Ünïcödé &amp; <b>html</b> 🐈",
+    ] * 5
+    np.testing.assert_allclose(client.embed_texts(texts), local.embed_texts(texts), atol=1e-4)
+
+
+def test_one_picture_many_forms(client, tmp_path):
+    data = encoded(1, "PNG")
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    image = Image.open(io.BytesIO(data))
+    forms = [data, path, str(path), image, np.asarray(image)]
+    embeddings = client.embed_images(forms)
+    assert np.abs(embeddings - embeddings[0]).max() < 1e-6
+
+
+def test_order_is_kept_over_many_concurrent_requests(server, local):
+    pictures = [encoded(i) for i in range(60)]
+    with ClipClient(server.grpc_url, batch_size=3, in_flight=6) as client:
+        np.testing.assert_allclose(
+            client.embed_images(pictures), local.embed_images(pictures), atol=1e-4
+        )
+
+
+def test_a_client_is_safe_to_share_between_threads(client, local):
+    pictures = [encoded(i) for i in range(8)]
+    expected = local.embed_images(pictures)
+    with ThreadPoolExecutor(4) as pool:
+        for index, embedding in enumerate(pool.map(lambda p: client.embed_images([p]), pictures)):
+            np.testing.assert_allclose(embedding[0], expected[index], atol=1e-4)
+
+
+def test_classify_equals_the_one_in_this_process(client, local):
+    pictures, labels = [encoded(i) for i in range(4)], ["a cat", "a dog", "a tree"]
+    served = client.classify(pictures, labels)
+    np.testing.assert_allclose(served.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(served, local.classify(pictures, labels), atol=1e-4)
+    other = client.classify(pictures, labels, ["a drawing of a {}", "{}"])
+    assert np.abs(other - served).max() > 1e-4
+
+
+def test_texts_are_cached_and_errors_are_not(server):
+    hits = lambda: metric(server, "nv_cache_num_hits_per_model", "clip_text")  # noqa: E731
+    with ClipClient(server.grpc_url) as client:
+        first, before = client.embed_texts(["a label nobody asked for yet"]), hits()
+        assert np.array_equal(client.embed_texts(["a label nobody asked for yet"]), first)
+        assert hits() == before + 1
+        for _ in range(3):
+            with pytest.raises(TextError, match="more than the model's 77"):
+                client.embed_texts(["word " * 500])
+
+
+# ------------------------------------------------------------------ what is wrong
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BAD_PICTURES = {
+    "text": (b"this is a text file, renamed .jpg", "expected one of JPEG, PNG"),
+    "empty": (b"", "got 0 bytes"),
+    "truncated": (encoded(3)[:-200], "truncated|incomplete|damaged|broken"),
+    "bomb": (png_header(50_000, 50_000), "pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_bad_pictures_name_themselves(client, kind):
+    data, message = BAD_PICTURES[kind]
+    with pytest.raises(ImageError, match=rf"images\[10\]: .*({message})"):
+        client.embed_images([encoded(i) for i in range(10)] + [data] + [encoded(1)])
+    assert client.embed_images([encoded(0)]).shape == (1, 32)
+
+
+def test_unusual_pictures_that_are_fine(client, local):
+    wide, frames = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (6000, 1), "red").save(wide, "PNG")
+    first, second = Image.new("P", (40, 40), 3), Image.new("P", (40, 40), 200)
+    first.save(frames, "GIF", save_all=True, append_images=[second])
+    pictures = [wide.getvalue(), frames.getvalue()]
+    np.testing.assert_allclose(
+        client.embed_images(pictures), local.embed_images(pictures), atol=1e-4
+    )
+
+
+def test_a_missing_file_and_a_wrong_array_are_found_before_they_are_sent(client):
+    with pytest.raises(ImageError, match=r"images\[1\].*/nowhere/x\.jpg"):
+        client.embed_images([encoded(0), Path("/nowhere/x.jpg")])
+    with pytest.raises(ImageError, match=r"uint8 \[height, width, 3\], got float64 \[4, 4\]"):
+        client.embed_images([np.zeros((4, 4))])
+    with pytest.raises(ImageError, match="no images"):
+        client.embed_images([])
+
+
+BAD_TEXTS = {
+    "empty": ("", "empty"),
+    "blank": (" \t\n", "empty"),
+    "nul": ("a\0b", "NUL character at position 1"),
+    "surrogate": ("a\ud800", "surrogate"),
+    "long": ("word " * 500, "502 tokens.*more than the model's 77"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_bad_texts_name_themselves(client, kind):
+    text, message = BAD_TEXTS[kind]
+    with pytest.raises(TextError, match=rf"texts\[9\].*{message}"):
+        client.embed_texts([f"text {i}" for i in range(9)] + [text])
+
+
+def test_truncate_keeps_what_fits(client, local):
+    long = "word " * 500
+    expected = local.embed_texts([" ".join(["word"] * 75)])
+    np.testing.assert_allclose(client.embed_texts([long], truncate=True), expected, atol=1e-4)
+    with pytest.raises(TextError, match="more than the model's 77"):  # not from a cache
+        client.embed_texts([long])
+
+
+TENSORS = {"image": ("pixels", "image_embeds"), "text": ("input_ids", "text_embeds")}
+
+
+def answers_at_once(server, modality: str, rows: list) -> list:
+    """Of a tower itself, to inputs that are all sent before the first answer is awaited:
+    embeddings, or errors."""
+    given, asked = TENSORS[modality]
+    answers: list = [None] * len(rows)
+    done = threading.Semaphore(0)
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url.removeprefix("grpc://")) as raw:
+
+        def keep(index):
+            def callback(result, error):
+                answers[index] = error or result.as_numpy(asked)
+                done.release()
+
+            return callback
+
+        for index, row in enumerate(rows):
+            tensor = tritonclient.grpc.InferInput(given, row.shape, np_to_triton_dtype(row.dtype))
+            tensor.set_data_from_numpy(row)
+            raw.async_infer(f"{modality}_tower", [tensor], keep(index))
+        for _ in rows:
+            assert done.acquire(timeout=30)
+    return answers
+
+
+def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
+    """Straight to the tower, where the requests really share one batch."""
+    spec = tiny_bundle.manifest.text
+    rows = []
+    for first in range(8):
+        row = np.full((1, 16), spec.end_id, np.int32)
+        row[0, :3] = (spec.start_id, 320 + first, spec.end_id)
+        rows.append(row)
+    rows[3][0, 1] = spec.vocab_size + 5
+    rows[5][:] = 7
+    answers = answers_at_once(server, "text", rows)
+    assert isinstance(answers[3], InferenceServerException)
+    assert "expected 0 to 49407" in str(answers[3])
+    assert isinstance(answers[5], InferenceServerException)
+    assert "lack the end-of-text token" in str(answers[5])
+    for index in (0, 1, 2, 4, 6, 7):
+        assert answers[index].shape == (1, 32)
+
+
+def test_pictures_share_batches(server, tiny_bundle):
+    side = tiny_bundle.manifest.image.size
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 3, side, side), np.uint8)
+    # Full batches first, which keep the tower busy while the others come.
+    rows = [pixels[first : first + 16] for first in (0, 16, 32, 48)]
+    rows += [pixels[place : place + 1] for place in range(64, 100)]
+    with open_runner(tiny_bundle, "image", "onnxruntime:fp32") as runner:
+        expected = runner.run(pixels)
+    before = metric(server, "nv_inference_exec_count", "image_tower")
+    answers = answers_at_once(server, "image", rows)
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
+    assert metric(server, "nv_inference_exec_count", "image_tower") - before < len(rows) - 10
+
+
+def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
+    """Neighbours differ in length, so a batcher that wants one shape would run each alone."""
+    spec = tiny_bundle.manifest.text
+    full = np.full((16, spec.context_length), spec.end_id, np.int32)
+    rows = [full] * 4  # which keep the tower busy while the others come
+    for place in range(36):
+        row = np.full((1, spec.buckets[place % len(spec.buckets)]), spec.pad_id, np.int32)
+        row[0, :3] = (spec.start_id, 320 + place, spec.end_id)
+        rows.append(row)
+    with open_runner(tiny_bundle, "text", "onnxruntime:fp32") as runner:
+        expected = np.concatenate([runner.run(row) for row in rows])
+    before = metric(server, "nv_inference_exec_count", "text_tower")
+    answers = answers_at_once(server, "text", rows)
+    np.testing.assert_allclose(np.concatenate(answers), expected, atol=1e-5)
+    assert metric(server, "nv_inference_exec_count", "text_tower") - before < len(rows) - 10
+
+
+def test_a_deadline_is_kept(server):
+    with (
+        ClipClient(server.grpc_url, timeout=0.001) as client,
+        pytest.raises(ServerError, match=r"within 0\.001 s|timeout"),
+    ):
+        client.embed_images([encoded(i, size=(2000, 2000)) for i in range(8)])
+
+
+def test_nobody_there():
+    with pytest.raises(ServerError, match="no Triton server answers at grpc://127"):
+        ClipClient("grpc://127.0.0.1:1")
+    with pytest.raises(ServerError, match="expected grpc://host:port or http://host:port"):
+        ClipClient("localhost:8001")
+
+
+# ------------------------------------------------------------------ commands
+
+
+def serving(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "serving", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_commands_against_the_server(server, tiny_bundle, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(i))
+    labels = ["--label", "a cat", "--label", "a dog"]
+    done = serving("classify", str(tmp_path), *labels, "--url", server.http_url, "--json")
+    assert done.returncode == 0, done.stderr
+    served = json.loads(done.stdout.splitlines()[-1])
+    assert [Path(row["picture"]).name for row in served] == ["0.jpg", "1.jpg", "2.jpg"]
+    local = serving("classify", str(tmp_path), *labels, "--bundle", str(tiny_bundle.path))
+    assert local.returncode == 0, local.stderr
+    best = max(served[0]["probabilities"].items(), key=lambda item: item[1])
+    assert f"{best[0]}" in local.stdout
+
+    output = tmp_path / "embeddings.npz"
+    done = serving(
+        "embed",
+        str(tmp_path),
+        "--text",
+        "a cat",
+        "--url",
+        server.grpc_url,
+        "--output",
+        str(output),
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["shape"] == [4, 32]
+    with np.load(output) as saved:
+        assert saved["embeddings"].shape == (4, 32)
+        assert saved["names"][-1] == "a cat"
+
+    done = serving("up", "--url", server.grpc_url, "--json")
+    assert json.loads(done.stdout)["model"] == tiny_bundle.manifest.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("classify", "x.jpg", "--label", "a"), "give either --url"),
+        (("embed", "--url", "grpc://127.0.0.1:1", "--text", "a"), "no Triton server answers"),
+        (("embed", "--url", "grpc://127.0.0.1:1"), "nothing to embed"),
+        (("assemble", "/nowhere"), "is not a bundle"),
+        (("up", "/nowhere"), "expected a model repository"),
+    ],
+)
+def test_command_errors_are_one_message(arguments, message):
+    done = serving(*arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr

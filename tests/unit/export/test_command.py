@@ -1,0 +1,176 @@
+"""`python -m export` as a user sees it: what it prints, where, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import app
+from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS
+from serving.bundles.bundle import Bundle
+from serving.cli.console import run
+from tests.support.paths import CHECKOUT
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, standard output and error."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            run(app)
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def process(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "export", *map(str, args)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_checkpoint_becomes_a_bundle(tiny_checkpoint, tmp_path):
+    """As a process of its own: the default place, and standard output is one JSON document."""
+    done = process(tiny_checkpoint, "--precision", "fp32", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    made = Bundle.open(tmp_path / "artifacts" / "tiny-clip")
+    assert document.pop("path") == "artifacts/tiny-clip"
+    assert document == json.loads(made.manifest.to_json())
+    assert all(v["passed"] for a in document["artifacts"] for v in a["verdicts"])
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    assert [p.name for p in (tmp_path / "artifacts").iterdir()] == ["tiny-clip"]
+
+
+def test_a_table_of_verdicts(command, fp32_bundle):
+    code, out, _ = command("verify", fp32_bundle.path)
+    assert code == 0
+    assert "image.fp32.onnx" in out
+    assert "onnxruntime:fp32" in out
+    assert "passed" in out
+    assert "refused" not in out
+
+
+def test_verify_as_json(command, fp32_bundle):
+    code, out, _ = command("verify", fp32_bundle.path, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["path"] == str(fp32_bundle.path)
+    assert {a["tower"] for a in document["artifacts"]} == {"image", "text"}
+    assert all(a["verdicts"] for a in document["artifacts"])
+
+
+def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
+    path = Path(shutil.copytree(fp32_bundle.path, tmp_path / "bundle"))
+    with (path / "text.fp32.onnx").open("r+b") as file:
+        file.seek(3000)
+        file.write(b"tampered")
+    code, out, err = command("verify", path)
+    assert (code, out) == (2, "")
+    assert "error:" in err
+    assert "text.fp32.onnx is not the file that was exported" in err
+    assert "Traceback" not in err
+
+
+def test_verify_when_the_gate_refuses(command, fp32_bundle, monkeypatch):
+    """The numbers are shown all the same, and scripts see exit code 1."""
+    from serving.bundles import bundle
+
+    for precision, tolerance in bundle.TOLERANCES.items():
+        strict = replace(tolerance, min_cosine=1.1)
+        monkeypatch.setitem(bundle.TOLERANCES, precision, strict)
+    code, out, err = command("verify", fp32_bundle.path, "--json")
+    assert code == 1
+    verdicts = [v for a in json.loads(out)["artifacts"] for v in a["verdicts"]]
+    assert not any(v["passed"] for v in verdicts)
+    assert "the gate refused" in err
+    assert "image.fp32.onnx" in err
+
+
+def test_verify_of_something_else(command, tmp_path):
+    code, _, err = command("verify", tmp_path)
+    assert code == 2
+    assert "is not a bundle: no manifest.json in it" in re.sub(r"\s+", " ", err)
+
+
+def test_list(command):
+    code, out, _ = command("list")
+    assert code == 0
+    for model in KNOWN_MODELS:
+        assert model.name in out
+    assert "151 M" in out
+    assert "openaipublic.azureedge.net" in out
+    for name in ARCHITECTURES:
+        assert f"random:{name}" in re.sub(r"\s", "", out)
+
+
+def test_list_as_json(command):
+    code, out, _ = command("list", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {m["name"] for m in document["models"]} == {m.name for m in KNOWN_MODELS}
+    assert {m["architecture"] for m in document["models"]} <= document["architectures"].keys()
+    assert document["architectures"]["ViT-B-32"]["image"]["patch_size"] == 32
+
+
+def test_an_unknown_checkpoint_is_one_message(tmp_path):
+    """As a process of its own: no traceback of any kind, exit code 2, nothing written."""
+    done = process("ViT-B-33", "--json", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: unknown checkpoint 'ViT-B-33'" in done.stderr
+    assert "did you mean" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_brackets_in_an_error_are_shown(command, tmp_path):
+    """rich would take them for markup."""
+    code, _, err = command("bundle", tmp_path / "[bold]x[/bold].pt")
+    assert code == 2
+    assert "[bold]x[/bold].pt" in err
+
+
+def test_a_directory_of_somebody_else_is_not_overwritten(command, tiny_checkpoint, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    code, _, err = command(tiny_checkpoint, "--output", tmp_path, "--precision", "fp32")
+    assert code == 2
+    assert "holds other things" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (["x", "--activation", "relu"], "'relu' is not one of"),
+        (["x", "--vocabulary", "/no/such/file"], "/no/such/file"),
+        (["x", "--no-such-option"], "No such option"),
+        (["verify"], "Missing argument"),
+    ],
+)
+def test_usage_errors(command, args, shown):
+    code, _, err = command(*args)
+    assert code == 2
+    assert shown in re.sub(r"[\s│]+", " ", err)
+
+
+def test_help_names_every_command(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for name in ("bundle", "list", "verify", "CHECKPOINT"):
+        assert name in out

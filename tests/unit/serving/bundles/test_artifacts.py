@@ -1,0 +1,300 @@
+"""Artifacts that are not what was exported: damaged, swapped, edited, leading elsewhere."""
+
+import contextlib
+import json
+import random
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.external_data import external_files
+from serving.bundles.integrity import sealed, unsealed
+from serving.clients.local import LocalClip
+from serving.errors import BundleError
+from serving.runners.base import open_runner
+from serving.triton.repository import assemble
+
+RUNNER = "onnxruntime:fp32"
+
+
+@pytest.fixture
+def copy(fp32_bundle, tmp_path) -> Path:
+    """A copy of the fp32 bundle, to be spoiled."""
+    return Path(shutil.copytree(fp32_bundle.path, tmp_path / "spoiled"))
+
+
+def through_local_clip(path, tmp_path):
+    with LocalClip(path, RUNNER):
+        pass
+
+
+def through_open_runner(path, tmp_path):
+    bundle = Bundle.open(path)
+    for tower in ("image", "text"):
+        with open_runner(bundle, tower, RUNNER):
+            pass
+    assert bundle.tokenizer
+
+
+def through_assembly(path, tmp_path):
+    assemble(Bundle.open(path), tmp_path / "repository", runner=RUNNER)
+
+
+USES = [through_local_clip, through_open_runner, through_assembly]
+
+
+def flip(file: Path, position: int, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def reseal(path: Path, change) -> None:
+    """A manifest by somebody who knows how it is sealed."""
+    document = unsealed(json.loads((path / "manifest.json").read_text()))
+    change(document)
+    (path / "manifest.json").write_text(sealed(document))
+
+
+def described(path: Path, *names: str):
+    """A change of the manifest: it vouches for these files as the image tower's graph."""
+    files = [
+        {"name": name, "sha256": described.sha256, "bytes": described.bytes}
+        for name in names
+        for described in [describe_file(path / name, path)]
+    ]
+
+    def change(document):
+        (artifact,) = (a for a in document["artifacts"] if a["tower"] == "image")
+        artifact["files"] = files
+
+    return change
+
+
+SPOILED = {
+    "a bit of the image graph": lambda path: flip(path / "image.fp32.onnx", 70_000, 3),
+    "a bit of the text graph": lambda path: flip(path / "text.fp32.onnx", 1_000_000, 0),
+    "a truncated graph": lambda path: (path / "text.fp32.onnx").write_bytes(
+        (path / "text.fp32.onnx").read_bytes()[:-1]
+    ),
+    "an empty graph": lambda path: (path / "image.fp32.onnx").write_bytes(b""),
+    "the other tower's graph": lambda path: shutil.copy(
+        path / "text.fp32.onnx", path / "image.fp32.onnx"
+    ),
+    "another model's tokenizer": lambda path: (path / "tokenizer.json").write_text(
+        (path / "tokenizer.json").read_text().replace('"cat</w>"', '"act</w>"')
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_what_was_not_exported_is_refused(copy, tmp_path, spoiled, use):
+    use(copy, tmp_path)
+    shutil.rmtree(tmp_path / "repository", ignore_errors=True)
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+    SPOILED[spoiled](copy)
+    (changed,) = (name for name in before if (copy / name).read_bytes() != before[name])
+    with pytest.raises(BundleError, match=rf"{re.escape(changed)} is not the file that was exp"):
+        use(copy, tmp_path)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_any_flipped_bit_is_found(copy, figure):
+    """In every file of a bundle."""
+    rng, flips = random.Random(0), 0
+    manifest = Bundle.open(copy).manifest
+    for name, count in (
+        ("manifest.json", 300),
+        ("image.fp32.onnx", 50),
+        ("text.fp32.onnx", 10),
+        ("tokenizer.json", 20),
+    ):
+        good = (copy / name).read_bytes()
+        for _ in range(count):
+            flip(copy / name, rng.randrange(len(good)), rng.randrange(8))
+            if name != "manifest.json":
+                with pytest.raises(BundleError):
+                    through_open_runner(copy, None)
+            else:
+                with contextlib.suppress(BundleError):  # `1e-05` may become `1E-05`
+                    assert Bundle.open(copy).manifest == manifest
+            (copy / name).write_bytes(good)
+            flips += 1
+    figure(
+        "damaged bundle", f"{flips} flipped bits in {len(list(copy.iterdir()))} files, all found"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["artifacts"][0]["verdicts"][0].update(passed=False),
+        lambda d: d.update(logit_scale=d["logit_scale"] * 2),
+        lambda d: d["image"].update(mean=[0.5, 0.5, 0.5]),
+        lambda d: d["artifacts"][0]["files"][0].update(sha256="0" * 64),
+    ],
+    ids=["verdict", "scale", "mean", "sha256"],
+)
+@pytest.mark.parametrize("use", USES)
+def test_a_manifest_edited_by_hand_is_refused(copy, tmp_path, change, use):
+    document = json.loads((copy / "manifest.json").read_text())
+    change(document)
+    (copy / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match="it was edited or damaged after it was written"):
+        use(copy, tmp_path)
+
+
+def test_a_manifest_without_its_checksum(copy):
+    document = unsealed(json.loads((copy / "manifest.json").read_text()))
+    (copy / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"it says None.*export the checkpoint again"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.onnx", "/etc/passwd", "a/../../b", ".", ""])
+@pytest.mark.parametrize("where", ["tokenizer", "graph"])
+def test_names_that_lead_out_of_the_bundle(copy, name, where):
+    def change(document):
+        named = document["tokenizer"] if where == "tokenizer" else document["artifacts"][0]
+        (named if where == "tokenizer" else named["files"][0])["name"] = name
+
+    reseal(copy, change)
+    with pytest.raises(BundleError, match=rf"names the file {re.escape(repr(name))}; expected"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_link_out_of_the_bundle(copy, tmp_path, use):
+    (copy / "image.fp32.onnx").rename(copy / "other.onnx")
+    (copy / "image.fp32.onnx").symlink_to("other.onnx")
+    use(copy, tmp_path)  # inside it may point where it likes
+    (copy / "other.onnx").rename(tmp_path / "elsewhere.onnx")
+    (copy / "image.fp32.onnx").unlink()
+    (copy / "image.fp32.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match=r"is a link to .*elsewhere\.onnx, outside of the bundle"):
+        use(copy, tmp_path)
+
+
+# ------------------------------------------------------------------ external data
+
+
+def externalised(path: Path, location: str) -> None:
+    """Put the image graph's weights into `image.data`, and say that they are at `location`."""
+    model = onnx.load(path / "image.fp32.onnx")
+    with (path / "image.data").open("wb") as data:
+        for tensor in model.graph.initializer:
+            raw = numpy_helper.to_array(tensor).tobytes()
+            if len(raw) < 1024:
+                continue
+            tensor.raw_data = raw
+            set_external_data(tensor, location, offset=data.tell(), length=len(raw))
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            data.write(raw)
+    onnx.save(model, path / "image.fp32.onnx")
+
+
+@pytest.mark.parametrize("use", USES)
+def test_external_data_that_the_manifest_vouches_for(copy, tmp_path, fp32_bundle, use):
+    externalised(copy, "image.data")
+    reseal(copy, described(copy, "image.fp32.onnx", "image.data"))
+    use(copy, tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    with (
+        open_runner(Bundle.open(copy), "image", RUNNER) as split,
+        open_runner(fp32_bundle, "image", RUNNER) as whole,
+    ):
+        np.testing.assert_array_equal(split.run(pixels), whole.run(pixels))
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("location", ["../image.data", "{}/image.data", "unknown.data", "./x/../y"])
+def test_external_data_from_elsewhere(copy, tmp_path, location, use):
+    location = location.format(copy)
+    externalised(copy, location)
+    shutil.copy(copy / "image.data", tmp_path / "image.data")
+    reseal(copy, described(copy, "image.fp32.onnx", "image.data"))
+    expected = rf"takes weights from {re.escape(repr(location))}; expected a file beside it"
+    with pytest.raises(BundleError, match=expected):
+        use(copy, tmp_path)
+
+
+def test_external_data_through_a_link(copy, tmp_path):
+    externalised(copy, "image.data")
+    reseal(copy, described(copy, "image.fp32.onnx", "image.data"))
+    (copy / "image.data").rename(tmp_path / "elsewhere.data")
+    (copy / "image.data").symlink_to(tmp_path / "elsewhere.data")
+    with pytest.raises(BundleError, match=r"image\.data is a link to .*outside of the bundle"):
+        through_local_clip(copy, tmp_path)
+
+
+def at(location: str) -> TensorProto:
+    tensor = numpy_helper.from_array(np.zeros(2, np.float32), f"at {location}")
+    set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    return tensor
+
+
+def test_external_data_is_found_wherever_a_tensor_can_be(tmp_path, tiny_bundle):
+    def constant(location):
+        return helper.make_node("Constant", [], [location], value=at(location))
+
+    branch = helper.make_graph([constant("branch")], "branch", [], [], [at("inner")])
+    sparse = onnx.SparseTensorProto(values=at("values"), indices=at("indices"), dims=[4])
+    nodes = [
+        constant("attribute"),
+        helper.make_node("If", ["x"], ["y"], then_branch=branch),
+        helper.make_node("Mine", ["x"], ["z"], domain="mine", tensors=[at("list")]),
+        helper.make_node("Mine", ["x"], ["w"], domain="mine", graphs=[branch], sparse=sparse),
+    ]
+    graph = helper.make_graph(nodes, "graph", [], [], [at("initializer")])
+    graph.sparse_initializer.append(sparse)
+    function = helper.make_function("mine", "F", [], [], [constant("function")], [])
+    function.attribute_proto.append(helper.make_attribute("default", at("default")))
+    model = helper.make_model(graph, functions=[function])
+    training = model.training_info.add()
+    training.initialization.initializer.append(at("training"))
+    training.algorithm.initializer.append(at("algorithm"))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    assert external_files(tmp_path / "model.onnx") == {
+        *("branch", "inner", "values", "indices", "attribute", "list", "initializer"),
+        *("function", "default", "training", "algorithm"),
+    }
+    for artifact in tiny_bundle.manifest.artifacts:
+        assert external_files(tiny_bundle.path / artifact.file) == set()
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 20, b"\x3a\xff\x01", b"\x3b", b"\x3a\x05\x2a\x7f"], ids=repr
+)
+def test_what_is_no_graph(copy, data):
+    (copy / "image.fp32.onnx").write_bytes(data)
+    with pytest.raises(ValueError, match=r"."):
+        external_files(copy / "image.fp32.onnx")
+    reseal(copy, described(copy, "image.fp32.onnx"))
+    bundle = Bundle.open(copy)
+    with pytest.raises(BundleError, match=r"image\.fp32\.onnx is no ONNX graph"):
+        bundle.verified(bundle.artifact("image", "fp32"))
+
+
+def test_a_plan_that_is_not_the_one_built(copy):
+    """A plan is machine code: it is compared before any library sees it."""
+    (copy / "image.plan").write_bytes(b"plan")
+    bundle = Bundle.open(copy)
+    plan = replace(
+        bundle.artifact("image", "fp32"), kind="plan", files=(describe_file(copy / "image.plan"),)
+    )
+    assert bundle.verified(plan) == copy / "image.plan"
+    (copy / "image.plan").write_bytes(b"plam")
+    with pytest.raises(BundleError, match=r"image\.plan is not the file that was exported"):
+        bundle.verified(plan)

@@ -1,0 +1,218 @@
+"""The runner that is chosen: fastest of those that passed the gate and run here."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+
+import pytest
+
+import serving.runners.autotune
+from serving.bundles.bundle import Artifact, Bundle, describe_file
+from serving.errors import BundleError, RunnerError
+from serving.runners.autotune import BATCH, passed, time_runners
+from serving.runners.base import RUNNERS, open_runner
+from serving.util.machine import describe
+
+
+def with_artifacts(bundle: Bundle, change: Callable[[Artifact], Artifact]) -> Bundle:
+    artifacts = tuple(change(artifact) for artifact in bundle.manifest.artifacts)
+    return Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
+
+
+def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
+    """`bundle`, of whose `tower` only the runners `allowed` passed."""
+
+    def change(artifact: Artifact) -> Artifact:
+        if artifact.tower != tower:
+            return artifact
+        changed = tuple(replace(v, passed=v.runner in allowed) for v in artifact.verdicts)
+        return replace(artifact, verdicts=changed)
+
+    return with_artifacts(bundle, change)
+
+
+class Slow:
+    """A runner that takes its time; a different one at each run."""
+
+    def __init__(self, runner, milliseconds: Iterator[float]) -> None:
+        self.runner, self.waits = runner, milliseconds
+
+    def __enter__(self):
+        self.runner.__enter__()
+        return self
+
+    def __exit__(self, *reason):
+        return self.runner.__exit__(*reason)
+
+    def run(self, batch):
+        time.sleep(next(self.waits) / 1e3)
+        return self.runner.run(batch)
+
+
+def slow_down(monkeypatch, waits: dict[str, Iterator[float]]) -> None:
+    def opened(bundle, tower, name):
+        runner = open_runner(bundle, tower, name)
+        return Slow(runner, waits[name]) if name in waits else runner
+
+    monkeypatch.setattr(serving.runners.autotune, "open_runner", opened)
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_what_passed(tiny_bundle, tower):
+    """Of a bundle without int8-dynamic: all others that have a verdict."""
+    judged = {
+        v.runner for a in tiny_bundle.manifest.artifacts if a.tower == tower for v in a.verdicts
+    }
+    assert {"onnxruntime:fp32", "onnxruntime:int8", "openvino:int8"} <= judged
+    names = passed(tiny_bundle, tower)
+    assert set(names) == judged
+    assert names == [name for name in RUNNERS if name in judged]
+    assert "onnxruntime:int8-dynamic" not in names
+
+
+def test_what_was_refused_is_not_among_them(tiny_bundle):
+    bundle = verdicts(tiny_bundle, "image", "onnxruntime:fp16", "openvino:fp32")
+    assert passed(bundle, "image") == ["onnxruntime:fp16", "openvino:fp32"]
+    assert passed(bundle, "text") == passed(tiny_bundle, "text")
+    none = with_artifacts(tiny_bundle, lambda a: replace(a, verdicts=()))
+    assert passed(none, "image") == passed(none, "text") == []
+
+
+def test_a_torchscript_verdict_vouches_for_no_graph(tiny_bundle):
+    bundle = with_artifacts(tiny_bundle, lambda a: replace(a, kind="torchscript"))
+    assert passed(bundle, "image") == []
+
+
+def test_what_this_environment_has_not_is_not_among_them(tiny_bundle, monkeypatch):
+    monkeypatch.setattr(
+        serving.runners.autotune,
+        "missing",
+        lambda name: "no" if name.startswith("openvino") else None,
+    )
+    runtimes = [name.partition(":")[0] for name in passed(tiny_bundle, "text")]
+    assert runtimes == ["onnxruntime"] * 3
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_the_fastest_is_first(tiny_bundle, monkeypatch, tower):
+    names = ["onnxruntime:fp32", "openvino:fp32", "openvino:int8"]
+    slow_down(monkeypatch, {name: repeat(ms) for name, ms in zip(names, (60, 0, 30), strict=True)})
+    timed = time_runners(tiny_bundle, tower, names)
+    assert [latency.runner for latency in timed] == [names[1], names[2], names[0]]
+    assert 0 < timed[0].milliseconds < 30 <= timed[1].milliseconds < 60 <= timed[2].milliseconds
+    assert {(t.tower, t.batch, t.machine) for t in timed} == {(tower, BATCH, describe())}
+
+
+LOOKS = 1 + 2 * 2
+"""Runs before the turns: one for allocation, and twice one that warms caches, one that counts."""
+
+
+def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
+    """Slow first runs and three outliers among seven say nothing."""
+    counted = chain.from_iterable((0, wait) for wait in (150, 20, 20, 150, 20, 20, 150))
+    waits = chain([140] * LOOKS, counted)
+    slow_down(monkeypatch, {"onnxruntime:fp32": waits})
+    (latency,) = time_runners(tiny_bundle, "image", ["onnxruntime:fp32"])
+    assert 20 <= latency.milliseconds < 100
+
+
+def test_a_busy_second_does_not_decide(tiny_bundle, monkeypatch):
+    """The faster one is looked at while the machine is busy; in turns it is the faster one."""
+    names = ["onnxruntime:fp32", "openvino:fp32"]
+    waits = {names[0]: repeat(60), names[1]: chain([75] * LOOKS, repeat(30))}
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == [names[1], names[0]]
+    assert 30 <= timed[0].milliseconds < 60 <= timed[1].milliseconds
+
+
+def test_turns_that_are_busy_alike(tiny_bundle, monkeypatch):
+    """Three slow rounds of seven leave the order as it is."""
+    names, busy = ["onnxruntime:fp32", "openvino:fp32"], [110] * (2 * 3)
+    waits = {
+        names[0]: chain([30] * LOOKS, busy, repeat(30)),
+        names[1]: chain([55] * LOOKS, busy, repeat(55)),
+    }
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == names
+    assert timed[1].milliseconds < 110
+
+
+def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
+    """After the looks, for which alone it has waits; before or after those that are near."""
+    names = ["openvino:int8", "openvino:fp32", "onnxruntime:int8"]
+    for order in (names, names[::-1]):
+        waits = {names[0]: repeat(30), names[1]: repeat(50), names[2]: repeat(120, LOOKS)}
+        slow_down(monkeypatch, waits)
+        timed = time_runners(tiny_bundle, "image", order)
+        assert [latency.runner for latency in timed] == names
+
+
+def test_a_look_makes_no_one_the_first(tiny_bundle, monkeypatch):
+    """The machine gets busy after the looks, of which the slow one has had its."""
+    names = ["openvino:int8", "onnxruntime:int8"]
+    waits = {names[0]: chain([10] * LOOKS, repeat(120)), names[1]: repeat(60, LOOKS)}
+    slow_down(monkeypatch, waits)
+    timed = time_runners(tiny_bundle, "image", names)
+    assert [latency.runner for latency in timed] == names
+    assert 60 <= timed[1].milliseconds < 120 <= timed[0].milliseconds
+
+
+def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:
+    """A copy whose graph `name` is vouched for, and cannot be run."""
+    path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    (path / name).write_bytes(graph)
+    copied = Bundle(path, bundle.manifest)
+    return with_artifacts(
+        copied,
+        lambda a: replace(a, files=(describe_file(path / name),)) if a.file == name else a,
+    )
+
+
+def test_a_runner_that_cannot_run_here_is_left_out(tiny_bundle, tmp_path, unloadable_graph):
+    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
+    names = ["openvino:int8", "onnxruntime:fp32", "onnxruntime:int8"]
+    assert [t.runner for t in time_runners(bundle, "text", names)] == ["onnxruntime:fp32"]
+
+
+def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
+    bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
+    expected = (
+        r"bundle: no runner for the text tower: openvino:int8: OpenVINO cannot load .*; "
+        r"onnxruntime:int8: ONNX Runtime cannot load "
+    )
+    with pytest.raises(BundleError, match=f"(?s){expected}"):
+        time_runners(bundle, "text", ["openvino:int8", "onnxruntime:int8"])
+
+
+def test_none_that_passed(tiny_bundle):
+    expected = r"no runner for the image tower: the gate let none through"
+    with pytest.raises(BundleError, match=expected):
+        time_runners(tiny_bundle, "image", [])
+
+
+def test_a_tampered_graph_is_an_error_and_not_merely_left_out(tiny_bundle, tmp_path):
+    path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    (path / "text.int8.onnx").write_bytes(b"tampered")
+    with pytest.raises(BundleError, match="is not the file that was exported"):
+        time_runners(
+            Bundle(path, tiny_bundle.manifest), "text", ["onnxruntime:fp32", "onnxruntime:int8"]
+        )
+
+
+def test_a_short_context_can_be_timed(tiny_bundle):
+    """Its only bucket is the context itself; the graph takes any length up to 77."""
+    text = replace(tiny_bundle.manifest.text, context_length=6)
+    bundle = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, text=text))
+    (latency,) = time_runners(bundle, "text", ["onnxruntime:fp32"])
+    assert latency.milliseconds > 0
+
+
+def test_an_unknown_runner_cannot_run(tiny_bundle):
+    with pytest.raises(BundleError, match="unknown runner 'openvino:int7'") as raised:
+        time_runners(tiny_bundle, "text", ["openvino:int7"])
+    assert not isinstance(raised.value, RunnerError)

@@ -34,11 +34,13 @@ from export.gate.torch_runners import (
     TorchScriptRunner,
 )
 from export.towers.clip import ImageTower, TextTower
-from serving.bundles.bundle import TOWERS, Tower, Verdict
-from serving.cli.console import Steps
+from serving.bundles.manifest import TOWERS, Tower, Verdict
 from serving.errors import ClipDeployError, RunnerError
-from serving.runners.base import RUNNERS, Runner, library_of, missing, open_runner
+from serving.runners.base import Runner
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import RUNNERS, library_of
 from serving.util.files import write_text
+from serving.util.progress import Steps
 
 ROW_SECONDS = 30.0
 """A row that is expected to take longer is left out: large batches on a CPU."""

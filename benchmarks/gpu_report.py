@@ -10,7 +10,7 @@ from rich.table import Table
 
 from benchmarks.machine.environment import LeftOut
 from benchmarks.machine.limits import Limits
-from serving.bundles.bundle import Tower, Verdict
+from serving.bundles.manifest import Tower, Verdict
 
 IMAGE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TEXT_BATCHES = (1, 32, 256)

@@ -10,11 +10,12 @@ from export.gate.parity import Expected, expect
 from export.gate.torch_runners import EagerRunner
 from export.kinds import Kind
 from export.towers.clip import ImageTower, TextTower
-from serving.bundles.bundle import TOWERS, Bundle, Tower
+from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import Library
-from serving.cli.console import Steps
+from serving.bundles.manifest import TOWERS, Tower
 from serving.errors import RunnerError
 from serving.runners.base import Batch
+from serving.util.progress import Steps
 
 _PROBES = 8
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from export.kinds import DEFAULT_KINDS, Kind, Library, Method
+from export.int8 import Method
+from export.kinds import DEFAULT_KINDS, Kind, Library
 from serving.bundles.bundle import Bundle
 from serving.cli.console import DefaultCommandGroup, Json, log, out, run, steps
 from serving.errors import InputError

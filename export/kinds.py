@@ -1,7 +1,6 @@
 """What an export can be asked for; free of heavy imports, for the command line."""
 
 from enum import StrEnum
-from typing import Literal
 
 
 class Kind(StrEnum):
@@ -24,6 +23,3 @@ class Library(StrEnum):
 
 DEFAULT_KINDS = (Kind.FP32, Kind.FP16, Kind.INT8)
 """fp32 is always made."""
-
-Method = Literal["minmax", "percentile", "entropy"]
-"""How the range of an activation is chosen for INT8."""

@@ -17,8 +17,9 @@ from export.gate.parity import Expected
 from export.gate.verify import data_for, judged, references
 from export.graphs.onnx_export import PROTOBUF_LIMIT, export_onnx, weights_bytes
 from export.graphs.torchscript import export_torchscript
+from export.int8 import Method
 from export.int8.quantize import write_dynamic, write_int8
-from export.kinds import DEFAULT_KINDS, Kind, Method
+from export.kinds import DEFAULT_KINDS, Kind
 from export.towers.clip import (
     Clip,
     ClipConfig,
@@ -29,21 +30,20 @@ from export.towers.clip import (
     half_precision,
 )
 from export.towers.prefix_tree import TextTreeTower, in_trees
-from serving.bundles.bundle import (
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import (
     FORMAT,
     TOWERS,
     Artifact,
-    Bundle,
     Graph,
     Manifest,
     Provenance,
     Quantisation,
     Tower,
-    describe_file,
 )
-from serving.cli.console import Steps
 from serving.errors import InputError
 from serving.util.files import new_directory, write_text
+from serving.util.progress import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

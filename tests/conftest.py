@@ -140,7 +140,7 @@ def quick_build(kept_graphs):
     """`quick_build(checkpoint, output, **options)`: a bundle, of `kept_graphs`."""
     import export.pipeline
     from export.checkpoints.load import load_checkpoint
-    from serving.cli.console import silent
+    from serving.util.progress import silent
 
     def build(checkpoint, output, **options):
         with pytest.MonkeyPatch.context() as patch:

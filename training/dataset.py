@@ -16,7 +16,7 @@ from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from export.checkpoints.vocabulary import clip_tokenizer, with_clip_steps
-from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.bundles.manifest import ImageSpec, TextSpec
 from serving.cli.console import log
 from serving.errors import InputError
 from serving.inputs.preprocess import preprocess

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from export.checkpoints.weight_names import save_checkpoint
 from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerConfig
-from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.bundles.manifest import ImageSpec, TextSpec
 from serving.util.files import write_text
 from training.batches import Kind, Pairs
 from training.card import card

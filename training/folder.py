@@ -11,7 +11,7 @@ from export.checkpoints.load import load_checkpoint
 from export.checkpoints.weight_names import save_checkpoint
 from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerConfig
 from export.towers.resnet import ResNetConfig
-from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
+from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import InputError
 from training.batches import Kind, Pairs
 from training.contrastive import Settings, plot_losses, reproducible, train

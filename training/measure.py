@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from export.towers.clip import Clip
-from serving.bundles.bundle import ImageSpec, TextSpec
+from serving.bundles.manifest import ImageSpec, TextSpec
 from serving.cli.console import log
 from serving.inputs.preprocess import preprocess
 from training.dataset import encode

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import track
 
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.cli.console import log
 from serving.inputs.preprocess import preprocess
 from training.scenes import COLOURS, SEEN, Pair, Scene, choose, lineup, portraits, swapped_couples

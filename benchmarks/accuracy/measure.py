@@ -39,14 +39,17 @@ from benchmarks.accuracy.report import REFERENCE, Accuracy, Row
 from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 from export.gate.verify import checkpoint_of
 from export.pipeline import tower_of
-from serving.bundles.bundle import TOWERS, Bundle, ImageSpec, Tower
-from serving.cli.console import Steps
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS, ImageSpec, Tower
 from serving.errors import ImageError, InputError, RunnerError, TextError
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
-from serving.runners.base import Batch, Embeddings, Runner, missing, open_runner, runners_of
+from serving.runners.base import Batch, Embeddings, Runner
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import runners_of
 from serving.tasks.zero_shot import unit_length
+from serving.util.progress import Steps
 
 BATCH = 32
 """Of pictures and of texts."""

@@ -23,9 +23,12 @@ from export.gate.datasets import probe_images, probe_texts
 from export.gate.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from export.graphs.torchscript import export_torchscript
 from export.pipeline import tower_of
-from serving.bundles.bundle import Bundle, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Tower
 from serving.errors import RunnerError
-from serving.runners.base import RUNNERS, Batch, Runner, graph_of, library_of, open_runner
+from serving.runners.base import Batch, Runner
+from serving.runners.registry import open_runner
+from serving.runners.spec import RUNNERS, graph_of, library_of
 
 REFERENCE = "eager:fp32"
 PEERS = ("transformers:fp32", "transformers-longest:fp32", "onnxruntime-plain:fp32")

@@ -26,7 +26,8 @@ from benchmarks.machine.cpu_limits import cpu_limits
 from benchmarks.machine.environment import environment
 from benchmarks.machine.limits import measure_limits
 from export.gate.verify import checkpoint_of
-from serving.bundles.bundle import TOWERS, Bundle, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS, Tower
 from serving.errors import ClipDeployError
 from serving.runners.base import Runner
 from serving.util.nvidia import gpu

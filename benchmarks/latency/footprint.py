@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from serving.bundles.bundle import TOWERS, Bundle, Tower
-from serving.runners.base import RUNNERS, Batch, open_runner
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS, Tower
+from serving.runners.base import Batch
+from serving.runners.registry import open_runner
+from serving.runners.spec import RUNNERS
 
 BATCH, LENGTH = 32, 16
 

@@ -25,7 +25,8 @@ from torch import nn
 
 from export.checkpoints.load import Checkpoint
 from export.checkpoints.weight_names import save_checkpoint
-from serving.bundles.bundle import Bundle, ImageSpec, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import ImageSpec, Tower
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
 from serving.util.machine import cpu_count

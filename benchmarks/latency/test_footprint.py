@@ -11,7 +11,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency.candidates import Inputs, candidate
-from serving.bundles.bundle import TOWERS, Bundle
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS
 from serving.errors import ClipDeployError
 
 

@@ -8,7 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency.candidates import Candidate, Inputs, Turns, Work, batch_of
 from benchmarks.machine.limits import count_flops
-from serving.bundles.bundle import Bundle, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Tower
 from serving.runners.base import Runner
 
 

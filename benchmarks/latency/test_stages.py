@@ -15,13 +15,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency.candidates import Inputs, Turns
 from benchmarks.load.workload import jpegs
-from serving.bundles.bundle import Bundle, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Tower
 from serving.clients.local import LocalClip
 from serving.inputs.decode import decode
 from serving.inputs.preprocess import to_pixels
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.autotune import passed, time_runners
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 
 PICTURES, TEXTS, TOKENS = 4, 8, 10
 PASSES = 50

@@ -15,10 +15,10 @@ from benchmarks.load.workload import jpegs
 from export.gate.torch_runners import EagerRunner
 from export.gate.verify import checkpoint_of
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Steps
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.inputs.preprocess import preprocess
+from serving.util.progress import Steps
 
 EAGER_BATCH = 32
 _BATCH_SIZE, _IN_FLIGHT = 16, 8

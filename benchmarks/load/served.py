@@ -36,13 +36,14 @@ from benchmarks.load.report import (
 from benchmarks.load.step_times import Statistics, counted
 from benchmarks.load.workload import WINDOWS, Client, Load, Mode, Wire, mixed_pictures, mixed_texts
 from benchmarks.machine.environment import LeftOut, environment
-from serving.bundles.bundle import TOWERS, Bundle
-from serving.cli.console import Steps
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS
 from serving.clients.triton import ClipClient
 from serving.errors import InputError, RunnerError, ServerError
 from serving.triton.repository import assemble, assembled_latencies
 from serving.triton.server import TritonServer
 from serving.util.files import sha256_of
+from serving.util.progress import Steps
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from export.checkpoints.architectures import OPENAI_MEAN, OPENAI_STD
 from export.gate.torch_runners import allow_tf32
 from export.towers.clip import Clip, ClipConfig
-from serving.bundles.bundle import Tower
+from serving.bundles.manifest import Tower
 from serving.errors import RunnerError
 from serving.util.nvidia import gpu
 

@@ -15,7 +15,7 @@ from export.towers.clip import (
     TextConfig,
     VisionTransformerConfig,
 )
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
 
 State = Mapping[str, Tensor]

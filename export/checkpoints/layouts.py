@@ -17,7 +17,7 @@ from export.checkpoints.configs import (
 from export.checkpoints.weight_names import Layout, State
 from export.checkpoints.weights import read_json, read_weights, strip_wrappers
 from export.towers.clip import Activation, ClipConfig
-from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec
+from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec
 from serving.errors import CheckpointError
 
 

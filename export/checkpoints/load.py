@@ -30,7 +30,7 @@ from export.checkpoints.layouts import openai_image_spec, read_directory, read_f
 from export.checkpoints.vocabulary import byte_tokenizer, load_tokenizer
 from export.checkpoints.weight_names import load_state
 from export.towers.clip import Activation, Clip, ClipConfig
-from serving.bundles.bundle import DEFAULT_TEMPLATES, ImageSpec, TextSpec
+from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
 
 _NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]

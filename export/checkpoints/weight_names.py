@@ -20,7 +20,7 @@ from torch import Tensor
 
 from export.checkpoints.configs import config_to_hugging_face, config_to_open_clip
 from export.towers.clip import Clip, ResNetConfig
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
 
 State = Mapping[str, Tensor]

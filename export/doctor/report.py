@@ -17,7 +17,8 @@ from rich.table import Table
 
 from export.doctor.installed import EXPORT, GPU, RTX, Software, embedded, packages, programs
 from serving.bundles.engine_facts import MODULES
-from serving.runners.base import RUNNERS, missing
+from serving.runners.registry import missing
+from serving.runners.spec import RUNNERS
 from serving.util.machine import cpu_count, cpu_info
 from serving.util.nvidia import Gpu, gpu
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.bundles.bundle import Manifest, Tower
 from serving.bundles.engine_facts import SHORT_TEXT, Engine, Library, Profile
-from serving.cli.console import Steps
+from serving.bundles.manifest import Manifest, Tower
 from serving.errors import ExportError, InputError
 from serving.runners.tensor_rt import collecting, load_library
 from serving.util.files import write_bytes
 from serving.util.nvidia import gpu
+from serving.util.progress import Steps
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -16,15 +16,15 @@ import numpy as np
 
 from export.engines.builder import EngineOptions, build_plan
 from export.gate.datasets import probes
-from export.gate.parity import Expected, expect, judge
-from serving.bundles.bundle import TOWERS, Artifact, Bundle, Manifest, Tower, describe_file
+from export.gate.parity import Expected, expect, judged_plan
+from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.engine_facts import Engine
-from serving.cli.console import Steps
-from serving.errors import RunnerError
-from serving.runners.base import missing, open_runner, runners_of
+from serving.bundles.manifest import TOWERS, Artifact, Tower
+from serving.runners.registry import open_runner
 from serving.runners.tensor_rt import library_version
 from serving.util.files import write_bytes, write_text
 from serving.util.nvidia import gpu
+from serving.util.progress import Steps
 
 
 def add_engines(
@@ -66,29 +66,6 @@ def buildable(bundle: Bundle) -> list[str]:
     has = {a.precision for a in bundle.manifest.artifacts if a.kind == "onnx"}
     chosen = ["fp16", "int8-fp16" if "int8-fp16" in has else "int8"]
     return [precision for precision in chosen if precision in has] or ["fp32"]
-
-
-def judged_plan(
-    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps
-) -> Artifact:
-    """`artifact`, a plan, with its verdict on this machine; without one where it cannot run."""
-    (name,) = runners_of(artifact)
-    if reason := missing(name):
-        progress(f"no verdict on {artifact.file}: {reason}")
-        return replace(artifact, verdicts=())
-    try:
-        with open_runner(alone(bundle, artifact), artifact.tower, name) as runner:
-            return replace(artifact, verdicts=(judge(runner, expected, artifact.tower),))
-    except RunnerError as error:
-        progress(f"no verdict on {artifact.file}: {error}")
-        return replace(artifact, verdicts=())
-
-
-def alone(bundle: Bundle, artifact: Artifact) -> Bundle:
-    """`bundle` with `artifact` as its only plan, so that no other can be taken for it."""
-    graphs = tuple(a for a in bundle.manifest.artifacts if a.kind != "plan")
-    manifest: Manifest = replace(bundle.manifest, artifacts=(*graphs, artifact))
-    return Bundle(bundle.path, manifest)
 
 
 def _expected(bundle: Bundle, progress: Steps) -> dict[Tower, Expected]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.bundles.bundle import ImageSpec, TextSpec, Tower
+from serving.bundles.manifest import ImageSpec, TextSpec, Tower
 from serving.errors import ImageError, InputError
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer

@@ -5,16 +5,20 @@ zero-shot accuracy as a share of eager float32's. What fails is recorded with it
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.gate.datasets import Labelled
-from serving.bundles.bundle import TOLERANCES, Tower, Verdict
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOLERANCES, Artifact, Manifest, Tower, Verdict
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, Runner
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import runners_of
 from serving.util.machine import describe
+from serving.util.progress import Steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,3 +149,26 @@ def _run(runner: Runner, batch: Batch) -> Embeddings | None:
         return runner.run(batch)
     except RunnerError:
         return None
+
+
+def judged_plan(
+    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps
+) -> Artifact:
+    """`artifact`, a plan, with its verdict on this machine; without one where it cannot run."""
+    (name,) = runners_of(artifact)
+    if reason := missing(name):
+        progress(f"no verdict on {artifact.file}: {reason}")
+        return replace(artifact, verdicts=())
+    try:
+        with open_runner(alone(bundle, artifact), artifact.tower, name) as runner:
+            return replace(artifact, verdicts=(judge(runner, expected, artifact.tower),))
+    except RunnerError as error:
+        progress(f"no verdict on {artifact.file}: {error}")
+        return replace(artifact, verdicts=())
+
+
+def alone(bundle: Bundle, artifact: Artifact) -> Bundle:
+    """`bundle` with `artifact` as its only plan, so that no other can be taken for it."""
+    graphs = tuple(a for a in bundle.manifest.artifacts if a.kind != "plan")
+    manifest: Manifest = replace(bundle.manifest, artifacts=(*graphs, artifact))
+    return Bundle(bundle.path, manifest)

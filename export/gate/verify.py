@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from export.checkpoints.load import Checkpoint, load_checkpoint
-from export.engines.bundle_engines import judged_plan
 from export.gate.datasets import Data, load_data, probes
-from export.gate.parity import Expected, LabelledReference, expect, judge, refer
+from export.gate.parity import Expected, LabelledReference, expect, judge, judged_plan, refer
 from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 from export.graphs.lint import lint
-from serving.bundles.bundle import Artifact, Bundle, Tower
-from serving.cli.console import Steps, silent
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Artifact, Tower
 from serving.errors import BundleError, RunnerError
 from serving.inputs.tokenizer import Tokenizer
-from serving.runners.base import Runner, missing, open_runner, runners_of
+from serving.runners.base import Runner
 from serving.runners.prefix_tree import open_text_tree
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import runners_of
+from serving.util.progress import Steps, silent
 
 
 def data_for(

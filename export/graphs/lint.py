@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.bundles.bundle import Tower
+from serving.bundles.manifest import Tower
 
 _BOUNDARY = {
     "image": ("pixels", TensorProto.UINT8, 4, (0,), "image_embeds"),

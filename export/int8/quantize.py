@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from export.int8 import Method
 from export.int8.qdq import layers, quantise
 from export.int8.ranges import activation_ranges, runs
 from export.int8.sensitivity import activations, fewest, sensitivity
-from export.kinds import Method
-from serving.bundles.bundle import Artifact, Quantisation
-from serving.cli.console import Steps
+from serving.bundles.manifest import Artifact, Quantisation
 from serving.runners.base import Batch
+from serving.util.progress import Steps
 
 
 def write_int8(

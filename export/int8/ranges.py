@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from export.kinds import Method
+from export.int8 import Method
 from serving.runners.base import Batch
 from serving.util.machine import cpu_count
 

@@ -8,7 +8,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.int8.qdq import Layer, layers, quantise
-from serving.bundles.bundle import LayerCost
+from serving.bundles.manifest import LayerCost
 from serving.runners.base import Batch
 from serving.runners.onnx_runtime import session_options
 from serving.util.machine import cpu_count

@@ -38,9 +38,10 @@ from serving.bulk.ray_pool import (
 from serving.bulk.sources import find_source
 from serving.bulk.worker import Job
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Steps, silent
 from serving.errors import InputError, RunnerError
-from serving.runners.base import graph_of, library_of, missing
+from serving.runners.registry import missing
+from serving.runners.spec import graph_of, library_of
+from serving.util.progress import Steps, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def bulk_embed(
         source: a folder, a file, or a pattern (`serving.bulk.sources.find_source`).
         out: a new or empty folder, or one of a job of the same source, model and runner.
         bundle: a directory that `python -m export` made.
-        runner: see `serving.runners.base.open_runner`; `auto`: the fastest on a worker, of those
+        runner: see `serving.runners.spec`; `auto`: the fastest on a worker, of those
             that passed the gate; in a restarted job the one it began with.
         shard_size: rows a shard at most; default: up to 4,096, fewer where that would leave workers
             without work.

@@ -16,9 +16,9 @@ from typing import Any
 
 from serving.bulk.sources import Source, shards_of
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Steps
 from serving.errors import InputError
 from serving.util.files import sha256_of, write_text
+from serving.util.progress import Steps
 from serving.util.typed_json import from_json
 
 MANIFEST = "manifest.json"

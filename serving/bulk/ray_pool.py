@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serving.bulk.worker import Job, Worker, fastest_runner
-from serving.cli.console import Steps
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, ServerError
-from serving.runners.base import PROVIDERS
+from serving.runners.spec import PROVIDERS
 from serving.util.machine import cpu_count
+from serving.util.progress import Steps
 
 _THREADS = 4
 """Of a worker on CPUs: more scale badly within one batch, fewer keep more copies of the model."""

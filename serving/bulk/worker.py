@@ -28,7 +28,7 @@ from serving.bundles.bundle import Bundle
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError
 from serving.inputs.preprocess import preprocess
 from serving.runners.autotune import passed, time_runners
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from serving.util.typed_json import from_json
 
 _AHEAD = 1

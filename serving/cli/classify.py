@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from serving.cli.console import Json, Steps, out, steps
+from serving.cli.console import Json, out, steps
 from serving.cli.options import (
     LOCAL_RUNNER,
     Ca,
@@ -27,6 +27,7 @@ from serving.clients.triton import ClipClient
 from serving.tasks.embedder import Floats
 from serving.tasks.zero_shot import TEMPLATES, ZeroShotClassifier, in_batches, read_templates
 from serving.util.directories import read_lines
+from serving.util.progress import Steps
 
 _PICTURES = 64  # classified between two steps of the progress
 

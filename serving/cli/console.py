@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from serving.errors import ClipDeployError
 from serving.util.files import NO_SPACE
+from serving.util.progress import Steps
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 """Results."""
@@ -29,17 +30,6 @@ log = Console(stderr=True)
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, last on standard output.")
 ]
-
-
-class Steps(Protocol):
-    """Told what is being done, and, where that is known, how much of it is done."""
-
-    def __call__(self, step: str, done: int = 0, total: int = 0) -> None:
-        """Show `step`."""
-
-
-def silent(step: str, done: int = 0, total: int = 0) -> None:
-    """A `Steps` that shows nothing."""
 
 
 @contextmanager

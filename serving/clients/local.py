@@ -11,15 +11,17 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundles.bundle import Bundle, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.identity import ModelIdentity
+from serving.bundles.manifest import Tower
 from serving.errors import ImageError, relocated
 from serving.inputs.prefix_tree import Ids, shared_tokens
 from serving.inputs.preprocess import Picture, preprocess
 from serving.inputs.tokenizer import Tokenizer, batches_by_length
 from serving.runners.autotune import passed, time_runners, tree_runner
-from serving.runners.base import Embeddings, Runner, open_runner
+from serving.runners.base import Embeddings, Runner
 from serving.runners.prefix_tree import open_text_tree
-from serving.tasks.embedder import ModelIdentity
+from serving.runners.registry import open_runner
 from serving.tasks.zero_shot import ZeroShotClassifier
 
 _TREE_TOKENS = 4096
@@ -35,7 +37,7 @@ class LocalClip:
 
     Args:
         bundle: a directory that `python -m export` made.
-        runner: see `serving.runners.base.open_runner`; `auto` times those that passed the gate,
+        runner: see `serving.runners.registry.open_runner`; `auto` times those that passed the gate,
             here and now, and takes the fastest of each tower.
         batch_size: pictures or texts a run; more are cut into several.
     """

@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image
 
+from serving.bundles.identity import ModelIdentity
 from serving.clients.endpoint import NO_CREDENTIALS, Credentials
 from serving.clients.transport import Calls
 from serving.errors import ImageError, InputError, ServerError, TextError, relocated
@@ -26,7 +27,7 @@ from serving.inputs.decode import read_picture, too_large
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import Picture
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
-from serving.tasks.embedder import Floats, ModelIdentity
+from serving.tasks.embedder import Floats
 
 T = TypeVar("T")
 

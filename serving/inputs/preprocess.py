@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
 from serving.inputs.decode import decode, loaded, read_picture
 from serving.limits import MAX_WHOLE_PIXELS

@@ -19,7 +19,7 @@ import tokenizers
 from ftfy.fixes import unescape_html
 from numpy.typing import NDArray
 
-from serving.bundles.bundle import TextSpec
+from serving.bundles.manifest import TextSpec
 from serving.errors import BundleError, TextError
 from serving.limits import MAX_LINES, MAX_TEXT_BYTES, MAX_UNESCAPES, MAX_WORD
 

@@ -8,10 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from serving.bundles.bundle import Bundle, Latency, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Latency, Tower
 from serving.errors import BundleError, RunnerError
-from serving.runners.base import RUNNERS, Batch, Runner, missing, open_runner, runners_of
+from serving.runners.base import Batch, Runner
 from serving.runners.prefix_tree import open_text_tree
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import RUNNERS, runners_of
 from serving.util.machine import describe
 
 BATCH, LENGTH = 8, 16

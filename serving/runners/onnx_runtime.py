@@ -9,9 +9,11 @@ from typing import Any
 
 import onnxruntime
 
-from serving.bundles.bundle import Bundle, Graph, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Graph, Tower
 from serving.errors import RunnerError
-from serving.runners.base import PROVIDERS, Batch, Embeddings, LoadedRunner
+from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.spec import PROVIDERS
 from serving.util.machine import cpu_count
 
 

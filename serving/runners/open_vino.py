@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import openvino
 
-from serving.bundles.bundle import Bundle, Graph, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Graph, Tower
 from serving.errors import RunnerError
-from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
+from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.spec import RUNNERS
 from serving.util.machine import cpu_count
 
 

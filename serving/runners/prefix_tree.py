@@ -8,7 +8,8 @@ import numpy as np
 from serving.bundles.bundle import Bundle
 from serving.errors import RunnerError
 from serving.inputs.prefix_tree import trees
-from serving.runners.base import Batch, Embeddings, Runner, open_runner
+from serving.runners.base import Batch, Embeddings, Runner
+from serving.runners.registry import open_runner
 
 
 class TextTreeRunner:

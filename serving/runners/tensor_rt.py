@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundles.bundle import Artifact, Bundle, Tower
+from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import MODULES, Engine, Library, Profile, mismatches
+from serving.bundles.manifest import Artifact, Tower
 from serving.errors import RunnerError
-from serving.runners.base import RUNNERS, Batch, Embeddings, LoadedRunner
+from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.spec import RUNNERS
 from serving.util.nvidia import gpu
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.cli.console import Steps, silent
 from serving.errors import ImageError, InputError
 from serving.search.faiss_index import Kind, library
 from serving.search.index import SearchIndex
@@ -31,6 +30,7 @@ from serving.search.storage import (
 )
 from serving.tasks.embedder import Embedder, Floats
 from serving.util.directories import find_pictures
+from serving.util.progress import Steps, silent
 
 CHUNK = 256
 """Pictures a call of `embed_images`, and a file: so many are lost at most when it is killed."""

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.bundles.identity import ModelIdentity
 from serving.errors import InputError
 from serving.search.faiss_index import Index, library, search
 from serving.search.query import Term, nearest, query_vector
 from serving.search.storage import Entry, IndexManifest, check_model, read_manifest, verify
-from serving.tasks.embedder import Embedder, Floats, ModelIdentity
+from serving.tasks.embedder import Embedder, Floats
 
 _BLOCK = 16_384
 """Embeddings copied at a time."""

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.bundles.identity import ModelIdentity
 from serving.errors import InputError
 from serving.search.storage import FORMAT, PENDING, UNFINISHED, Entry, check_model
-from serving.tasks.embedder import Floats, ModelIdentity
+from serving.tasks.embedder import Floats
 from serving.util.files import write_bytes, write_text
 from serving.util.typed_json import from_json
 

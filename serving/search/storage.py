@@ -28,10 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from serving.bundles.bundle import File, describe_file
+from serving.bundles.bundle import describe_file
+from serving.bundles.identity import ModelIdentity
+from serving.bundles.manifest import File
 from serving.errors import InputError
 from serving.search.faiss_index import Kind, Layout, library, make
-from serving.tasks.embedder import Floats, ModelIdentity
+from serving.tasks.embedder import Floats
 from serving.util.files import disk_errors, sha256_of, sync, write_text
 from serving.util.typed_json import from_json
 

@@ -21,10 +21,11 @@ from typing import Self
 
 import numpy as np
 
+from serving.bundles.identity import ModelIdentity
 from serving.errors import ImageError, InputError, TextError
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import Picture
-from serving.tasks.embedder import Embedder, Floats, ModelIdentity
+from serving.tasks.embedder import Embedder, Floats
 from serving.util.directories import read_lines
 from serving.util.files import write_bytes
 

@@ -16,15 +16,16 @@ from typing import Any, Literal
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from serving.bundles.bundle import TOWERS, Artifact, Bundle, Latency, Manifest, Tower
+from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import SHORT_TEXT
-from serving.cli.console import Steps, silent
+from serving.bundles.manifest import TOWERS, Artifact, Latency, Manifest, Tower
 from serving.errors import BundleError, RunnerError
 from serving.runners.autotune import passed, time_runners, tree_runner
-from serving.runners.base import RUNNERS, graph_of, library_of
+from serving.runners.spec import RUNNERS, graph_of, library_of
 from serving.runners.tensor_rt import fitting_plan
 from serving.util.files import link_or_copy, new_directory
 from serving.util.machine import cpu_count
+from serving.util.progress import Steps, silent
 
 Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules

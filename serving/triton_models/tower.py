@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from serving.bundles.bundle import Bundle, Graph, TextSpec, Tower
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Graph, TextSpec, Tower
 from serving.errors import TextError
 from serving.inputs.tokenizer import runs_by_length
-from serving.runners.base import Batch, open_runner
+from serving.runners.base import Batch
 from serving.runners.prefix_tree import open_text_tree
+from serving.runners.registry import open_runner
 from serving.triton_models.admission import Behind
 from serving.triton_models.responses import full, refused
 

@@ -21,7 +21,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
 from serving.errors import ImageError, ServerError, TextError
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
 

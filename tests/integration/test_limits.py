@@ -15,7 +15,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving import limits
 from serving.bulk.sources import Shard, Source, read_shard
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient, encode_picture
 from serving.errors import ImageError, InputError, TextError

@@ -24,11 +24,11 @@ from benchmarks.load.report import Agreement, Plan, Point, Sweep, remarks, satur
 from benchmarks.load.served import measure_embedded, measure_running, urls_of
 from benchmarks.load.step_times import STEPS, Statistics, counted
 from benchmarks.load.workload import WINDOWS, Load, Workload, mixed_pictures, mixed_texts, steady
-from serving.cli.console import silent
 from serving.errors import InputError, RunnerError, ServerError
 from serving.inputs.tokenizer import Tokenizer
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
+from serving.util.progress import silent
 
 PROTOCOLS = ("grpc", "http")
 WINDOW_S = 0.3

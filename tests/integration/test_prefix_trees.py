@@ -22,8 +22,8 @@ from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError, TextError
 from serving.runners.autotune import passed, tree_runner
-from serving.runners.base import open_runner
 from serving.runners.prefix_tree import open_text_tree
+from serving.runners.registry import open_runner
 from serving.tasks import zero_shot
 from serving.tasks.zero_shot import ZeroShotClassifier, embed_labels
 from serving.triton.repository import assemble

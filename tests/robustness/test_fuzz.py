@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.errors import ImageError, TextError
 from serving.inputs.decode import decode
 from serving.inputs.preprocess import preprocess

@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
-from serving.runners.base import missing, open_runner
+from serving.runners.registry import missing, open_runner
 from serving.tasks.zero_shot import LabelSet, softmax
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer

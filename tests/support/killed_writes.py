@@ -23,8 +23,8 @@ from pathlib import Path
 from export.checkpoints.load import load_checkpoint
 from export.pipeline import Options, build
 from serving.bundles.bundle import Bundle
-from serving.cli.console import silent
 from serving.triton.repository import assemble
+from serving.util.progress import silent
 from tests.support.killed_changes import OPERATIONS, die_at, forked
 
 

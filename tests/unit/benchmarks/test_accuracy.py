@@ -18,8 +18,8 @@ from benchmarks.accuracy.labelled import read_folder
 from benchmarks.accuracy.measure import METHODS, accuracy
 from benchmarks.accuracy.report import table
 from serving.bundles.bundle import Bundle
-from serving.cli.console import silent
 from serving.errors import InputError, RunnerError, TextError
+from serving.util.progress import silent
 
 LABELS = ["cat", "red bus", "owl", "very old house", "number 7", "naïve café", "sea", "teapot"]
 LABELS += ["man on a horse", "snow", "pair of blue shoes", "map"]

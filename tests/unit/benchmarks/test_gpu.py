@@ -26,11 +26,11 @@ from export.gate.torch_runners import CompiledRunner, EagerRunner, TorchScriptRu
 from export.graphs.torchscript import export_torchscript
 from export.towers.clip import half_precision
 from export.towers.transformer import LayerNorm
-from serving.bundles.bundle import TOLERANCES, TOWERS, Tolerance
-from serving.cli.console import silent
+from serving.bundles.manifest import TOLERANCES, TOWERS, Tolerance
 from serving.errors import RunnerError
-from serving.runners.base import missing
+from serving.runners.registry import missing
 from serving.util.nvidia import Gpu
+from serving.util.progress import silent
 from tests.support.references import some_ids, some_pixels
 
 BATCHES = {"image": some_pixels(3, 32), "text": some_ids([1, 5, 15], 16)}

@@ -22,7 +22,7 @@ from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS, KnownM
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.vocabulary import byte_tokenizer
 from export.checkpoints.weight_names import save_checkpoint, to_layout
-from serving.bundles.bundle import DEFAULT_TEMPLATES
+from serving.bundles.manifest import DEFAULT_TEMPLATES
 from serving.errors import CheckpointError
 from tests.support.references import (
     MEAN,

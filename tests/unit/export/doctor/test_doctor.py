@@ -18,7 +18,7 @@ from export.doctor import installed
 from export.doctor import report as doctor
 from export.doctor.installed import Software, packages, programs
 from export.doctor.report import Machine, memory_limit
-from serving.runners.base import RUNNERS
+from serving.runners.spec import RUNNERS
 from serving.triton import embedded
 from serving.util.nvidia import Gpu
 from tests.support.paths import CHECKOUT

@@ -16,11 +16,12 @@ from export.engines.builder import EngineOptions, profiles_of
 from export.engines.bundle_engines import add_engines, buildable
 from export.gate.parity import Expected
 from export.gate.verify import judged
-from serving.bundles.bundle import TOWERS, Artifact, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.engine_facts import Engine, Profile, mismatches
-from serving.cli.console import run, silent
+from serving.bundles.manifest import TOWERS, Artifact
+from serving.cli.console import run
 from serving.errors import BundleError, RunnerError
-from serving.runners.base import missing, open_runner
+from serving.runners.registry import missing, open_runner
 from serving.runners.tensor_rt import (
     TensorRtRunner,
     fitting_plan,
@@ -28,6 +29,7 @@ from serving.runners.tensor_rt import (
     load_library,
 )
 from serving.util.nvidia import Gpu, gpu
+from serving.util.progress import silent
 from tests.support.paths import CHECKOUT
 
 RTX = library_version("tensorrt-rtx")
@@ -559,7 +561,7 @@ from pathlib import Path
 from export.engines.bundle_engines import add_engines
 from export.engines.builder import EngineOptions
 from serving.bundles.bundle import Bundle
-from serving.cli.console import silent
+from serving.util.progress import silent
 
 source, target, most = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 for moment in range(most):  # before that many files were renamed or deleted

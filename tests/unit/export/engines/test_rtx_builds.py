@@ -34,13 +34,14 @@ from export.int8.qdq import layers, quantise
 from export.int8.ranges import activation_ranges
 from export.int8.sensitivity import activations
 from export.towers.clip import for_inference, half_precision
-from serving.bundles.bundle import TOWERS, Artifact, Bundle, Manifest, describe_file
+from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.engine_facts import Engine
-from serving.cli.console import silent
+from serving.bundles.manifest import TOWERS, Artifact, Manifest
 from serving.errors import ExportError, InputError, RunnerError
-from serving.runners.base import missing, open_runner
+from serving.runners.registry import missing, open_runner
 from serving.runners.tensor_rt import TensorRtRunner, collecting
 from serving.util.files import sha256_of
+from serving.util.progress import silent
 from tests.support.paths import CHECKOUT
 from tests.support.references import some_ids, some_pixels
 

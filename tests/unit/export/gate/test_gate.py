@@ -20,10 +20,11 @@ from export.gate.verify import judged, references, verify
 from export.kinds import Kind
 from export.pipeline import Options, build
 from export.towers.clip import ImageTower, VisionTransformerConfig
-from serving.bundles.bundle import TOLERANCES, Bundle
+from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError, InputError, RunnerError
 from serving.inputs.tokenizer import Tokenizer
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from tests.support.references import MEAN, STD, some_ids, some_pixels, unit
 
 NOUNS = [f"number {n}" for n in range(60)]

@@ -19,9 +19,10 @@ from export.gate.torch_runners import EagerRunner
 from export.gate.verify import verify
 from export.kinds import Kind
 from export.pipeline import Options, build
-from serving.bundles.bundle import TOLERANCES, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from export.pipeline import Options, build
 from export.towers.clip import Clip
 from serving.bundles.bundle import Bundle
 from serving.errors import BundleError
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from tests.support.paths import CHECKOUT
 from tests.support.references import MEAN, STD, openai_clip, some_ids, some_pixels
 

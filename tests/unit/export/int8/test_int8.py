@@ -33,18 +33,11 @@ from export.towers.clip import (
     for_inference,
     half_precision,
 )
-from serving.bundles.bundle import (
-    TOLERANCES,
-    Artifact,
-    Bundle,
-    ImageSpec,
-    LayerCost,
-    Quantisation,
-    describe_file,
-)
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import TOLERANCES, Artifact, ImageSpec, LayerCost, Quantisation
 from serving.errors import BundleError, InputError
-from serving.runners.base import open_runner
 from serving.runners.onnx_runtime import session_options
+from serving.runners.registry import open_runner
 from serving.triton.repository import assemble
 from serving.util.machine import cpu_info
 from tests.support.references import openai_clip, randomise, some_pixels

@@ -15,14 +15,16 @@ from export.gate.datasets import load_data, probe_prompts
 from export.gate.verify import judged, references, verify
 from export.graphs.lint import lint
 from export.towers.prefix_tree import TextTreeTower, in_trees
-from serving.bundles.bundle import Artifact, Bundle, describe_file
-from serving.cli.console import silent
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import Artifact
 from serving.errors import BundleError, RunnerError
 from serving.inputs.prefix_tree import trees
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.autotune import passed
-from serving.runners.base import open_runner, runners_of
 from serving.runners.prefix_tree import open_text_tree
+from serving.runners.registry import open_runner
+from serving.runners.spec import runners_of
+from serving.util.progress import silent
 from tests.support.references import some_ids, unit
 
 RUNNERS = ["onnxruntime:fp32", "onnxruntime:int8", "openvino:fp32"]

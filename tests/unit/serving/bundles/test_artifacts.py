@@ -19,7 +19,7 @@ from serving.bundles.external_data import external_files
 from serving.bundles.integrity import sealed, unsealed
 from serving.clients.local import LocalClip
 from serving.errors import BundleError
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from serving.triton.repository import assemble
 
 RUNNER = "onnxruntime:fp32"

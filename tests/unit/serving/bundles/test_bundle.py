@@ -10,7 +10,8 @@ from typing import Literal
 
 import pytest
 
-from serving.bundles.bundle import FORMAT, TOWERS, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import FORMAT, TOWERS
 from serving.errors import BundleError, InputError
 from serving.inputs.tokenizer import Tokenizer
 from serving.util.files import link_or_copy, new_directory, sha256_of, write_text

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from serving import limits
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
 from serving.inputs.decode import decode, read_picture
 from serving.inputs.preprocess import preprocess, to_pixels
@@ -186,7 +186,7 @@ import resource
 from PIL import Image
 from serving import limits
 from serving.inputs import preprocess
-from serving.bundles.bundle import ImageSpec
+from serving.bundles.manifest import ImageSpec
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, resource.RLIM_INFINITY))
 for pipeline in ("openai", "huggingface"):
     spec = ImageSpec(size=224, resize=224, interpolation="bicubic", pipeline=pipeline,

@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from export.checkpoints.vocabulary import openai_tokenizer
-from serving.bundles.bundle import TextSpec
+from serving.bundles.manifest import TextSpec
 from serving.errors import BundleError, CheckpointError, TextError
 from serving.inputs.tokenizer import END, START, Tokenizer, clean, runs_by_length
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import serving.runners.autotune
-from serving.bundles.bundle import Artifact, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import Artifact
 from serving.errors import BundleError, RunnerError
 from serving.runners.autotune import BATCH, passed, time_runners
-from serving.runners.base import RUNNERS, open_runner
+from serving.runners.registry import open_runner
+from serving.runners.spec import RUNNERS
 from serving.util.machine import describe
 
 

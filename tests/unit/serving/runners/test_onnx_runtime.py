@@ -14,10 +14,12 @@ import torch
 from export.checkpoints.load import load_checkpoint
 from export.gate.torch_runners import EagerRunner
 from export.kinds import Kind
-from serving.bundles.bundle import TOLERANCES, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError, RunnerError
-from serving.runners.base import PROVIDERS, RUNNERS, missing, open_runner, runners_of
 from serving.runners.onnx_runtime import OnnxRuntimeRunner
+from serving.runners.registry import missing, open_runner
+from serving.runners.spec import PROVIDERS, RUNNERS, runners_of
 from serving.util.machine import cpu_count
 from serving.util.nvidia import gpu
 from tests.support.references import some_ids, some_pixels

@@ -13,10 +13,11 @@ from export.checkpoints.load import load_checkpoint
 from export.gate.parity import Expected
 from export.gate.torch_runners import EagerRunner
 from export.gate.verify import judged
-from serving.bundles.bundle import TOLERANCES, Bundle, describe_file
+from serving.bundles.bundle import Bundle, describe_file
+from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError, RunnerError
-from serving.runners.base import open_runner
 from serving.runners.open_vino import OpenVinoRunner
+from serving.runners.registry import open_runner
 from serving.util.machine import cpu_count
 from tests.support.references import some_ids, some_pixels
 

@@ -64,7 +64,7 @@ def shapes_bundle(tmp_path_factory):
     """The shipped checkpoint, in float32."""
     from export.checkpoints.load import load_checkpoint
     from export.pipeline import Options, build
-    from serving.cli.console import silent
+    from serving.util.progress import silent
 
     output = tmp_path_factory.mktemp("rank") / "shapes-clip"
     return build(load_checkpoint(str(CHECKPOINT)), output, silent, Options(kinds=[]))

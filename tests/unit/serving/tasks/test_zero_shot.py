@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from serving.clients.local import LocalClip
 from serving.errors import ImageError, InputError, TextError
 from serving.inputs.tokenizer import Tokenizer, clean
-from serving.runners.base import open_runner
+from serving.runners.registry import open_runner
 from serving.search.query import nearest
 from serving.tasks import zero_shot
 from serving.tasks.zero_shot import (

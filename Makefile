@@ -63,6 +63,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	.ci/audit
 
 # The long versions of the tests that make promises; their figures are printed last.

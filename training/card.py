@@ -1,15 +1,13 @@
 """The model card of the demo checkpoint: what it is, how it was made, what was measured."""
 
+import json
 import platform
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
 import torch
 
 from training.contrastive import Settings
 from training.shapes import COLOURS, HELD_OUT, SHAPES, label
-
-if TYPE_CHECKING:
-    from training.demo import Report
 
 CARD = """\
 # shapes-clip
@@ -50,8 +48,30 @@ Hugging Face layout: `transformers.CLIPModel.from_pretrained` loads it unchanged
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made and how good it is; accuracies 0..1."""
+
+    output: str
+    seed: int
+    steps: int
+    pictures: int
+    parameters: int
+    drawing_s: float
+    training_s: float
+    loss: float
+    test_seed: int
+    seen: float
+    held_out: float
+    binding: float
+
+    def to_json(self) -> str:
+        """One JSON document on one line."""
+        return json.dumps(asdict(self))
+
+
 def card(
-    report: "Report",
+    report: Report,
     settings: Settings,
     pictures_asked: int,
     test_size: int,

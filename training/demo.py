@@ -1,9 +1,7 @@
 """The demo checkpoint `assets/shapes-clip`: from a seed to a measured model with its card."""
 
-import json
 import math
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerCo
 from serving.bundles.manifest import ImageSpec, TextSpec
 from serving.util.files import write_text
 from training.batches import Kind, Pairs
-from training.card import card
+from training.card import Report, card
 from training.contrastive import Settings, plot_losses, reproducible, train
 from training.dataset import encode, text_spec, train_tokenizer
 from training.initialise import initialise
@@ -43,28 +41,6 @@ FIRST_SCALE = 40.0
 TEST_SIZE = 256
 TEST_PICTURES = 2610, 1300, 1000
 """Seen and held-out, 30 and 100 of each pair; couples."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was made and how good it is; accuracies 0..1."""
-
-    output: str
-    seed: int
-    steps: int
-    pictures: int
-    parameters: int
-    drawing_s: float
-    training_s: float
-    loss: float
-    test_seed: int
-    seen: float
-    held_out: float
-    binding: float
-
-    def to_json(self) -> str:
-        """One JSON document on one line."""
-        return json.dumps(asdict(self))
 
 
 def default_settings(steps: int, seed: int) -> Settings:

@@ -1,27 +1,31 @@
-"""A bundle and a folder of pictures -> a running server, asked over HTTP and gRPC, and a picture.
+"""`demo`: a bundle and a directory of images, served over HTTP and gRPC, on one contact sheet.
 
 Everything here is what a user would do: assemble, start, classify, embed, search, stop.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 from rich.progress import track
 from rich.table import Table
 
 from serving.bundles.bundle import Bundle
-from serving.cli.console import log
+from serving.cli.console import Json, log, out
 from serving.cli.contact_sheet import Cell, Row, contact_sheet
+from serving.cli.options import REPOSITORY, BundlePath
 from serving.clients.triton import ClipClient
 from serving.search.query import nearest
 from serving.tasks.zero_shot import ZeroShotClassifier
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
-from serving.util.directories import find_pictures, read_captions
+from serving.util.directories import find_pictures, read_captions, read_lines
 
 _CHUNK = 32
 
@@ -69,7 +73,7 @@ class Outcome:
         return asdict(self)
 
 
-def demo(
+def run_demo(
     bundle: Bundle,
     folder: Path,
     labels: Sequence[str],
@@ -184,3 +188,33 @@ def tables(outcome: Outcome) -> list[Table]:
                 "" if rank else query, f"{hit.cosine:.3f}", Path(hit.picture).name, hit.caption
             )
     return [first, second]
+
+
+def demo(
+    bundle: BundlePath,
+    pictures: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    labels: Annotated[
+        Path, typer.Option(help="Text file, a label a line.", exists=True, dir_okay=False)
+    ],
+    query: Annotated[list[str], typer.Option(help="What to search for; repeat for each.")],
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write.")] = Path(
+        "build/demo/contact_sheet.png"
+    ),
+    repository: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
+    as_json: Json = False,
+) -> None:
+    """Assemble, start, classify and search over HTTP and gRPC, draw a contact sheet, stop."""
+    names = read_lines(labels)
+    outcome = run_demo(Bundle.open(bundle), pictures, names, query, repository, sheet)
+    if as_json:
+        print(json.dumps(outcome.to_json()))
+        return
+    for table in tables(outcome):
+        out.print(table)
+    if outcome.accuracy is not None:
+        out.print(f"zero-shot top-1 among {len(names)} labels: {outcome.accuracy:.1%}")
+    out.print(
+        f"server ready in {outcome.start_s:.1f} s, {outcome.embed_per_s:.0f} pictures/s over gRPC, "
+        f"HTTP and gRPC differ by at most {outcome.protocols_differ_by:.1e}"
+    )
+    out.print(f"wrote {outcome.contact_sheet}")

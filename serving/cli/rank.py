@@ -37,12 +37,9 @@ from serving.tasks.rank import rank as rank_texts
 from serving.tasks.zero_shot import Progress
 from serving.util.directories import read_lines
 
-app = typer.Typer(pretty_exceptions_enable=False)
-
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")]
 
 
-@app.command()
 def rank(
     pictures: Pictures,
     text: Annotated[list[str] | None, typer.Option(help="A text; repeat for each.")] = None,
@@ -79,7 +76,6 @@ def rank(
     out.print(table)
 
 
-@app.command()
 def answer(
     picture: Annotated[Path, typer.Argument(help="Picture file.")],
     question: Annotated[str, typer.Option(help="About the picture; better begun than asked.")],
@@ -107,7 +103,6 @@ def answer(
     out.print(table)
 
 
-@app.command()
 def caption(
     pictures: Pictures,
     vocabulary: Annotated[

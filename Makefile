@@ -1,6 +1,7 @@
 # make demo   a fresh machine to a running pipeline: real pictures classified and searched by Triton
 # make test   a fresh machine to green tests
-# make check  format, lint, types, known vulnerabilities of dependencies
+# make check  format, lint, types, import order, known vulnerabilities of dependencies
+# make package  the wheel, installed into empty environments, assembled, served and asked
 # make soak   what makes docs/reliability.md: an hour of faults, overload, fuzzing and mixed traffic
 # make bench  every runner, its load and its accuracy: build/benchmarks/RESULTS.md and plots
 # make engines BUNDLE=artifacts/NAME   TensorRT plans, inside the Triton container that will serve them
@@ -16,7 +17,7 @@ TENSORRT_APIS := 10.16.1.11 11.4.0.106
 unexport PYTHONDONTWRITEBYTECODE
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test check soak bench engines clean
+.PHONY: setup demo test package check soak bench engines clean
 
 setup: .venv/.installed
 
@@ -58,6 +59,10 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 # A process that dies ends the run: else xdist (3.8) waits for ever for its files.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
+# The wheel in empty environments; needs the package index.
+package: setup
+	$(BIN)/python -m pytest tests/packaging
 
 check: setup
 	$(BIN)/ruff format --check .

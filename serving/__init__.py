@@ -1,1 +1,66 @@
-"""Bundle -> running service; never imports torch."""
+"""A served CLIP, and its clients.
+
+The names below are the public interface. They are imported when they are first used, so that
+`import serving` is quick and needs no optional dependency.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from serving.errors import (
+    BundleError,
+    CheckpointError,
+    ClipDeployError,
+    ExportError,
+    ImageError,
+    InputError,
+    MissingPackageError,
+    OverloadedError,
+    RunnerError,
+    ServerError,
+    StorageError,
+    TextError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from serving.clients.endpoint import Credentials
+    from serving.clients.local import LocalClip
+    from serving.clients.triton import ClipClient
+    from serving.tasks.zero_shot import ZeroShotClassifier
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ClipClient",
+    "ClipDeployError",
+    "Credentials",
+    "ExportError",
+    "ImageError",
+    "InputError",
+    "LocalClip",
+    "MissingPackageError",
+    "OverloadedError",
+    "RunnerError",
+    "ServerError",
+    "StorageError",
+    "TextError",
+    "UnavailableError",
+    "ZeroShotClassifier",
+]
+
+_MODULES = {
+    "ClipClient": "serving.clients.triton",
+    "Credentials": "serving.clients.endpoint",
+    "LocalClip": "serving.clients.local",
+    "ZeroShotClassifier": "serving.tasks.zero_shot",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public interface when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value

@@ -7,7 +7,9 @@
     │   └── CheckpointError     a checkpoint: name, directory, weights
     ├── ExportError           a graph that a compiler cannot parse or build
     ├── BundleError           a bundle that is missing, incomplete, tampered with, or refused
+    ├── MissingPackageError   an optional dependency that is not installed
     ├── RunnerError           a runner cannot give the device or precision it was asked for
+    ├── StorageError          a disk that is full
     └── ServerError           a Triton server that cannot be started or reached, or that refused
         └── UnavailableError    nobody answers there, or not now; asking later may help
             └── OverloadedError   its queues are full
@@ -45,6 +47,10 @@ class ExportError(ClipDeployError):
 
 class BundleError(ClipDeployError):
     """A bundle that is missing, incomplete, tampered with, or refused by the gate."""
+
+
+class MissingPackageError(ClipDeployError, ImportError):
+    """An optional dependency that is not installed; the message names the extra that brings it."""
 
 
 class RunnerError(ClipDeployError):

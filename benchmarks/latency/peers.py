@@ -27,8 +27,8 @@ from export.checkpoints.load import Checkpoint
 from export.checkpoints.weight_names import save_checkpoint
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import ImageSpec, Tower
-from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.util.extras import require
 from serving.util.machine import cpu_count
 
 Padding = Literal["max_length", "longest"]
@@ -44,17 +44,14 @@ class Peer:
     """transformers' model of a checkpoint that was saved in `folder`, its processor and tokenizer.
 
     Raises:
-        RunnerError: transformers is not installed.
+        MissingPackageError: transformers is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all it needs is there
-        try:
-            import transformers
-        except ImportError as error:
-            raise RunnerError(
-                f"transformers cannot be imported ({error}); pip install -e '.[bench]'"
-            ) from error
+        require("the peer transformers", "bench", "transformers")
+        import transformers
+
         logging: Any = transformers.utils.logging
         logging.disable_progress_bar()
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"

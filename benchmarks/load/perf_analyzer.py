@@ -34,13 +34,14 @@ from typing import Literal
 from benchmarks.load.workload import WINDOWS, Load, Measured, Workload, steady
 from serving.clients.endpoint import admin_headers
 from serving.errors import RunnerError, ServerError
+from serving.util.extras import install_command
 from serving.util.machine import cpu_count
 
 INSTALL = (
     "python -m pip install --no-deps --target .venv/perf_analyzer tritonclient==2.50.0 "
     "(`make setup` does)"
 )
-_EMBEDDED = "pip install -e '.[embedded]' brings it, or"
+_EMBEDDED = f"{install_command('embedded')} brings it, or"
 LIBRARIES = {
     "libb64.so.0d": f"{_EMBEDDED} apt-get install libb64-0d",
     "libcudart.so.12": f"{_EMBEDDED} pip install nvidia-cuda-runtime-cu12",

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from serving.util.machine import cpu_count, cpu_info, describe
@@ -51,7 +52,7 @@ def environment() -> dict[str, object]:
             "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         },
         "memory": {
-            "bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "bytes": psutil.virtual_memory().total,
             "limit": _read("/sys/fs/cgroup/memory.max"),
         },
         "load_average": os.getloadavg(),

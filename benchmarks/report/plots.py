@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.results import Document, Latency, Timed
-from serving.errors import RunnerError
+from serving.util.extras import require
 
 _COLOURS = {
     "eager": "#555555",
@@ -37,10 +37,9 @@ def draw(
     Raises:
         RunnerError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RunnerError("plots need matplotlib; pip install -e '.[bench]'") from error
+    require("a plot", "bench", "matplotlib")
+    import matplotlib
+
     matplotlib.use("agg")
     style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110, "axes.titlesize": 12}

@@ -14,6 +14,10 @@ from export.kinds import DEFAULT_KINDS, Kind, Library
 from serving.bundles.bundle import Bundle
 from serving.cli.console import Json, log, out, steps
 from serving.errors import InputError
+from serving.util.extras import require
+
+_EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "huggingface_hub")
+"""Modules that the extra `export` brings."""
 
 EngineLibrary = Annotated[
     Library,
@@ -78,6 +82,7 @@ def bundle(
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
+    require("export", "export", *_EXPORT)
     from export.checkpoints.load import load_checkpoint
     from export.pipeline import Options, build
 
@@ -138,6 +143,7 @@ def engine(
     as_json: Json = False,
 ) -> None:
     """Build plans of a bundle's graphs for this machine's GPU, judge them, and record them."""
+    require("engine", "export", "onnxruntime")
     from export.engines.builder import EngineOptions
     from export.engines.bundle_engines import add_engines, buildable
 
@@ -164,6 +170,7 @@ def engine(
 
 def list_models(as_json: Json = False) -> None:
     """Known checkpoints: name, sizes, and where the weights come from."""
+    require("the list of checkpoints", "export", *_EXPORT)
     from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS
 
     if as_json:
@@ -200,6 +207,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a bundle's files and graphs, and run the gate again on this machine."""
+    require("verify", "export", *_EXPORT)
     from export.gate.verify import verify as verify_bundle
 
     with steps(f"verifying {path}") as progress:

@@ -21,14 +21,15 @@ from typing import Any, Literal, NamedTuple
 from serving.bundles.engine_facts import MODULES
 from serving.errors import ServerError
 from serving.triton.embedded import find_embedded
+from serving.util.extras import install_command
 
 IMPORTS_TIMEOUT_S = 60
 """All packages together take about 3 s, and far longer when the disk is cold."""
 
 PROGRAM_TIMEOUT_S = 5
 
-EXPORT, EMBEDDED, GPU, RTX = (
-    f"pip install -e '.[{extra}]'" for extra in ("export", "embedded", "gpu", "rtx")
+EXPORT, CPU, EMBEDDED, GPU, RTX = (
+    install_command(extra) for extra in ("export", "cpu", "embedded", "gpu", "rtx")
 )
 
 
@@ -64,8 +65,8 @@ _PACKAGES = {
     "onnxscript": _Package("export", EXPORT, ("onnxscript",)),
     "safetensors": _Package("export", EXPORT, ("safetensors",)),
     "huggingface-hub": _Package("export", EXPORT, ("huggingface_hub",)),
-    "onnxruntime": _Package("export, serving", EMBEDDED, ("onnxruntime",)),
-    "openvino": _Package("serving by the CPU", EMBEDDED, ("openvino",)),
+    "onnxruntime": _Package("export, serving", CPU, ("onnxruntime",)),
+    "openvino": _Package("serving by the CPU", CPU, ("openvino",)),
     "tensorrt": _Package("engines for one GPU", GPU, MODULES["tensorrt"]),
     "tensorrt-rtx": _Package("engines for many GPUs", RTX, MODULES["tensorrt-rtx"]),
     "cuda-bindings": _Package("running engines", GPU, ("cuda.bindings.runtime",)),

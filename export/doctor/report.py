@@ -3,7 +3,6 @@
 Does not know: how a package is tried (`export.doctor.installed`), how the report is asked for.
 """
 
-import os
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from export.doctor.installed import EXPORT, GPU, RTX, Software, embedded, packages, programs
+import psutil
+
+from export.doctor.installed import (
+    EMBEDDED,
+    EXPORT,
+    GPU,
+    RTX,
+    Software,
+    embedded,
+    packages,
+    programs,
+)
 from serving.bundles.engine_facts import MODULES
 from serving.runners.registry import missing
 from serving.runners.spec import RUNNERS
@@ -84,7 +94,7 @@ def examine() -> Report:
 
 def memory_limit(root: Path, own: Path) -> int:
     """Bytes that there are, or that the cgroups (v1, v2) at `root` and named by `own` allow."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [psutil.virtual_memory().total]
     lines = own.read_text().splitlines() if own.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         v1 = "memory" in controllers.split(",")
@@ -131,7 +141,7 @@ def _obstacles(machine: Machine, installed: Installed) -> dict[str, Obstacles]:
         "TensorRT-RTX engines (build)": lacks(["tensorrt-rtx"]),  # needs no GPU
         "TensorRT-RTX engines (run)": rtx_gpu | lacks(["tensorrt-rtx", "cuda-bindings"], RTX),
         "serve embedded": lacks(["nvidia-pytriton"])
-        | _lacking_all(installed, ["onnxruntime", "openvino"]),
+        | _lacking_all(installed, ["onnxruntime", "openvino"], EMBEDDED),
         "serve in a container": _lacking_all(installed, ["docker", "podman"]),
     }
 
@@ -164,11 +174,13 @@ def _lacking(installed: Installed, names: Iterable[str], install: str | None = N
     return {f"{what}: {', '.join(names)}": mend for (what, mend), names in lacking.items()}
 
 
-def _lacking_all(installed: Installed, names: Sequence[str]) -> Obstacles:
-    """When one of `names` is enough."""
+def _lacking_all(
+    installed: Installed, names: Sequence[str], install: str | None = None
+) -> Obstacles:
+    """When one of `names` is enough; `install` brings one."""
     if any(installed[name].state == "works" for name in names):
         return {}
-    mend = ", or ".join(dict.fromkeys(installed[name].mend or "" for name in names))
+    mend = install or ", or ".join(dict.fromkeys(installed[name].mend or "" for name in names))
     return {f"neither {' nor '.join(names)} works": mend}
 
 

@@ -19,17 +19,21 @@ def assemble(
     bundle: BundlePath,
     output: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
     backend: Annotated[
-        Literal["embedded", "onnxruntime", "openvino", "tensorrt"],
-        typer.Option(help="What runs the towers; embedded needs only Triton's Python backend."),
-    ] = "embedded",
+        Literal["python", "onnxruntime", "tensorrt"],
+        typer.Option(
+            help="Triton backend that runs the towers. The embedded server has only python."
+        ),
+    ] = "python",
     runner: Annotated[
         str,
         typer.Option(
-            help="Of the embedded backend, such as openvino:int8; auto takes the fastest that "
-            "passed the gate."
+            help="Runner of the python backend, such as openvino:int8. auto times those that "
+            "passed the parity gate and takes the fastest."
         ),
     ] = "auto",
-    precision: Annotated[str, typer.Option(help="Of the graphs of the other backends.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the other backends' artifacts.")
+    ] = "fp32",
     max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests that wait for a model; more are refused.")

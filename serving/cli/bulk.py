@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serving.cli.console import Json, out, steps
-from serving.errors import InputError
+from serving.util.extras import require
 
 if TYPE_CHECKING:
     from serving.bulk.job import Outcome
@@ -67,8 +66,7 @@ def bulk(
     as_json: Json = False,
 ) -> None:
     """Embed any number of pictures into Parquet shards; the same command again goes on."""
-    if missing := [name for name in ("ray", "pyarrow") if find_spec(name) is None]:
-        raise InputError(f"bulk needs {' and '.join(missing)}: pip install -e '.[bulk]'")
+    require("bulk", "bulk", "ray", "pyarrow")
     from serving.bulk.job import bulk_embed
     from serving.bulk.ray_pool import Resources
 

@@ -32,6 +32,7 @@ from serving.clients.endpoint import Credentials
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.triton.network import HOST, Ports
+from serving.triton.repository import check_assembled
 from serving.triton.server import EXIT_TIMEOUT_S, TritonServer
 
 MOST_RESTARTS, WITHIN_S = 5, 600.0
@@ -79,6 +80,7 @@ def up(
     if url is not None:
         _look_at(url, Credentials(ca=ca, certificate=cert, key=key), as_json)
         return
+    check_assembled(repository)
     tls = server_tls(tls_cert, tls_key, client_ca)
 
     def server(ports: Ports) -> TritonServer:

@@ -43,7 +43,11 @@ class LocalClip:
     """
 
     def __init__(
-        self, bundle: Path, runner: str = "onnxruntime:fp32", *, batch_size: int = 32
+        self,
+        bundle: str | os.PathLike[str],
+        runner: str = "onnxruntime:fp32",
+        *,
+        batch_size: int = 32,
     ) -> None:
         self._bundle = Bundle.open(Path(bundle))
         self._batch_size = batch_size

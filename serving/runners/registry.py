@@ -3,36 +3,35 @@
 The runtimes are imported only when one of their runners is opened.
 """
 
-import importlib.util
-
 from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import LIBRARIES, MODULES
 from serving.bundles.manifest import Graph, Tower
 from serving.errors import RunnerError
 from serving.runners.base import Runner
 from serving.runners.spec import PROVIDERS, TREE_RUNTIMES, graph_of, library_of
+from serving.util.extras import install_command, is_installed
 from serving.util.nvidia import gpu
 
 _PACKAGES = {
-    "onnxruntime": (("onnxruntime",), "-e '.[embedded]'"),
-    "onnxruntime-cuda": (("onnxruntime",), "onnxruntime-gpu"),
-    "onnxruntime-tensorrt": (("onnxruntime",), "onnxruntime-gpu"),
-    "openvino": (("openvino",), "-e '.[embedded]'"),
-    "tensorrt": (MODULES["tensorrt"], "-e '.[gpu]'"),
-    "tensorrt-rtx": (MODULES["tensorrt-rtx"], "-e '.[rtx]'"),
+    "onnxruntime": (("onnxruntime",), install_command("cpu")),
+    "onnxruntime-cuda": (("onnxruntime",), "pip install onnxruntime-gpu"),
+    "onnxruntime-tensorrt": (("onnxruntime",), "pip install onnxruntime-gpu"),
+    "openvino": (("openvino",), install_command("cpu")),
+    "tensorrt": (MODULES["tensorrt"], install_command("gpu")),
+    "tensorrt-rtx": (MODULES["tensorrt-rtx"], install_command("rtx")),
 }
-"""What each runtime is imported as, one of several, and what `pip install` takes to have it."""
+"""Modules of each runtime, any of which will do, and the command that installs one."""
 
 
 def missing(name: str) -> str | None:
     """Why the runner `name` cannot be had in this environment, or None."""
     runtime = name.partition(":")[0]
     packages, install = _PACKAGES[runtime]
-    if all(map(_absent, packages)):
-        return f"the package {packages[0]} is not installed; pip install {install}"
+    if not any(map(is_installed, packages)):
+        return f"the package {packages[0]} is not installed; {install}"
     if runtime in ("onnxruntime", "openvino"):
         return None
-    if runtime in LIBRARIES and _absent("cuda.bindings"):
+    if runtime in LIBRARIES and not is_installed("cuda.bindings"):
         return "the package cuda.bindings is not installed; pip install cuda-bindings"
     if gpu() is None:
         return "this machine has no NVIDIA GPU, or no driver for it"
@@ -40,15 +39,8 @@ def missing(name: str) -> str | None:
         import onnxruntime
 
         if PROVIDERS[runtime] not in onnxruntime.get_available_providers():
-            return f"this ONNX Runtime has no {PROVIDERS[runtime]}; pip install {install}"
+            return f"this ONNX Runtime has no {PROVIDERS[runtime]}; {install}"
     return None
-
-
-def _absent(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is None
-    except ModuleNotFoundError:  # of a parent package
-        return True
 
 
 def open_runner(bundle: Bundle, tower: Tower, name: str, graph: Graph = "onnx") -> Runner:

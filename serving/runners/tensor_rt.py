@@ -25,6 +25,7 @@ from serving.bundles.manifest import Artifact, Tower
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
 from serving.runners.spec import RUNNERS
+from serving.util.extras import install_command
 from serving.util.nvidia import gpu
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def load_library(name: Library) -> Any:
             reasons.append(f"import {module}: {error}")
     extra = "gpu" if name == "tensorrt" else "rtx"
     raise RunnerError(
-        f"{name} cannot be loaded ({'; '.join(reasons)}); pip install -e '.[{extra}]', or look at "
-        "`python -m export doctor`"
+        f"{name} cannot be loaded ({'; '.join(reasons)}); {install_command(extra)}, or look at "
+        "`clip-deploy doctor`"
     )
 
 

@@ -5,6 +5,7 @@ nearest of many cells; how wide they look is set here, to the least that finds `
 exact search finds.
 """
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import InputError
 from serving.tasks.embedder import Floats
+from serving.util.extras import require
 
 Kind = Literal["exact", "hnsw", "ivf"]
 Index = Any  # faiss ships no stubs
@@ -49,19 +50,13 @@ class Layout:
 
 
 def library() -> ModuleType:
-    """FAISS.
+    """Return the module `faiss`.
 
     Raises:
-        InputError: it is not installed.
+        MissingPackageError: it is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise InputError(
-            "search needs FAISS, which is not installed: pip install -e '.[search]'"
-        ) from error
-    module: ModuleType = faiss
-    return module
+    require("search", "search", "faiss")
+    return importlib.import_module("faiss")
 
 
 def make(kind: Kind, embeddings: Floats) -> tuple[Index, Layout]:

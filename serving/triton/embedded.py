@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.errors import ServerError
+from serving.util.extras import install_command
 
 VERSION = (2, 51)  # of the tritonserver in nvidia-pytriton 0.7.0
 
@@ -83,7 +84,7 @@ def find_wheel() -> Path:
     if spec is None or spec.origin is None:
         raise ServerError(
             "the embedded Triton server comes with nvidia-pytriton, which is not installed: "
-            "pip install -e '.[embedded]', or connect to a server that runs elsewhere"
+            f"{install_command('embedded')}, or connect to a server that runs elsewhere"
         )
     return Path(spec.origin).parent / "tritonserver"
 
@@ -93,7 +94,7 @@ def check_numpy(version: str) -> None:
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
             f"the embedded Triton server needs NumPy 1, found NumPy {version}, with which its "
-            "Python backend dies of any text or image input: pip install -e '.[embedded]'"
+            f"Python backend dies of any text or image input: {install_command('embedded')}"
         )
 
 

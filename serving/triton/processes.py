@@ -1,84 +1,81 @@
-"""What a running Triton server's processes do, seen from outside in /proc.
+"""The processes of a running Triton server, seen from outside.
 
-Which of those that run Python models died: Triton (2.51) does not start one again, and does not
-tell: `/v2/health/ready` and the model's own `ready` stay 200, and every request to it fails after a
-second (measured; issue 8604 of triton-inference-server/server: restarts were taken out in 24.06).
+Python models that died: Triton (2.51) does not start their processes again and does not report it:
+`/v2/health/ready` and the model's own `ready` stay 200, and every request to the model fails after
+a second (measured; restarts were removed in 24.06, issue 8604 of triton-inference-server/server).
 
-Whether the server computes anything: Triton counts the requests that wait and those that are done,
-but not those that it is at.
+Idleness: Triton counts waiting and finished requests, but not those it is computing. The CPU time
+of its processes covers both.
 """
 
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 IDLE_S, IDLE_SHARE = 0.75, 0.04
-"""Without a request the processes take less than this share of one CPU; seen over this long."""
+"""An idle server's processes take less than this share of one CPU, observed over this many
+seconds."""
 _LOOK_S = 0.05
-_PROCESSES = Path("/proc")
 _PROGRAM = "triton_python_backend_stub"
 
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """A process of a Python model; a model has one an instance."""
+    """A process of a Python model. A model has one per instance."""
 
-    pid: int
+    process: psutil.Process
     model: str
 
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
 
-@dataclass(frozen=True, slots=True)
-class _Status:
-    """Of a process that has not ended."""
-
-    parent: int
-    group: int
-    cpu_s: float
+    def is_alive(self) -> bool:
+        """Return whether this very process runs: neither ended nor a zombie, its id not reused."""
+        return _runs(self.process)
 
 
 def stubs_of(server: int) -> tuple[Stub, ...]:
-    """Those that tritonserver, a pid, has started and that live."""
+    """Return the living Python-model processes of the tritonserver with process id `server`."""
     found = []
-    for pid, status in _processes():
-        if status.parent != server:
-            continue
-        try:
-            line = (_PROCESSES / str(pid) / "cmdline").read_bytes()
-        except OSError:  # it ended meanwhile
-            continue
-        program, *arguments = os.fsdecode(line).split("\0")
-        paths = [Path(argument) for argument in arguments if argument.endswith("/model.py")]
-        if Path(program).name == _PROGRAM and paths:
-            found.append(Stub(pid, paths[0].parents[1].name))
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(server).children():
+            with suppress(psutil.NoSuchProcess):
+                if model := _model_of(process.cmdline()):
+                    found.append(Stub(process, model))
     return tuple(found)
 
 
-def is_alive(stub: Stub, server: int) -> bool:
-    """Whether the process is still there, as a child of tritonserver and not as a zombie."""
-    status = _status(stub.pid)
-    return status is not None and status.parent == server
-
-
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie."""
-    return _status(pid) is None
+    """Return whether process `pid` is gone, or a zombie."""
+    try:
+        return not _runs(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
 
 
-def wait_until_idle(group: int, seconds: float, ended: Callable[[], bool]) -> bool:
-    """Wait until the processes of a group do nothing worth the name; False if not in `seconds`.
+def wait_until_idle(server: int, seconds: float, ended: Callable[[], bool]) -> bool:
+    """Wait until a server and its children take almost no CPU time.
 
     Args:
-        group: the process group's number.
-        ended: asked now and then; when it says so, there is nothing to wait for.
+        server: process id of tritonserver.
+        seconds: longest time to wait.
+        ended: polled meanwhile; there is nothing to wait for once it returns True.
+
+    Returns:
+        Whether the server became idle, or ended, within `seconds`.
     """
     end = time.monotonic() + seconds
     samples: deque[tuple[float, float]] = deque()
     while not ended():
         now = time.monotonic()
-        samples.append((now, sum(s.cpu_s for _, s in _processes() if s.group == group)))
+        samples.append((now, _cpu_seconds(server)))
         while len(samples) > 2 and now - samples[1][0] >= IDLE_S:
             samples.popleft()
         (since, before), (_, used) = samples[0], samples[-1]
@@ -90,21 +87,31 @@ def wait_until_idle(group: int, seconds: float, ended: Callable[[], bool]) -> bo
     return True
 
 
-def _processes() -> Iterator[tuple[int, _Status]]:
-    for path in _PROCESSES.glob("[0-9]*"):
-        status = _status(int(path.name))
-        if status is not None:
-            yield int(path.name), status
+def _model_of(command: list[str]) -> str | None:
+    """Return the model that a stub runs: `stub …/<model>/<version>/model.py …`."""
+    if not command or Path(command[0]).name != _PROGRAM:
+        return None
+    paths = [Path(argument) for argument in command[1:] if argument.endswith("/model.py")]
+    return paths[0].parents[1].name if paths else None
 
 
-def _status(pid: int) -> _Status | None:
-    """None of a process that ended, be it waited for or not. Fields: proc_pid_stat(5)."""
+def _runs(process: psutil.Process) -> bool:
     try:
-        text = (_PROCESSES / str(pid) / "stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # after the name, which may hold anything
-    if fields[0] in "ZX":
-        return None
-    ticks = int(fields[11]) + int(fields[12])  # in user and in system mode
-    return _Status(int(fields[1]), int(fields[2]), ticks / os.sysconf("SC_CLK_TCK"))
+        return process.is_running() and process.status() not in (
+            psutil.STATUS_ZOMBIE,
+            psutil.STATUS_DEAD,
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _cpu_seconds(server: int) -> float:
+    """Return the CPU time of the server and its children, in user and in system mode."""
+    total = 0.0
+    with suppress(psutil.NoSuchProcess):
+        root = psutil.Process(server)
+        for process in (root, *root.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
+    return total

@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2
 from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import SHORT_TEXT
 from serving.bundles.manifest import TOWERS, Artifact, Latency, Manifest, Tower
-from serving.errors import BundleError, RunnerError
+from serving.errors import BundleError, InputError, RunnerError
 from serving.runners.autotune import passed, time_runners, tree_runner
 from serving.runners.spec import RUNNERS, graph_of, library_of
 from serving.runners.tensor_rt import fitting_plan
@@ -27,10 +27,17 @@ from serving.util.files import link_or_copy, new_directory
 from serving.util.machine import cpu_count
 from serving.util.progress import Steps, silent
 
-Backend = Literal["embedded", "onnxruntime", "openvino", "tensorrt"]
+Backend = Literal["python", "onnxruntime", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
 
-SOURCE = Path(__file__).resolve().parents[2] / "model_repository"
+SOURCE = next(
+    path
+    for parent in Path(__file__).resolve().parents[1:3]
+    if (path := parent / "model_repository").is_dir()
+)
+"""Triton's view: in the installed package `serving`, in a checkout beside it."""
+_SIGN = "image_tower/config.pbtxt"
+"""A file by which an assembled repository is known."""
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
@@ -45,7 +52,7 @@ def assemble(
     bundle: Bundle,
     target: Path,
     *,
-    backend: Backend = "embedded",
+    backend: Backend = "python",
     runner: str = "auto",
     precision: str = "fp32",
     max_batch_size: int = 64,
@@ -57,12 +64,13 @@ def assemble(
     """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
 
     Label sets are embedded as trees if the bundle has a graph for that which passed the gate, and
-    the backend is `embedded`.
+    the backend is `python`.
 
     Args:
-        backend: `embedded` runs the towers in Triton's Python backend through a runner of this
-            project; the others name a backend that the serving container must have.
-        runner: of the embedded backend; `auto` times those that passed the gate, here and now, and
+        backend: `python` runs the towers in Triton's Python backend through a runner of this
+            project, in the embedded server and in any Triton container that has this package; the
+            others name a backend that the serving container must have.
+        runner: of the Python backend; `auto` times those that passed the gate, here and now, and
             takes the fastest of each tower.
         precision: of the graphs that the other backends get.
         max_queue: requests that wait for a model, at most; the server refuses more.
@@ -86,14 +94,14 @@ def assemble(
             backend = "onnxruntime"
     chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
     tree = None
-    if backend == "embedded" and runner == "auto":
+    if backend == "python" and runner == "auto":
         latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
         chosen = {timed[0].tower: timed[0].runner for timed in latencies}
         every = tuple(latency for timed in latencies for latency in timed)
         bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
-    elif backend == "embedded":
+    elif backend == "python":
         chosen = dict.fromkeys(TOWERS, runner)
-    if backend == "embedded":
+    if backend == "python":
         tree = tree_runner(bundle, runner, chosen["text"])
     return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too, tree)
 
@@ -121,7 +129,7 @@ def _assemble(
         towers[model] = artifact, name
     if tree is not None:
         towers["text_tree"] = bundle.artifact("text", graph_of(tree), "tree"), tree
-    with new_directory(target, "image_tower/config.pbtxt") as work:
+    with new_directory(target, _SIGN) as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
             if source.name == "text_tree" and tree is None:
                 continue
@@ -161,6 +169,25 @@ def _artifact(bundle: Bundle, tower: Tower, runner: str, max_batch_size: int) ->
     return plan
 
 
+def check_assembled(repository: Path) -> None:
+    """Refuse a directory that `assemble` did not write.
+
+    Raises:
+        InputError: it is missing, empty, or holds something else.
+    """
+    if (repository / _SIGN).is_file():
+        return
+    found = "does not exist"
+    if repository.is_dir():
+        found = "holds other files" if any(repository.iterdir()) else "is empty"
+    elif repository.exists():
+        found = "is a file"
+    raise InputError(
+        f"{repository} {found}; expected a model repository: make one with "
+        f"`clip-deploy assemble BUNDLE --output {repository}`"
+    )
+
+
 def assembled_latencies(repository: Path) -> tuple[Latency, ...]:
     """What the runners of an assembled repository were chosen by; fastest first in each tower."""
     return Bundle.open(repository / "image_preprocess" / "1" / "bundle").manifest.latencies
@@ -172,7 +199,7 @@ def assembled_backend(repository: Path) -> str:
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     if config.platform == "tensorrt_plan":
         return "tensorrt"
-    return "embedded" if config.backend == "python" else str(config.backend)
+    return str(config.backend)
 
 
 def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
@@ -198,12 +225,12 @@ def model_config(
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":  # which has no queue, its steps have
         _set_facts(config, manifest)
-    elif name not in _TOWERS or backend == "embedded":
+    elif name not in _TOWERS or backend == "python":
         config.parameters["max_queue"].string_value = str(max_queue)
     if name == "image_preprocess":
         config.instance_group[0].count = max(2, cpu_count())  # Triton's own bound asks for two
         config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
-    if name in _TOWERS and backend != "embedded":
+    if name in _TOWERS and backend != "python":
         _set_backend(config, backend, manifest)
         _set_warm_up(config, manifest)
     return config
@@ -291,9 +318,8 @@ def _set_backend(config: ModelConfig, backend: Backend, manifest: Manifest) -> N
     else:
         config.backend = backend
         config.default_model_filename = "model.onnx"
-        group.kind = kinds.KIND_AUTO if backend == "onnxruntime" else kinds.KIND_CPU
-        if backend == "onnxruntime":
-            group.ClearField("count")  # one a GPU, or one on the CPU
+        group.kind = kinds.KIND_AUTO
+        group.ClearField("count")  # one a GPU, or one on the CPU
 
 
 def _set_warm_up(config: ModelConfig, manifest: Manifest) -> None:

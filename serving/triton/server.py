@@ -36,7 +36,7 @@ from serving.triton.network import (
     choose_ports,
     port_error,
 )
-from serving.triton.processes import has_ended, is_alive, stubs_of
+from serving.triton.processes import has_ended, stubs_of
 from serving.triton_models.admission import METRICS
 
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
@@ -242,7 +242,7 @@ class TritonServer:
             self._answered = time.monotonic()
         elif time.monotonic() - self._answered > SILENCE_S:
             return f"Triton has not answered for {SILENCE_S:g} s; its log is {self.log}"
-        dead = {stub.model for stub in self._stubs if not is_alive(stub, self.pid)}
+        dead = {stub.model for stub in self._stubs if not stub.is_alive()}
         if dead:
             return f"a process of {', '.join(sorted(dead))} died; the log is {self.log}"
         return None

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 
-from serving.triton.processes import Stub, is_alive, wait_until_idle
+from serving.triton.processes import Stub, wait_until_idle
 
 UNLOAD_S = 3.0
 """For Triton to let its models go, or to be killed."""
@@ -30,7 +30,7 @@ _WAITS_FOR_CONNECTIONS = re.compile(r'"Timeout \d+: Found \d+ HTTP service conne
 
 def stop(
     supervisor: subprocess.Popen[bytes],
-    group: int,
+    server: int,
     address: str,
     seconds: float,
     logged: Callable[[], str],
@@ -40,19 +40,19 @@ def stop(
 
     Args:
         supervisor: told once, it tells Triton; told twice, it kills it.
-        group: of Triton's processes.
+        server: process id of tritonserver.
         address: host:port of its HTTP.
         seconds: for the requests, at most.
         logged: returns what Triton wrote.
         stubs: of its Python models.
     """
-    living = [stub for stub in stubs if is_alive(stub, group)]
+    living = [stub for stub in stubs if stub.is_alive()]
 
     def ended() -> bool:
         return supervisor.poll() is not None
 
     def let_go() -> bool:
-        gone = {stub.model for stub in living if not is_alive(stub, group)}
+        gone = {stub.model for stub in living if not stub.is_alive()}
         return gone == {stub.model for stub in living}
 
     end = time.monotonic() + seconds
@@ -61,7 +61,7 @@ def stop(
             held.request("GET", "/v2/health/live")
             held.getresponse().read()
         supervisor.terminate()
-        wait_until_idle(group, seconds, ended)
+        wait_until_idle(server, seconds, ended)
     time_to_unload = time.monotonic() + UNLOAD_S
     while not ended() and not let_go() and time.monotonic() < end + UNLOAD_S:
         if time.monotonic() > time_to_unload and _WAITS_FOR_CONNECTIONS.search(logged()):

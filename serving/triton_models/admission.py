@@ -73,7 +73,7 @@ class Metrics:
         if self._told:
             return
         self._told = True
-        import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+        import triton_python_backend_utils as pb_utils
 
         pb_utils.Logger.log_warn(
             f"the metrics at {self._address} cannot be read ({error}), so the queue of {model} has "

@@ -36,7 +36,7 @@ def refused(model: str, error: Exception) -> Any:
     An `InputError` is told as it is, with code INVALID_ARG. All else is `internal error` and an id,
     with code INTERNAL; the log has the id and the traceback.
     """
-    import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+    import triton_python_backend_utils as pb_utils
 
     if isinstance(error, InputError):
         return response(str(error), pb_utils.TritonError.INVALID_ARG)

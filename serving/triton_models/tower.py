@@ -1,7 +1,6 @@
 """A tower behind Triton's Python backend: batches of requests in, one run of a runner.
 
-For the embedded server, which has no other backend. Imported only inside Triton's Python stub,
-which provides `triton_python_backend_utils`.
+Imported only inside Triton's Python stub, which provides `triton_python_backend_utils`.
 """
 
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+import triton_python_backend_utils as pb_utils
 
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import Graph, TextSpec, Tower

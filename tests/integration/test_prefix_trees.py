@@ -226,7 +226,7 @@ def test_what_is_assembled(repository, tree_bundle, plain, tmp_path):
     assert names == {"manifest.json", "text.fp32.tree.onnx"}
     others = [
         assemble(Bundle.open(plain), tmp_path / "plain", runner="onnxruntime:fp32"),
-        assemble(tree_bundle, tmp_path / "openvino", backend="openvino"),
+        assemble(tree_bundle, tmp_path / "native", backend="onnxruntime"),
     ]
     for other in others:
         assert not (other / "text_tree").exists()

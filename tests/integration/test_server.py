@@ -27,7 +27,7 @@ from serving.triton.server import TritonServer, log_errors, server_flags
 from tests.support.paths import CHECKOUT
 
 if importlib.util.find_spec("pytriton") is None:
-    pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)
+    pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
@@ -490,5 +490,5 @@ def test_numpy_2_is_refused():
 
 def test_missing_pytriton_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytriton", None)  # Python's own mark for "not importable"
-    with pytest.raises(ServerError, match=r"pip install -e '.\[embedded\]'"):
+    with pytest.raises(ServerError, match=r"pip install 'clip-deploy\[embedded\]'"):
         embedded.find_wheel()

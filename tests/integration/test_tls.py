@@ -26,7 +26,7 @@ from serving.triton.server import TritonServer
 from tests.support.paths import CHECKOUT
 
 if importlib.util.find_spec("pytriton") is None:
-    pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)
+    pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 SCHEMES = ("grpcs", "https")

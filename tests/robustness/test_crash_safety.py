@@ -169,9 +169,7 @@ def test_an_assembly_on_a_full_disk(namespace, disk, fp32_bundle, figure):
 
 
 def test_an_export_on_a_full_disk(namespace, disk, tiny_checkpoint, fp32_bundle, figure):
-    told = script(
-        "full_disk.py", "export", disk, tiny_checkpoint, fp32_bundle.path, wrapper=namespace
-    )
+    told = script("full_disk", "export", disk, tiny_checkpoint, fp32_bundle.path, wrapper=namespace)
     assert told["status"] == 2, told["error"]
     assert "Traceback" not in told["error"]
     assert f"error: {disk / 'bundle'} cannot be written: no space is left" in told["error"]

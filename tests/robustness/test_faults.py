@@ -38,7 +38,7 @@ from serving.triton.server import EXIT_TIMEOUT_S, Ports, TritonServer
 from tests.support.paths import CHECKOUT
 
 if importlib.util.find_spec("pytriton") is None:
-    pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)
+    pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 SIGTERM_ROUNDS = 10 if SOAK else 1

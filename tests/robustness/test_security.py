@@ -45,7 +45,7 @@ from serving.triton.server import TritonServer, server_flags
 from tests.support.paths import CHECKOUT
 
 if importlib.util.find_spec("pytriton") is None:
-    pytest.skip("no nvidia-pytriton: pip install -e '.[embedded]'", allow_module_level=True)
+    pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 PROTOCOLS = ("grpc", "http")
@@ -712,7 +712,7 @@ def test_a_search_index_does_not_unpickle(tiny_bundle, pictures, tmp_path):
     from serving.clients.local import LocalClip
     from serving.util.files import sha256_of
 
-    pytest.importorskip("faiss", reason="no faiss: pip install -e '.[search]'")
+    pytest.importorskip("faiss", reason="no faiss: pip install 'clip-deploy[search]'")
     index, victim = tmp_path / "index", tmp_path / "victim"
     with LocalClip(tiny_bundle.path) as clip:
         build_index(pictures, index, clip)

@@ -90,11 +90,11 @@ def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
 
 def test_verify_when_the_gate_refuses(command, fp32_bundle, monkeypatch):
     """The numbers are shown all the same, and scripts see exit code 1."""
-    from serving.bundles import bundle
+    from serving.bundles import manifest
 
-    for precision, tolerance in bundle.TOLERANCES.items():
+    for precision, tolerance in manifest.TOLERANCES.items():
         strict = replace(tolerance, min_cosine=1.1)
-        monkeypatch.setitem(bundle.TOLERANCES, precision, strict)
+        monkeypatch.setitem(manifest.TOLERANCES, precision, strict)
     code, out, err = command("verify", fp32_bundle.path, "--json")
     assert code == 1
     verdicts = [v for a in json.loads(out)["artifacts"] for v in a["verdicts"]]

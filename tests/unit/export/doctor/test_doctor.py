@@ -23,8 +23,8 @@ from serving.triton import embedded
 from serving.util.nvidia import Gpu
 from tests.support.paths import CHECKOUT
 
-EXPORT, EMBEDDED, GPU, RTX = (
-    f"pip install -e '.[{extra}]'" for extra in ("export", "embedded", "gpu", "rtx")
+EXPORT, CPU, EMBEDDED, GPU, RTX = (
+    f"pip install 'clip-deploy[{extra}]'" for extra in ("export", "cpu", "embedded", "gpu", "rtx")
 )
 NEEDS_GPU = "needs an NVIDIA GPU and its driver"
 FLAGS = set(
@@ -160,7 +160,8 @@ def test_an_environment_without_extras(bare):
     software, abilities = by_name(bare["software"]), by_name(bare["abilities"])
     for name, mend in (
         *((name, EXPORT) for name in ("torch", "onnx", "onnxscript", "safetensors")),
-        *((name, EMBEDDED) for name in ("onnxruntime", "openvino", "nvidia-pytriton")),
+        *((name, CPU) for name in ("onnxruntime", "openvino")),
+        ("nvidia-pytriton", EMBEDDED),
         ("tensorrt", GPU),
         ("tensorrt-rtx", RTX),
     ):
@@ -180,7 +181,7 @@ def test_an_environment_without_extras(bare):
     for runner in bare["runners"]:
         assert not runner["possible"]
         if runner["name"].startswith(("onnxruntime:", "openvino:")):
-            assert runner["mend"] == [EMBEDDED]
+            assert runner["mend"] == [CPU]
 
 
 def test_tables(bare_python):

@@ -318,14 +318,14 @@ def test_no_runner_without_the_library(tiny_bundle):
     with pytest.raises(RunnerError) as refused:
         open_runner(tiny_bundle, "image", "tensorrt:fp16")
     assert str(refused.value) == (
-        "tensorrt:fp16: the package tensorrt is not installed; pip install -e '.[gpu]'"
+        "tensorrt:fp16: the package tensorrt is not installed; pip install 'clip-deploy[gpu]'"
     )
     with pytest.raises(RunnerError) as refused:
         load_library("tensorrt")
     assert str(refused.value) == (
         "tensorrt cannot be loaded (import tensorrt: No module named 'tensorrt'; import "
-        "tensorrt_bindings: No module named 'tensorrt_bindings'); pip install -e '.[gpu]', or look "
-        "at `python -m export doctor`"
+        "tensorrt_bindings: No module named 'tensorrt_bindings'); "
+        "pip install 'clip-deploy[gpu]', or look at `clip-deploy doctor`"
     )
 
 

@@ -22,7 +22,7 @@ from serving.bundles.bundle import Bundle
 from serving.cli.search import app
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
-from serving.errors import ImageError, InputError, TextError
+from serving.errors import ImageError, InputError, MissingPackageError, TextError
 from serving.search import index as search_index
 from serving.search.build import add, build, remove, update
 from serving.search.faiss_index import TARGET, make, search
@@ -678,7 +678,9 @@ def test_queries_that_cannot_be_used(built, folder, clip):
 def test_without_faiss_it_says_what_to_install(built, folder, tmp_path, clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     for use in (lambda: SearchIndex.open(built), lambda: build(folder, tmp_path / "new", clip)):
-        with pytest.raises(InputError, match=r"needs FAISS.*pip install -e '\.\[search\]'"):
+        with pytest.raises(
+            MissingPackageError, match=r"needs faiss.*pip install 'clip-deploy\[search\]'"
+        ):
             use()
     assert not (tmp_path / "new").exists()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from export.cli import doctor_table
 from export.doctor import installed
 from export.doctor import report as doctor
 from export.doctor.installed import Software, packages, programs
@@ -265,7 +266,7 @@ def test_both_distributions_of_onnxruntime(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = installed._package("onnxruntime", {"version": "1.99", "facts": {}})
     assert found.facts["distributions"] == ["onnxruntime", "onnxruntime-gpu"]
-    assert "overwrite each other" in doctor._state(found)
+    assert "overwrite each other" in doctor_table._state(found)
 
 
 def test_embedded_triton_without_libpython(monkeypatch):

@@ -87,9 +87,9 @@ artifacts/shapes-clip/manifest.json: | setup $(DEMO)/calibration/labels.txt
 # On a quiet machine; `make bench RESULTS=benchmarks/results/NAME OPTIONS=--full` for all of it.
 bench: setup
 	$(MAKE) --jobs=2 artifacts/random-ViT-B-32/manifest.json artifacts/shapes-clip/manifest.json $(DEMO)/test/labels.txt
-	$(BIN)/python -m benchmarks latency artifacts/random-ViT-B-32 --output $(RESULTS)/latency.json $(OPTIONS)
-	$(BIN)/python -m benchmarks served artifacts/random-ViT-B-32 --quick --output $(RESULTS)/served.json
-	$(BIN)/python -m benchmarks accuracy artifacts/shapes-clip $(DEMO)/test --output $(RESULTS)/accuracy.json
+	$(BIN)/python -m benchmarks latency artifacts/random-ViT-B-32 --output $(RESULTS) $(OPTIONS)
+	$(BIN)/python -m benchmarks load artifacts/random-ViT-B-32 --quick --output $(RESULTS)
+	$(BIN)/python -m benchmarks accuracy artifacts/shapes-clip $(DEMO)/test --output $(RESULTS)
 	$(BIN)/python -m benchmarks report $(RESULTS)
 
 TRITON ?= nvcr.io/nvidia/tritonserver:26.07-py3

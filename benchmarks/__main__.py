@@ -1,11 +1,10 @@
-"""`python -m benchmarks`: how fast the runners of a bundle are, alone and served."""
+"""Measure the runners of a bundle: their latency, their accuracy, and a server under load."""
 
+import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,130 +13,100 @@ import typer
 from serving.bundles.bundle import Bundle
 from serving.cli.console import Json, log, out, run, steps
 from serving.errors import RunnerError
-from serving.util.files import write_text
+from serving.util.extras import require
+from serving.util.results import FILE, AccuracyRun, Device, LoadRun, Results
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
-]
-Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
-
 RESULTS = Path("build/benchmarks")
 
-_GPU_NEEDS = ("torch", "PIL", "tokenizers", "ftfy", "safetensors", "huggingface_hub")
-"""Imported by `benchmarks.gpu` at once; what else an export or a runner needs may be absent, and is
-then named beside what was left out."""
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` made.")
+]
+Output = Annotated[
+    Path, typer.Option(help=f"Directory of {FILE}; what other commands put there is kept.")
+]
+Runners = Annotated[
+    list[str] | None,
+    typer.Option("--runner", help="Pattern of names, such as 'openvino:*'; may be repeated."),
+]
 
 
 @app.command()
 def latency(
-    bundle: BundlePath,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A bundle; or a checkpoint as `clip-deploy export` takes it, for PyTorch's "
+            "runners and peers alone.",
+        ),
+    ] = "random:ViT-B-32",
+    device: Annotated[
+        Device, typer.Option(help="cuda: runners on an NVIDIA GPU, in turns with eager fp32 there.")
+    ] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="Every batch, length and runner.")] = False,
-    runner: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of names, such as 'openvino:*'; may be repeated."),
-    ] = None,
+    runner: Runners = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="That a runner is timed for on one batch, about."),
+        typer.Option(metavar="SECONDS", help="Time for one runner on one batch, about."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="pytest-benchmark's JSON.")] = RESULTS
-    / "latency.json",
+    stop_after: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Start nothing new after this time."),
+    ] = None,
+    output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
     """Time runners, peers, stages and loading in turns with eager float32, by pytest-benchmark."""
-    Bundle.open(bundle)
-    folder = Path(__file__).parent / "latency"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    command = [sys.executable, "-m", "pytest", str(folder), "-v", "-p", "no:cacheprovider"]
+    require("the latency benchmark", "bench", "pytest_benchmark", "torch")
+    from benchmarks.machine.limits import require as require_device
+    from benchmarks.report.analysis import disturbed
+    from benchmarks.report.tables import latency_table
+
+    require_device(device)
+    if (Path(model) / "manifest.json").exists():
+        Bundle.open(Path(model))
+    if Path(model).exists():
+        model = str(Path(model).resolve())
+    suite = Path(__file__).parent / "latency"
+    before = (output / FILE).stat().st_mtime_ns if (output / FILE).exists() else None
+    command = [sys.executable, "-m", "pytest", str(suite), "-v", "-p", "no:cacheprovider"]
     command += ["--benchmark-enable", "--benchmark-only", "--benchmark-quiet"]
-    command += [f"--benchmark-json={temporary}", "--bundle", str(bundle.resolve())]
+    command += ["--model", model, "--device", device, "--results", str(output.resolve())]
     command += ["--full"] if full else []
     command += [f"--runners={pattern}" for pattern in runner or []]
     command += [f"--budget={budget}"] if budget is not None else []
-    done = subprocess.run(command, stdout=sys.stderr, cwd=folder.parents[1], check=False)
-    if not temporary.exists() or not temporary.stat().st_size:
-        temporary.unlink(missing_ok=True)
+    command += [f"--stop-after={stop_after}"] if stop_after is not None else []
+    done = subprocess.run(command, stdout=sys.stderr, cwd=suite.parents[1], check=False)
+    if not (output / FILE).exists() or (output / FILE).stat().st_mtime_ns == before:
         raise RunnerError(
             f"nothing was measured (pytest ended with {done.returncode}); what failed is named "
-            f"above, and {output} was not touched"
+            f"above, and {output / FILE} was not touched"
         )
-    temporary.replace(output)
-    from benchmarks.report.results import Latency
-    from benchmarks.report.sections import summary
-
-    log.print(f"wrote {output}")
-    found = Latency(output)
-    if as_json:
-        print(json.dumps(found.document))
-    else:
-        out.print(summary(found))
-    if warning := found.disturbed():
-        log.print(f"[yellow]{warning}[/]")
-    if done.returncode:
-        raise RunnerError(f"not all could be measured: see above; {output} holds the rest")
-
-
-@app.command()
-def report(
-    folder: Annotated[
-        Path, typer.Argument(help="Holds latency.json, served.json, accuracy.json; gets the plots.")
-    ] = RESULTS,
-    output: Annotated[
-        Path | None, typer.Option(help="Markdown to write; default: FOLDER/RESULTS.md.")
-    ] = None,
-    readme: Annotated[
-        Path | None, typer.Option(help="Markdown file whose marked part is written anew.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Results in words and pictures."""
-    from benchmarks.report.markdown import write_report
-
-    written = write_report(folder, output or folder / "RESULTS.md", readme)
-    for path in written:
-        log.print(f"wrote {path}")
-    if as_json:
-        print(json.dumps({"written": [str(path) for path in written]}))
-
-
-@app.command()
-def compare(
-    old: Annotated[Path, typer.Argument(help="A latency.json, or the folder of one.")],
-    new: Annotated[Path, typer.Argument(help="The same.")],
-    threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="A ratio may lose this share.")
-    ] = 0.15,
-    as_json: Json = False,
-) -> None:
-    """What changed beyond noise; exits with 1 when something became slower by the threshold."""
-    from benchmarks.report.compare import compare as measure
-    from benchmarks.report.compare import table
-
-    found = measure(old, new, threshold)
-    for warning in found.warnings:
-        log.print(f"[yellow]{warning}[/]")
+    log.print(f"wrote {output / FILE}")
+    found = Results.read(output).latency[-1]
     if as_json:
         print(json.dumps(asdict(found)))
     else:
-        out.print(table(found))
-    if found.slower:
-        raise typer.Exit(1)
+        out.print(latency_table(found))
+    if warning := disturbed(found):
+        log.print(f"[yellow]{warning}[/]")
+    if done.returncode:
+        raise RunnerError(f"not all could be measured: see above; {output / FILE} holds the rest")
 
 
 @app.command()
-def served(
+def load(
     bundle: BundlePath,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer loads, shorter windows: about two minutes.")
     ] = False,
     concurrency: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Requests under way at a time; may be repeated."),
+        typer.Option(min=1, help="Requests in flight; may be repeated."),
     ] = None,
-    runner: Annotated[str, typer.Option(help="As `python -m serving assemble` takes it.")] = "auto",
+    runner: Annotated[str, typer.Option(help="As `clip-deploy assemble` takes it.")] = "auto",
     url: Annotated[
         str | None, typer.Option(help="grpc://host:port of a running server of BUNDLE.")
     ] = None,
@@ -148,142 +117,132 @@ def served(
         str | None,
         typer.Option(
             envvar="CLIP_ADMIN_KEY",
-            help="Of the running server, whose statistics are read; better given by the variable.",
+            help="Key of the running server's statistics; better given by the variable.",
         ),
     ] = None,
-    repository: Annotated[Path, typer.Option()] = Path("build/benchmark_repository"),
-    output: Output = None,
+    repository: Annotated[
+        Path, typer.Option(help="Model repository to write, without --url.")
+    ] = Path("build/benchmark_repository"),
+    output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
     """Put load on Triton by perf_analyzer and an asyncio client, and against eager float32."""
-    from benchmarks.load.report import Plan, remarks, table
-    from benchmarks.load.served import measure_embedded, measure_running, urls_of
+    from benchmarks.load.measure import measure_embedded, measure_running, urls_of
+    from benchmarks.load.plan import Plan
+    from benchmarks.report.tables import load_remarks, load_table
 
     plan = (Plan.quick if quick else Plan.full)(concurrency or ())
     opened, urls = Bundle.open(bundle), urls_of(url, http_url)
     with steps("loading") as progress:
         if urls:
-            report = measure_running(opened, plan, urls, progress, admin_key)
+            measured = measure_running(opened, plan, urls, progress, admin_key)
         else:
-            report = measure_embedded(opened, plan, repository, runner, progress)
-    _finish(asdict(report), output, as_json)
+            measured = measure_embedded(opened, plan, repository, runner, progress)
+    _keep(output, measured, as_json)
     if not as_json:
-        out.print(table(report))
-        for line in remarks(report):
+        out.print(load_table(measured))
+        for line in load_remarks(measured):
             out.print(line, markup=False, highlight=False)
-
-
-@app.command()
-def gpu(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Checkpoint; may be repeated. Without, random ViT-B-32 and ViT-L-14."),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, help="May be repeated. Without, 1, 2, 4 ... 256 pictures and 1, 32, 256 texts."
-        ),
-    ] = None,
-    runner: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of names, such as '*-cuda:*'; may be repeated."),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="The median of so many is taken.")] = 9,
-    budget: Annotated[
-        float, typer.Option(metavar="SECONDS", help="After which nothing new is started.")
-    ] = 540.0,
-    output: Annotated[Path, typer.Option(help="JSON file, whole after every row.")] = Path(
-        "build/gpu/report.json"
-    ),
-    as_json: Json = False,
-) -> None:
-    """Export, judge and time whatever this machine has for its NVIDIA GPU, and the GPU itself."""
-    absent = [name for name in _GPU_NEEDS if find_spec(name) is None]
-    if absent:
-        raise RunnerError(
-            f"`python -m benchmarks gpu` needs the packages {', '.join(absent)}; "
-            "pip install -e '.[export]', or put their wheels on PYTHONPATH"
-        )
-    from benchmarks.gpu import measure
-    from benchmarks.gpu_report import Plan, tables
-    from benchmarks.machine.limits import require
-
-    require("cuda")
-    plan = Plan(batches=batch or (), rounds=rounds, budget=budget)
-    plan = replace(plan, models=model or plan.models, runners=runner or plan.runners)
-    with steps("loading") as progress:
-        report = measure(plan, output, progress)
-    log.print(f"wrote {output}")
-    if as_json:
-        print(json.dumps(json.loads(report.to_json())))
-        return
-    for table in tables(report):
-        out.print(table)
-    for reason in dict.fromkeys(left.reason for left in report.left_out):
-        names = "; ".join(left.what for left in report.left_out if left.reason == reason)
-        out.print(f"left out: {names}: {reason}", markup=False, highlight=False)
 
 
 @app.command()
 def accuracy(
     bundle: BundlePath,
-    folder: Annotated[
+    images: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="DIR/LABEL/*.jpg, or captions.txt (`file, label`)."),
+        typer.Argument(
+            help="Directory of labelled images: DIR/label/*.jpg, or flat with captions.txt."
+        ),
     ],
     templates: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A template a line, with a {}, or openai-7; default: the checkpoint's own.",
+            help="A prompt template a line, with a {}, or openai-7; default: the checkpoint's own.",
         ),
     ] = None,
-    runner: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of names, such as 'openvino:*'; may be repeated."),
-    ] = None,
+    runner: Runners = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most pictures, taken evenly over the folder.")
+        int | None, typer.Option(min=1, help="Most images, taken evenly over the directory.")
     ] = None,
-    output: Output = None,
+    output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Zero-shot top-1 and top-5 of every runner on labelled pictures, against eager float32."""
+    """Zero-shot top-1 and top-5 of every runner on labelled images, against eager float32."""
     from benchmarks.accuracy.measure import accuracy as measure
-    from benchmarks.accuracy.report import table
-    from benchmarks.machine.environment import environment
+    from benchmarks.report.tables import accuracy_remarks, accuracy_table
     from serving.tasks.zero_shot import read_templates
 
     opened = Bundle.open(bundle)
     prompts = read_templates(templates) if templates else None
     with steps("loading") as progress:
-        result = measure(
-            opened, folder, progress, templates=prompts, patterns=runner or ["*"], limit=limit
+        measured = measure(
+            opened, images, progress, templates=prompts, patterns=runner or ["*"], limit=limit
         )
-    manifest = opened.manifest
-    document = {
-        "environment": environment(),
-        "bundle": manifest.name,
-        "weights": manifest.provenance.weights,
-        "folder": folder.name,
-        **asdict(result),
-    }
-    _finish(document, output, as_json)
-    if as_json:
-        return
-    out.print(table(result, f"{manifest.name} on {folder.name}"))
-    for note in result.remarks():
-        out.print(note, markup=False, highlight=False)
+    _keep(output, measured, as_json)
+    if not as_json:
+        out.print(accuracy_table(measured))
+        for note in accuracy_remarks(measured):
+            out.print(note, markup=False, highlight=False)
 
 
-def _finish(document: Mapping[str, object], output: Path | None, as_json: bool) -> None:
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, json.dumps(document, indent=2) + "\n")
-        log.print(f"wrote {output}")
+@app.command()
+def report(
+    directory: Annotated[
+        Path, typer.Argument(help=f"Holds {FILE}; gets RESULTS.md and the plots.")
+    ] = RESULTS,
+    readme: Annotated[
+        Path | None, typer.Option(help="Markdown file whose marked part is written anew.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the results as Markdown and plots."""
+    from benchmarks.report.markdown import write_report
+
+    written = write_report(directory, readme)
+    for path in written:
+        log.print(f"wrote {path}")
     if as_json:
-        print(json.dumps(document))
+        print(json.dumps({"written": [str(path) for path in written]}))
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help=f"A {FILE}, or its directory.")],
+    new: Annotated[Path, typer.Argument(help="The same.")],
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a ratio that may be lost.")
+    ] = 0.15,
+    as_json: Json = False,
+) -> None:
+    """Show what changed beyond noise; exit code 1 when something became slower than allowed."""
+    from benchmarks.report.compare import compare as measure
+    from benchmarks.report.tables import comparison_table
+
+    found = measure(old, new, threshold)
+    for warning in found.warnings:
+        log.print(f"[yellow]{warning}[/]")
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        out.print(comparison_table(found))
+    if found.slower:
+        raise typer.Exit(1)
+
+
+def _keep(output: Path, measured: LoadRun | AccuracyRun, as_json: bool) -> None:
+    """Put a section into the results of a directory."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / FILE
+    results = Results.read(file) if file.exists() else Results()
+    if isinstance(measured, LoadRun):
+        results = dataclasses.replace(results, load=measured)
+    else:
+        results = dataclasses.replace(results, accuracy=measured)
+    results.write(file)
+    log.print(f"wrote {file}")
+    if as_json:
+        print(json.dumps(asdict(measured)))
 
 
 if __name__ == "__main__":

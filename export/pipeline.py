@@ -230,7 +230,7 @@ def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> 
         format=FORMAT,
         name=checkpoint.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        architecture=_architecture(checkpoint),
+        architecture=architecture_of(checkpoint),
         activation=checkpoint.clip.config.text.activation,
         embed_dim=checkpoint.clip.config.embed_dim,
         logit_scale=checkpoint.clip.logit_scale.exp().item(),
@@ -248,13 +248,14 @@ def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> 
     )
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """Describe both towers in one line for people."""
     image, text = checkpoint.clip.config.image, checkpoint.clip.config.text
     if isinstance(image, ResNetConfig):
-        picture = f"ResNet {'-'.join(map(str, image.layers))} width {image.width}"
+        tower = f"ResNet {'-'.join(map(str, image.layers))} width {image.width}"
     else:
-        picture = f"ViT {image.layers}x{image.width} patch {image.patch_size} {image.activation}"
-    return f"{picture}, {image.image_size} px; text {text.layers}x{text.width} {text.activation}"
+        tower = f"ViT {image.layers}x{image.width} patch {image.patch_size} {image.activation}"
+    return f"{tower}, {image.image_size} px; text {text.layers}x{text.width} {text.activation}"
 
 
 def count_parameters(config: ClipConfig) -> int:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 
 from benchmarks.accuracy.intervals import paired_difference, wilson
 from benchmarks.accuracy.labelled import read_folder
-from benchmarks.accuracy.report import REFERENCE, Accuracy, Row
+from benchmarks.machine.environment import environment
 from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 from export.gate.verify import checkpoint_of
 from export.pipeline import tower_of
@@ -50,7 +50,9 @@ from serving.runners.registry import missing, open_runner
 from serving.runners.spec import runners_of
 from serving.tasks.zero_shot import unit_length
 from serving.util.progress import Steps
+from serving.util.results import AccuracyRow, AccuracyRun, LeftOut
 
+REFERENCE = "eager:fp32"
 BATCH = 32
 """Of pictures and of texts."""
 METHODS = {
@@ -94,7 +96,7 @@ def accuracy(
     templates: Sequence[str] | None = None,
     patterns: Sequence[str] = ("*",),
     limit: int | None = None,
-) -> Accuracy:
+) -> AccuracyRun:
     """Classify the pictures of `folder` with every runner that this environment has.
 
     Args:
@@ -108,7 +110,7 @@ def accuracy(
         RunnerError: no runner is like a pattern.
         CheckpointError: the checkpoint that the bundle was made of is not there any more.
     """
-    data = read_folder(folder)
+    here, data = environment(), read_folder(folder)
     # Those that share a name are embedded once: they are to tie exactly.
     names = list(dict.fromkeys(data.labels))
     columns = [names.index(label) for label in data.labels]
@@ -141,17 +143,21 @@ def accuracy(
     notes = list(data.notes)
     if bundle.manifest.provenance.weights == "random":
         notes.insert(0, "the weights are random: accuracy is chance, and says nothing of a model")
-    return Accuracy(
-        pictures=len(kept),
+    return AccuracyRun(
+        environment=here,
+        bundle=bundle.manifest.name,
+        weights=bundle.manifest.provenance.weights,
+        dataset=folder.name,
+        images=len(kept),
         labels=len(data.labels),
-        templates=list(texts.templates),
+        templates=texts.templates,
         image_batch=models[0].batch("image"),
         text_batch=models[0].batch("text"),
-        skipped=skipped,
-        left_out=left_out,
-        notes=notes,
+        skipped=tuple(skipped),
+        left_out=tuple(LeftOut(what=name, reason=why) for name, why in left_out.items()),
+        notes=tuple(notes),
         methods=METHODS,
-        rows=_rows(bundle, models, truth, len(data.labels)),
+        rows=tuple(_rows(bundle, models, truth, len(data.labels))),
     )
 
 
@@ -273,7 +279,9 @@ def _spread(count: int, limit: int | None) -> list[int]:
     return [index * count // limit for index in range(limit)]
 
 
-def _rows(bundle: Bundle, models: list[_Model], truth: NDArray[np.intp], labels: int) -> list[Row]:
+def _rows(
+    bundle: Bundle, models: list[_Model], truth: NDArray[np.intp], labels: int
+) -> list[AccuracyRow]:
     tops = {model.name: np.concatenate(model.top) for model in models}
     first = tops[REFERENCE][:, 0]
     expected = first == truth
@@ -286,7 +294,7 @@ def _rows(bundle: Bundle, models: list[_Model], truth: NDArray[np.intp], labels:
         itself = model.name == REFERENCE
         less, more = (0.0, 0.0) if itself else paired_difference(gained, lost, len(truth))
         rows.append(
-            Row(
+            AccuracyRow(
                 runner=model.name,
                 top1=float(right.mean()),
                 top1_low=low,

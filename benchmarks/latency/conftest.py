@@ -1,157 +1,155 @@
-"""What is timed and against what, made once a session, and what the results file says of it.
+"""Options and fixtures of the latency benchmark."""
 
-`python -m benchmarks latency` passes these options on.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import gc
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.latency.candidates import (
-    FULL,
     NAMES,
     REFERENCE,
-    SHORT,
+    WORKS,
     Candidate,
     Inputs,
     candidate,
     wanted,
 )
 from benchmarks.latency.peers import Peer, save_for_peers
-from benchmarks.machine.cpu_limits import cpu_limits
-from benchmarks.machine.environment import environment
-from benchmarks.machine.limits import measure_limits
+from benchmarks.latency.record import Record
+from export.checkpoints.load import load_checkpoint
 from export.gate.verify import checkpoint_of
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOWERS, Tower
 from serving.errors import ClipDeployError
 from serving.runners.base import Runner
-from serving.util.nvidia import gpu
+from serving.util.results import Device, Matrix
 
-PATH = Path("artifacts/random-ViT-B-32")
-
-_LIMITS: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+_RECORD: pytest.StashKey[Record] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of this suite."""
+    """Declare the options."""
     group = parser.getgroup("clip-deploy")
-    group.addoption("--bundle", type=Path, default=PATH, help="to measure")
+    group.addoption("--model", default="random:ViT-B-32", help="bundle, or name of a checkpoint")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     group.addoption("--full", action="store_true", help="every batch, length and runner")
     group.addoption("--runners", action="append", default=[], help="pattern of runners' names")
-    group.addoption("--budget", type=float, default=None, help="seconds a runner and work")
+    group.addoption("--budget", type=float, default=None, help="seconds per runner and batch")
+    group.addoption("--stop-after", type=float, default=None, help="seconds; then skip the rest")
+    group.addoption("--results", type=Path, default=None, help="directory of results.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Limits are put here when they are measured."""
-    config.stash[_LIMITS] = {}
+    """Begin the record."""
+    record = Record(
+        directory=config.getoption("--results"),
+        device=config.getoption("--device"),
+        matrix="full" if config.getoption("--full") else "short",
+        stop_after=config.getoption("--stop-after"),
+    )
+    config.stash[_RECORD] = record
+    config.pluginmanager.register(record)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The matrix: all works of a runner one after the other, so that it is opened once."""
+    """Make the matrix: all works of a runner one after the other, so that it is opened once."""
     config = metafunc.config
+    device: Device = config.getoption("--device")
     full, patterns = config.getoption("--full"), tuple(config.getoption("--runners"))
-    names = [name for name in NAMES if wanted(name, full=full, patterns=patterns)]
+    names = [name for name in NAMES[device] if wanted(name, full=full, patterns=patterns)]
     if "opened" in metafunc.fixturenames:
         pairs = [(tower, name) for tower in TOWERS for name in names]
         ids = [f"{tower}-{name}" for tower, name in pairs]
         metafunc.parametrize("opened", pairs, ids=ids, indirect=True, scope="module")
     if "work" in metafunc.fixturenames:
-        metafunc.parametrize("work", FULL if full else SHORT, ids=str)
+        matrix: Matrix = "full" if full else "short"
+        metafunc.parametrize("work", WORKS[device, matrix], ids=str)
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", names)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Drop the works of one tower for the runners of the other."""
-    items[:] = [item for item in items if _fits(item)]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop works of one tower for runners of the other, and what is measured on CPUs only."""
+    on_cpu = config.getoption("--device") == "cpu"
+    items[:] = [item for item in items if _fits(item) and (on_cpu or "work" in _values(item))]
 
 
 def _fits(item: pytest.Item) -> bool:
-    values: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    values = _values(item)
     both = {"opened", "work"} <= set(values)
     return not both or values["opened"][0] == values["work"].tower
 
 
+def _values(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
 @pytest.fixture(scope="session")
-def bundle(request: pytest.FixtureRequest) -> Bundle:
-    """What is measured."""
-    path: Path = request.config.getoption("--bundle")
-    return Bundle.open(path)
+def record(request: pytest.FixtureRequest) -> Record:
+    """Measurements go here."""
+    return request.config.stash[_RECORD]
 
 
 @pytest.fixture(scope="session")
 def budget(request: pytest.FixtureRequest) -> float:
-    """Seconds that one runner on one work is timed for, about."""
+    """Seconds that one runner is timed for on one work, about."""
     given: float | None = request.config.getoption("--budget")
     return given if given is not None else 15.0 if request.config.getoption("--full") else 2.0
 
 
 @pytest.fixture(scope="session")
-def inputs(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    """The checkpoint behind the bundle, and the same for transformers."""
-    scratch, checkpoint = tmp_path_factory.mktemp("scratch"), checkpoint_of(bundle)
+def inputs(
+    request: pytest.FixtureRequest, record: Record, tmp_path_factory: pytest.TempPathFactory
+) -> Inputs:
+    """The checkpoint, its bundle if there is one, and the same for transformers."""
+    asked: str = request.config.getoption("--model")
+    bundle = Bundle.open(Path(asked)) if (Path(asked) / "manifest.json").exists() else None
+    checkpoint = load_checkpoint(asked) if bundle is None else checkpoint_of(bundle)
+    scratch = tmp_path_factory.mktemp("scratch")
+    saved = scratch / "checkpoint"
 
     @cache
     def peer() -> Peer:
-        return Peer(folder)
+        return Peer(saved)
 
-    folder = scratch / "checkpoint"
-    save_for_peers(checkpoint, bundle, folder)
-    return Inputs(bundle=bundle, checkpoint=checkpoint, peer=peer, folder=folder, scratch=scratch)
+    save_for_peers(checkpoint, saved)
+    made = Inputs(bundle=bundle, checkpoint=checkpoint, peer=peer, saved=saved, scratch=scratch)
+    record.of(made)
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _limits(record: Record) -> None:
+    """Measure the machine itself before everything else; after it, the record does."""
+    record.limits = record.measure_limits()
 
 
 @pytest.fixture(scope="session")
-def references(inputs: Inputs) -> Iterator[dict[Tower, Runner]]:
+def references(inputs: Inputs, record: Record) -> Iterator[dict[Tower, Runner]]:
     """Eager float32 of both towers, open."""
-    found = {tower: candidate(inputs, tower, REFERENCE).runner for tower in TOWERS}
+    name = REFERENCE[record.device]
+    found = {tower: candidate(inputs, tower, name).runner for tower in TOWERS}
     with found["image"], found["text"]:
         yield found
 
 
 @pytest.fixture(scope="module")
-def opened(request: pytest.FixtureRequest, inputs: Inputs) -> Iterator[Candidate]:
-    """One runner of one tower, open; where it is not to be had, a skip with the reason."""
+def opened(request: pytest.FixtureRequest, inputs: Inputs, record: Record) -> Iterator[Candidate]:
+    """One runner of one tower, open; skipped with the reason where it is not available."""
     tower, name = request.param
     try:
         found = candidate(inputs, tower, name)
         found.runner.__enter__()
-    except ClipDeployError as error:
-        pytest.skip(f"{name}: {error}")
+    except (ClipDeployError, ImportError) as error:
+        record.leave_out(f"{tower} tower, {name}", str(error))
     yield found
     found.runner.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def limits(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Measure the machine itself, before and after everything else."""
-    found = request.config.stash[_LIMITS]
-    measure: dict[str, Callable[[], Any]] = {"cpu": cpu_limits}
-    if gpu() is not None:
-        measure["cuda"] = lambda: measure_limits("cuda")
-    found["limits"] = {device: asdict(call()) for device, call in measure.items()}
-    yield
-    found["limits_at_end"] = {device: asdict(call()) for device, call in measure.items()}
-
-
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """The full record of the machine."""
-    machine_info["environment"] = environment()
-
-
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What was measured of the machine, and which model."""
-    found: dict[str, Any] = config.stash[_LIMITS]
-    output_json["limits"], output_json["limits_at_end"] = found["limits"], found["limits_at_end"]
-    manifest = Bundle.open(config.getoption("--bundle")).manifest
-    output_json["bundle"] = {
-        "name": manifest.name,
-        "architecture": manifest.architecture,
-        "weights": manifest.provenance.weights,
-        "weights_sha256": manifest.provenance.weights_sha256,
-        "source": manifest.provenance.source,
-    }
+    if name.startswith("compiled"):
+        torch._dynamo.reset()  # all towers share one limit of compilations
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

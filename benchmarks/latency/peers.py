@@ -5,7 +5,7 @@ tokenizer, padded to 77 as its documentation pads them. The plain export is `tor
 that model's towers, float in and full length, run by ONNX Runtime with its own optimisations and
 the same number of threads: what an exporter makes that knows nothing of CLIP.
 
-Does not know: what is timed (`latency.py`, `test_stages.py`).
+Does not know: what is timed (`candidates.py`, `test_stages.py`).
 """
 
 import os
@@ -20,12 +20,10 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import nn
 
 from export.checkpoints.load import Checkpoint
 from export.checkpoints.weight_names import save_checkpoint
-from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import ImageSpec, Tower
 from serving.runners.base import Batch, Embeddings, LoadedRunner
 from serving.util.extras import require
@@ -34,10 +32,9 @@ from serving.util.machine import cpu_count
 Padding = Literal["max_length", "longest"]
 
 
-def save_for_peers(checkpoint: Checkpoint, bundle: Bundle, folder: Path) -> None:
+def save_for_peers(checkpoint: Checkpoint, directory: Path) -> None:
     """Write `checkpoint` in the layout that transformers loads."""
-    tokenizer = Tokenizer.from_file(str(bundle.tokenizer))
-    save_checkpoint(folder, checkpoint.clip, checkpoint.image, tokenizer)
+    save_checkpoint(directory, checkpoint.clip, checkpoint.image, checkpoint.tokenizer)
 
 
 class Peer:

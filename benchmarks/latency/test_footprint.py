@@ -3,51 +3,61 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency.candidates import Inputs, candidate
-from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import TOWERS
-from serving.errors import ClipDeployError
+from benchmarks.latency.record import Record
+from serving.bundles.manifest import TOWERS, Tower
+from serving.util.results import Footprint
+
+_NOT_MEASURED = ("compiled", "transformers-longest")
+"""They share their weights with another runner."""
+_FULL_ONLY = ("torchscript:fp32", "onnxruntime-plain:fp32")
 
 
 def test_footprint(
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
-    bundle: Bundle,
+    record: Record,
     inputs: Inputs,
     name: str,
 ) -> None:
-    """A new process, from its start to its first embeddings."""
+    """Measure a new process, from its start to its first embeddings."""
     full = request.config.getoption("--full")
-    if name.startswith(("compiled", "eager-cuda", "transformers-longest")):
-        pytest.skip(f"{name}: see the runner it shares its weights with")
-    if not full and name in ("torchscript:fp32", "onnxruntime-plain:fp32"):
-        pytest.skip(f"{name}: of the full matrix only")
-    try:
-        for tower in TOWERS:  # makes what the process only loads, or says what is missing
+    if name.startswith(_NOT_MEASURED) or (not full and name in _FULL_ONLY):
+        pytest.skip(f"{name}: not in this matrix")
+    bundle = record.bundle_of(inputs, "footprints")
+    for tower in TOWERS:  # makes what the process only loads, or reports what is missing
+
+        def opened(tower: Tower = tower) -> None:
             with candidate(inputs, tower, name).runner:
                 pass
-    except ClipDeployError as error:
-        pytest.skip(f"{name}: {error}")
-    command = [sys.executable, "-m", "benchmarks.latency.footprint"]
-    command += [str(bundle.path), str(inputs.folder), str(inputs.scratch), name]
-    told: list[dict[str, float]] = []
 
-    def run() -> Any:
+        record.available(f"footprint, {name}", opened)
+    command = [sys.executable, "-m", "benchmarks.latency.footprint"]
+    command += [str(bundle.path), str(inputs.saved), str(inputs.scratch), name]
+    printed: list[dict[str, float]] = []
+
+    def run() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
-        told.append(json.loads(done.stdout.splitlines()[-1]))
+        printed.append(json.loads(done.stdout.splitlines()[-1]))
 
     benchmark.group = "footprint"
-    rounds = 3 if full else 1
-    call: Callable[[], Any] = run
-    benchmark.pedantic(call, rounds=rounds)  # type: ignore[no-untyped-call]
-    benchmark.extra_info.update(kind="footprint", runner=name)
-    for key in told[0]:
-        benchmark.extra_info[key] = median(one[key] for one in told)
+    benchmark.pedantic(run, rounds=3 if full else 1)  # type: ignore[no-untyped-call]
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    of = {key: median(one[key] for one in printed) for key in printed[0]}
+    record.add(
+        Footprint(
+            runner=name,
+            load_s=of["load_s"],
+            total_s=median(benchmark.stats.stats.data),
+            before_bytes=int(of["before_bytes"]),
+            loaded_bytes=int(of["loaded_bytes"]),
+            peak_bytes=int(of["peak_bytes"]),
+        )
+    )

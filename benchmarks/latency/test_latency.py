@@ -1,50 +1,77 @@
-"""Latency of each runner on each batch, in turns with eager float32: `make bench`."""
+"""Latency of each runner on each batch, in turns with eager float32."""
 
 from functools import partial
 
 import numpy as np
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.latency.candidates import Candidate, Inputs, Turns, Work, batch_of
-from benchmarks.machine.limits import count_flops
-from serving.bundles.bundle import Bundle
+from benchmarks.latency.candidates import Candidate, Inputs, Work, batch_of, on_gpu
+from benchmarks.latency.record import Record
+from benchmarks.latency.turns import Turns, timing_of
+from benchmarks.machine.limits import count_flops, timed
+from export.gate.torch_runners import TorchRunner
 from serving.bundles.manifest import Tower
 from serving.runners.base import Runner
+from serving.util.results import Timing, TowerLatency
+
+_DEVICE_ROUNDS = 9
+_BASELINE_SECONDS = 60.0
+"""On a GPU machine, a CPU baseline that is expected to take longer on one batch is left out."""
 
 
 def test_latency(
     benchmark: BenchmarkFixture,
-    bundle: Bundle,
+    record: Record,
     inputs: Inputs,
     references: dict[Tower, Runner],
     opened: Candidate,
     work: Work,
     budget: float,
 ) -> None:
-    """One runner on one batch."""
-    context = bundle.manifest.text.context_length
-    if work.length and work.length > context:
-        pytest.skip(f"texts of {work.length} tokens: this model takes {context}")
+    """Time one runner on one batch."""
     runner, reference = opened.runner, references[work.tower]
-    batch = batch_of(bundle, work, padded=opened.padded)
-    items, padded = opened.prepare(batch), batch_of(bundle, work, padded=True)
+    context = inputs.checkpoint.text.context_length
+    if work.length and work.length > context:
+        record.leave_out(str(work), f"this model takes {context} tokens")
+    batch = batch_of(inputs.checkpoint, work, padded=opened.padded)
+    padded = batch_of(inputs.checkpoint, work, padded=True)
+    items = opened.prepare(batch)
     turns = Turns(partial(reference.run, padded), partial(runner.run, items))
-    rounds = turns.rounds(budget)
-    length = batch.shape[1] if work.tower == "text" else None
+    seconds = turns.expected_seconds(budget)
+    if record.device == "cuda" and not on_gpu(runner.name) and seconds > _BASELINE_SECONDS:
+        record.leave_out(f"{work}, {runner.name}", f"expected to take {seconds:.0f} s")
     benchmark.group = str(work)
-    got = benchmark.pedantic(runner.run, args=(items,), setup=turns.setup, rounds=rounds)  # type: ignore[no-untyped-call]
-    cosines = (got * turns.reference_result).sum(axis=1) / np.linalg.norm(got, axis=1)
-    benchmark.extra_info.update(
-        kind="tower",
-        tower=work.tower,
-        batch=work.batch,
-        length=work.length,
-        length_run=length,
-        runner=runner.name,
-        runtime_version=runner.runtime_version,
-        cosine=float(cosines.min()),
-        gflop=count_flops(inputs.checkpoint.clip.config, work.tower, work.batch, length) / 1e9,
-        weight_bytes=opened.weight_bytes,
-        reference_seconds=turns.reference_seconds,
+    got = benchmark.pedantic(  # type: ignore[no-untyped-call]
+        runner.run, args=(items,), setup=turns.setup, rounds=turns.rounds(budget)
     )
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    data = benchmark.stats.stats.data
+    cosines = (got * turns.reference_result).sum(axis=1) / np.linalg.norm(got, axis=1)
+    length = batch.shape[1] if work.tower == "text" else None
+    config = inputs.checkpoint.clip.config
+    record.add(
+        TowerLatency(
+            tower=work.tower,
+            batch=work.batch,
+            length=work.length,
+            length_run=length,
+            runner=runner.name,
+            runtime_version=runner.runtime_version,
+            timing=timing_of(data),
+            device_timing=_on_device(runner, items),
+            reference_ms=turns.reference_ms,
+            ratios=turns.ratios(data),
+            cosine=float(cosines.min()),
+            gflop=count_flops(config, work.tower, work.batch, length) / 1e9,
+            weight_bytes=opened.weight_bytes,
+        )
+    )
+
+
+def _on_device(runner: Runner, items: object) -> Timing | None:
+    """Time PyTorch's runners on a GPU without the transfers."""
+    if not isinstance(runner, TorchRunner) or runner.device.type == "cpu":
+        return None
+    assert isinstance(items, np.ndarray)
+    return timing_of(timed(runner.launcher(items), runner.device.type, _DEVICE_ROUNDS))

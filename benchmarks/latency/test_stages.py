@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.latency.candidates import Inputs, Turns
+from benchmarks.latency.candidates import Inputs
+from benchmarks.latency.record import Record
+from benchmarks.latency.turns import Turns, timing_of
 from benchmarks.load.workload import jpegs
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import Tower
@@ -23,6 +25,7 @@ from serving.inputs.preprocess import to_pixels
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.autotune import passed, time_runners
 from serving.runners.registry import open_runner
+from serving.util.results import StageLatency
 
 PICTURES, TEXTS, TOKENS = 4, 8, 10
 PASSES = 50
@@ -48,14 +51,15 @@ class Stage:
 NAMES = (
     *(f"image: {part}" for part in ("decode", "resize", "tower", "together")),
     *(f"image: transformers {part}" for part in ("processor", "tower", "together")),
-    *(f"text: {part}" for part in ("tokenise", "tower", "together")),
+    *(f"text: {part}" for part in ("tokenize", "tower", "together")),
     *(f"text: transformers {part}" for part in ("tokenizer", "tower", "together", "longest")),
 )
 
 
 @pytest.fixture(scope="module")
-def stages(bundle: Bundle, inputs: Inputs) -> Iterator[dict[str, Stage]]:
-    """All of them, on the fastest runners that passed the gate."""
+def stages(record: Record, inputs: Inputs) -> Iterator[dict[str, Stage]]:
+    """Every stage, on the fastest runners that passed the gate."""
+    bundle = record.bundle_of(inputs, "stages")
     chosen: dict[Tower, str] = {
         tower: time_runners(bundle, tower, passed(bundle, tower))[0].runner
         for tower in ("image", "text")
@@ -122,7 +126,7 @@ def _text_calls(
         return peer.embed("text", peer.texts(strings, padding))
 
     return {
-        "text: tokenise": partial(tokenizer, strings),
+        "text: tokenize": partial(tokenizer, strings),
         "text: tower": partial(run, ids),
         "text: together": partial(clip.embed_texts, strings),
         "text: transformers tokenizer": partial(peer.texts, strings, "max_length"),
@@ -146,19 +150,28 @@ def caption(tokenizer: Tokenizer, context_length: int, number: int) -> str:
 
 @pytest.mark.parametrize("stage", NAMES)
 def test_stage(
-    benchmark: BenchmarkFixture, stages: dict[str, Stage], stage: str, budget: float
+    benchmark: BenchmarkFixture,
+    record: Record,
+    stages: dict[str, Stage],
+    stage: str,
+    budget: float,
 ) -> None:
-    """One stage, on JPEGs of 640x480 or captions of at most TOKENS tokens."""
+    """Time one stage on JPEGs of 640x480 or captions of at most TOKENS tokens."""
     mine = stages[stage]
     turns = Turns(stages[f"{mine.tower}: transformers together"].call, mine.call)
-    rounds = turns.rounds(budget / 3)
     benchmark.group = f"{mine.tower} pipeline"
-    benchmark.extra_info.update(
-        kind="stage",
-        stage=stage,
-        tower=mine.tower,
-        items=mine.items,
-        runner=mine.runner,
+    benchmark.pedantic(mine.call, setup=turns.setup, rounds=turns.rounds(budget / 3))  # type: ignore[no-untyped-call]
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    data = benchmark.stats.stats.data
+    record.add(
+        StageLatency(
+            stage=stage,
+            tower=mine.tower,
+            items=mine.items,
+            runner=mine.runner,
+            timing=timing_of(data),
+            reference_ms=turns.reference_ms,
+            ratios=turns.ratios(data),
+        )
     )
-    benchmark.pedantic(mine.call, setup=turns.setup, rounds=rounds)  # type: ignore[no-untyped-call]
-    benchmark.extra_info["reference_seconds"] = turns.reference_seconds

@@ -6,7 +6,6 @@ median.
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +18,12 @@ from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.inputs.preprocess import preprocess
 from serving.util.progress import Steps
+from serving.util.results import AgainstEager
 
 EAGER_BATCH = 32
 _BATCH_SIZE, _IN_FLIGHT = 16, 8
 _SIZE = (640, 480)
 _ALONE = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgainstEager:
-    """Pictures a second, each way; client and loop run on this machine."""
-
-    pictures: int
-    size: tuple[int, int]
-    runner: str | None
-    """Of the image tower; None where a running server was measured, which does not tell."""
-    served_per_s: float
-    """By `serving.clients.triton.ClipClient`, 16 pictures a request, 8 requests under way."""
-    eager_per_s: float
-    """Of batches of 32."""
-    speedup: float
-    latency_ms: float
-    """Median of one picture at a time through the server."""
-    largest_difference: float
-    """Between the two sides' embeddings."""
-    rounds: int
 
 
 def against_eager(
@@ -90,7 +70,7 @@ def against_eager(
                 alone_s.append(time.perf_counter() - start)
             progress("eager against served", turn + 1, rounds)
     return AgainstEager(
-        pictures=count,
+        images=count,
         size=_SIZE,
         runner=runner,
         served_per_s=count / statistics.median(serve_s),

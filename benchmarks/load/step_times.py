@@ -14,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.load.workload import Model
 from serving.clients.endpoint import Endpoint, admin_headers
 from serving.errors import ServerError
+from serving.util.results import Step
 
 STEPS: Mapping[Model, tuple[str, ...]] = {
     "clip_image": ("image_preprocess", "image_tower"),
@@ -26,20 +27,6 @@ _COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 Counters = dict[str, dict[str, int]]
 """By model."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """A model within an ensemble; times are means over its requests."""
-
-    model: str
-    queue_ms: float
-    """Waiting for company and for an instance."""
-    compute_ms: float
-    """In the batch that a request was part of, copies in and out included."""
-    requests: int
-    mean_batch: float
-    """Items that ran at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.machine.limits import Limits, timed
+from benchmarks.machine.limits import timed
 from serving.util.machine import cpu_count, cpu_info
+from serving.util.results import Limits
 
 Call = Callable[[], object]
 

@@ -1,13 +1,9 @@
-"""What a device does at best, measured, and what a tower asks of it, counted.
-
-Does not know: runners (`gpu.py`).
-"""
+"""What a device does at best, measured, and what a tower asks of it, counted."""
 
 import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -20,6 +16,7 @@ from export.towers.clip import Clip, ClipConfig
 from serving.bundles.manifest import Tower
 from serving.errors import RunnerError
 from serving.util.nvidia import gpu
+from serving.util.results import Limits
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
@@ -30,25 +27,6 @@ _REPEATS = 200
 _WARM_UP_SECONDS = 0.1
 """Before the first round, and at least two calls: an idle GPU raises its clocks first."""
 _WARM_UPS = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Medians on random numbers: zeros are faster than data."""
-
-    matmul_tflops: dict[str, float]
-    """By precision: 1e12 operations a second (of int8 integer ones) in a product of two squares;
-    fp32 without TF32, tf32 the same product with it."""
-    matmul_size: int
-    """Side of those squares."""
-    copy_gb_per_s: float
-    """1e9 bytes a second of a copy within the device's memory, read and written ones together."""
-    copy_bytes: int
-    """How large the copied tensor was."""
-    without: dict[str, str]
-    """Precisions that the device or this PyTorch does not multiply in, and what it said."""
-    matmul_by: dict[str, str] = field(default_factory=dict)
-    """What reached a precision's rate, where it was not PyTorch."""
 
 
 def measure_limits(
@@ -76,6 +54,7 @@ def measure_limits(
         copy_gb_per_s=2 * copy_bytes / median(seconds) / 1e9,
         copy_bytes=copy_bytes,
         without=without,
+        matmul_by={},
     )
 
 
@@ -104,7 +83,7 @@ def timed(call: Callable[[], object], device: str, rounds: int) -> list[float]:
     for _ in range(_WARM_UPS):
         start = time.perf_counter()
         call()
-        _synchronise(device)
+        _synchronize(device)
         once = time.perf_counter() - start
         if start > warm_until:
             break
@@ -114,12 +93,12 @@ def timed(call: Callable[[], object], device: str, rounds: int) -> list[float]:
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        _synchronise(device)
+        _synchronize(device)
         seconds.append((time.perf_counter() - start) / repeats)
     return seconds
 
 
-def _synchronise(device: str) -> None:
+def _synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -132,7 +111,7 @@ def require(device: str) -> None:
     if here is None:
         raise RunnerError(
             "expected a machine with an NVIDIA GPU; this one has none, or no driver for it "
-            "(`nvidia-smi` tells); CPUs are measured by `python -m benchmarks latency BUNDLE`"
+            "(`nvidia-smi` tells); CPUs are measured with --device cpu"
         )
     built = torch.version.cuda
     raise RunnerError(

@@ -1,26 +1,29 @@
 """What changed between two results, beyond their noise: for CI on any machine.
 
-Compared are ratios to the reference, which ran in turns with what it is compared to, so a machine
-that is slower as a whole today changes nothing. The turns of both are drawn again many times
+Ratios to the reference are compared. The reference ran in turns with the runner, so a machine that
+is slower as a whole today changes nothing. The turns of both are drawn again many times
 (bootstrap); a change counts as slower when it lies past the threshold and all but 2.5 % of the
 draws are slower at all.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
-from benchmarks.report.results import Latency, Timed, interval
+from benchmarks.report.analysis import disturbed, interval, resampled
 from serving.errors import InputError
+from serving.util.results import LatencyRun, Results, StageLatency, TowerLatency
+
+Verdict = Literal["slower", "faster", "same"]
+Entry = TowerLatency | StageLatency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One entry in both results."""
+    """One entry of both results."""
 
     name: str
     old: float
@@ -31,12 +34,12 @@ class Change:
     low: float
     high: float
     """95 % interval of `change`."""
-    verdict: Literal["slower", "faster", "same"]
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything that two results have in common, and what one of them lacks."""
+    """Everything that two results have in common, and the entries of only one of them."""
 
     threshold: float
     changes: list[Change]
@@ -46,53 +49,68 @@ class Comparison:
 
     @property
     def slower(self) -> list[Change]:
-        """What should fail a CI job."""
+        """Changes that should fail a CI job."""
         return [change for change in self.changes if change.verdict == "slower"]
 
 
 def compare(old: Path, new: Path, threshold: float = 0.15) -> Comparison:
-    """Compare two `latency.json`, or two folders that hold one.
+    """Compare two results files, or the directories of them.
+
+    Args:
+        threshold: share of a ratio that may be lost.
 
     Raises:
-        InputError: a file is not of this suite, or the two have nothing in common.
+        InputError: a file is not of this schema, or the two have nothing in common.
     """
-    before, after = (Latency(p / "latency.json" if p.is_dir() else p) for p in (old, new))
-    first, second = (
-        {one.name: one for one in (*results.towers, *results.stages)} for results in (before, after)
-    )
+    before, after = Results.read(old), Results.read(new)
+    first, second = dict(_entries(before)), dict(_entries(after))
     both = [name for name in first if name in second]
     if not both:
         raise InputError(f"{old} and {new} have no entry in common; were they run alike?")
-    warnings = []
-    if (was := before.environment["machine"]) != (now := after.environment["machine"]):
-        warnings.append(f"different machines ({was}; {now}): ratios need not agree")
-    if before.bundle["weights_sha256"] != after.bundle["weights_sha256"]:
-        warnings.append(f"different weights: {before.bundle['name']}, {after.bundle['name']}")
-    warnings += [
-        f"{path}: {warning}"
-        for path, results in ((old, before), (new, after))
-        if (warning := results.disturbed())
-    ]
     return Comparison(
         threshold=threshold,
-        changes=[_change(first[name], second[name], threshold) for name in both],
+        changes=[_change(name, first[name], second[name], threshold) for name in both],
         only_old=[name for name in first if name not in second],
         only_new=[name for name in second if name not in first],
-        warnings=warnings,
+        warnings=list(_warnings(old, before, new, after)),
     )
 
 
-def _change(old: Timed, new: Timed, threshold: float) -> Change:
+def _entries(results: Results) -> Iterator[tuple[str, Entry]]:
+    for run in results.latency:
+        where = ", ".join((run.model.name, *([run.device] if run.device != "cpu" else [])))
+        for tower in run.towers:
+            yield f"{where}: {tower.name}", tower
+        for stage in run.stages:
+            yield f"{where}: {stage.name}", stage
+
+
+def _warnings(old: Path, before: Results, new: Path, after: Results) -> Iterator[str]:
+    runs: dict[object, LatencyRun] = {run.key: run for run in after.latency}
+    for run in before.latency:
+        other = runs.get(run.key)
+        if other is None:
+            continue
+        if (was := run.environment.machine) != (now := other.environment.machine):
+            yield f"different machines ({was}; {now}): ratios need not agree"
+        if run.model.weights_sha256 != other.model.weights_sha256:
+            yield f"different weights of {run.model.name}"
+        for path, one in ((old, run), (new, other)):
+            if warning := disturbed(one):
+                yield f"{path}: {warning}"
+
+
+def _change(name: str, old: Entry, new: Entry, threshold: float) -> Change:
     rng = np.random.default_rng(0)
-    low, high = interval(new.ratios(rng) / old.ratios(rng))
+    low, high = interval(resampled(new, rng) / resampled(old, rng))
     change = new.ratio / old.ratio
-    verdict: Literal["slower", "faster", "same"] = "same"
+    verdict: Verdict = "same"
     if change < 1 - threshold and high < 1:
         verdict = "slower"
     elif change > 1 / (1 - threshold) and low > 1:
         verdict = "faster"
     return Change(
-        name=new.name,
+        name=name,
         old=old.ratio,
         new=new.ratio,
         change=change,
@@ -100,18 +118,3 @@ def _change(old: Timed, new: Timed, threshold: float) -> Change:
         high=high,
         verdict=verdict,
     )
-
-
-def table(found: Comparison) -> Table:
-    """What changed, worst first; what did not is counted."""
-    moved = sorted((c for c in found.changes if c.verdict != "same"), key=lambda c: c.change)
-    same = len(found.changes) - len(moved)
-    title = f"{len(moved)} of {len(found.changes)} changed by more than {found.threshold:.0%}"
-    result = Table(title=f"{title}; {same} did not")
-    for column in ("entry", "old", "new", "new / old", "95 %", ""):
-        result.add_column(column, justify="left" if column in ("entry", "") else "right")
-    for c in moved:
-        span = f"{c.low:.2f} to {c.high:.2f}"
-        cells = (f"{c.old:.2f}x", f"{c.new:.2f}x", f"{c.change:.2f}", span, c.verdict)
-        result.add_row(escape(c.name), *cells)
-    return result

@@ -1,16 +1,15 @@
-"""Pictures of results: latency against batch, load, stages, accuracy against latency.
-
-Does not know: how the results are told in words (`report.py`).
-"""
+"""Plots of results: latency against batch, load, stages, accuracy against latency."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.results import Document, Latency, Timed
+from benchmarks.report.analysis import works
+from benchmarks.report.sections import slug
 from serving.util.extras import require
+from serving.util.results import AccuracyRun, LatencyRun, LoadRun, Results, TowerLatency
 
-_COLOURS = {
+_COLORS = {
     "eager": "#555555",
     "torchscript": "#8c8c8c",
     "compiled": "#b0b0b0",
@@ -29,13 +28,14 @@ _LINE = 0.047
 _DASHES = {"fp32": "-", "tf32": "-", "bf16": "-.", "fp16": ":", "int8": "--"}
 
 
-def draw(
-    latency: Latency | None, served: Document | None, accuracy: Document | None, folder: Path
-) -> list[Path]:
-    """Write a PNG of everything that there is; the old ones stay whole until then.
+def draw(results: Results, directory: Path) -> list[Path]:
+    """Write a PNG of each part of the results; old ones stay whole until then.
+
+    Returns:
+        The files written.
 
     Raises:
-        RunnerError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     require("a plot", "bench", "matplotlib")
     import matplotlib
@@ -45,14 +45,15 @@ def draw(
     style |= {"axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110, "axes.titlesize": 12}
     written = []
     with matplotlib.rc_context(style):
-        if latency is not None:
-            written.append(_save(_latency(latency), folder / "latency.png"))
-            if latency.stages:
-                written.append(_save(_stages(latency), folder / "stages.png"))
-        if served is not None and served["points"]:
-            written.append(_save(_served(served), folder / "served.png"))
-        if accuracy is not None:
-            written.append(_save(_accuracy(accuracy), folder / "accuracy.png"))
+        for run in results.latency:
+            if run.towers:
+                written.append(_save(_latency(run), directory / f"latency-{slug(run)}.png"))
+            if run.stages:
+                written.append(_save(_stages(run), directory / f"stages-{slug(run)}.png"))
+        if results.load is not None and results.load.points:
+            written.append(_save(_load(results.load), directory / "load.png"))
+        if results.accuracy is not None:
+            written.append(_save(_accuracy(results.accuracy), directory / "accuracy.png"))
     return written
 
 
@@ -68,18 +69,19 @@ def _save(figure: Any, path: Path) -> Path:
 
 def _look(runner: str) -> dict[str, Any]:
     runtime, _, precision = runner.partition(":")
-    family = max((f for f in _COLOURS if runtime.startswith(f)), key=len, default="eager")
+    family = max((f for f in _COLORS if runtime.startswith(f)), key=len, default="eager")
     dash = _DASHES[precision.partition("-")[0]]
-    return {"color": _COLOURS[family], "linestyle": dash, "marker": "o", "markersize": 4}
+    return {"color": _COLORS[family], "linestyle": dash, "marker": "o", "markersize": 4}
 
 
-def _latency(latency: Latency) -> Any:
-    """A panel for pictures and one for each text length: milliseconds against batch."""
+def _latency(run: LatencyRun) -> Any:
+    """Draw a panel for images and one for each text length: milliseconds against batch."""
     from matplotlib import pyplot
 
-    works = {(tower, length) for tower, _, length in latency.works()}
-    kinds = sorted(works, key=lambda kind: (kind[0], kind[1] or 0))
-    kinds = [kind for kind in kinds if _batches(latency, *kind) > 1]
+    batches: dict[tuple[str, int | None], list[int]] = {}
+    for work in works(run):
+        batches.setdefault((work[0], work[2]), []).append(work[1])
+    kinds = [kind for kind, found in batches.items() if len(found) > 1] or list(batches)
     columns = min(_COLUMNS, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     size = 6.6 * columns, 5.2 * rows
@@ -87,38 +89,38 @@ def _latency(latency: Latency) -> Any:
     for axis in axes.flat[len(kinds) :]:
         axis.set_axis_off()
     for axis, (tower, length) in zip(axes.flat, kinds, strict=False):
-        lines: dict[str, list[Timed]] = {}
-        for one in latency.towers:
-            if (one.facts["tower"], one.facts["length"]) == (tower, length):
-                lines.setdefault(one.facts["runner"], []).append(one)
+        lines: dict[str, list[TowerLatency]] = {}
+        for one in run.towers:
+            if (one.tower, one.length) == (tower, length):
+                lines.setdefault(one.runner, []).append(one)
         ends = []
         for runner, points in lines.items():
-            points.sort(key=lambda point: point.facts["batch"])
-            batches = [point.facts["batch"] for point in points]
-            times = [point.milliseconds for point in points]
-            axis.plot(batches, times, label=runner, **_look(runner))
+            points.sort(key=lambda point: point.batch)
+            times = [point.timing.milliseconds for point in points]
+            axis.plot([point.batch for point in points], times, label=runner, **_look(runner))
             ends.append((times[-1], f"{runner}  {points[-1].ratio:.1f}x", _look(runner)["color"]))
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("")
         _label_ends(axis, max(axis.get_xlim()), ends)
-        ticks = sorted({one.facts["batch"] for points in lines.values() for one in points})
+        ticks = sorted({one.batch for points in lines.values() for one in points})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel("batch")
         axis.set_ylabel("milliseconds a batch")
-        axis.set_title("Pictures" if tower == "image" else f"Texts of {length} tokens")
+        axis.set_title("Images" if tower == "image" else f"Texts of {length} tokens")
     figure.suptitle(
-        f"{latency.bundle['name']} on {latency.environment['machine']}\n"
-        "ratio to PyTorch eager fp32 at the largest batch; lower is faster",
+        f"{run.model.name} on {_device(run)}\n"
+        f"ratio to {run.reference} at the largest batch; lower is faster",
         y=1.02,
     )
     figure.tight_layout()
     return figure
 
 
-def _batches(latency: Latency, tower: str, length: int | None) -> int:
-    return len({b for t, b, n in latency.works() if (t, n) == (tower, length)})
+def _device(run: LatencyRun) -> str:
+    gpu = run.environment.gpu
+    return gpu.name if run.device == "cuda" and gpu else run.environment.machine
 
 
 def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None:
@@ -132,31 +134,31 @@ def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None
     places[-1] = min(places[-1], high)
     for index in range(len(places) - 2, -1, -1):
         places[index] = min(places[index], places[index + 1] / step)
-    for at, (value, text, colour) in zip(places, ends, strict=True):
+    for at, (value, text, color) in zip(places, ends, strict=True):
         axis.annotate(
             text,
             (x, value),
             xytext=(x * 1.12, at),
-            color=colour,
+            color=color,
             fontsize=9.5,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5},
         )
 
 
-def _stages(latency: Latency) -> Any:
-    """Stacked bars a way: the stages alone; a line where they take together."""
+def _stages(run: LatencyRun) -> Any:
+    """Draw stacked bars: the stages alone, and a line where the whole way takes."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    found = {one.facts["stage"]: one for one in latency.stages}
-    per = {name: one.milliseconds / one.facts["items"] for name, one in found.items()}
+    found = {one.stage: one for one in run.stages}
+    per = {name: one.timing.milliseconds / one.items for name, one in found.items()}
     panels: dict[str, tuple[str, dict[str, tuple[tuple[str, ...], str]]]] = {
         "image": (
-            "One picture: JPEG 640x480 to embedding",
+            "One image: JPEG 640x480 to embedding",
             {
-                f"this project\n{found['image: tower'].facts['runner']}": (
+                f"this project\n{found['image: tower'].runner}": (
                     ("image: decode", "image: resize", "image: tower"),
                     "image: together",
                 ),
@@ -169,8 +171,8 @@ def _stages(latency: Latency) -> Any:
         "text": (
             "One caption to embedding",
             {
-                f"this project\n{found['text: tower'].facts['runner']}": (
-                    ("text: tokenise", "text: tower"),
+                f"this project\n{found['text: tower'].runner}": (
+                    ("text: tokenize", "text: tower"),
                     "text: together",
                 ),
                 "transformers\npadded to 77": (
@@ -181,7 +183,7 @@ def _stages(latency: Latency) -> Any:
         ),
     }
     shades = {"decode": "#c6dbef", "resize": "#6baed6", "processor": "#6baed6"}
-    shades |= {"tokenise": "#c6dbef", "tokenizer": "#c6dbef", "tower": "#d9641c"}
+    shades |= {"tokenize": "#c6dbef", "tokenizer": "#c6dbef", "tower": "#d9641c"}
     figure, axes = pyplot.subplots(2, 1, figsize=(9.5, 4.6))
     for axis, (title, ways) in zip(axes, panels.values(), strict=True):
         for row, (parts, whole) in enumerate(ways.values()):
@@ -217,75 +219,77 @@ def _stages(latency: Latency) -> Any:
     return figure
 
 
-def _served(served: Document) -> Any:
-    """Throughput and p99 against concurrency, a column a model."""
+def _load(run: LoadRun) -> Any:
+    """Draw throughput and p99 against concurrency, a column a model."""
     from matplotlib import pyplot
 
-    points = [p for p in served["points"] if p["mode"] == "concurrency"]
-    models = list(dict.fromkeys(point["model"] for point in points))
+    points = [p for p in run.points if p.mode == "concurrency"]
+    models = list(dict.fromkeys(point.model for point in points))
     figure, axes = pyplot.subplots(
         2, len(models), figsize=(5.6 * len(models), 6.4), squeeze=False, sharex="col"
     )
-    colours = {"grpc": "#1f6fb4", "http": "#d9641c"}
+    colors = {"grpc": "#1f6fb4", "http": "#d9641c"}
     for column, model in enumerate(models):
         for client, marker in (("perf_analyzer", "o"), ("asyncio", "x")):
-            for protocol, colour in colours.items():
+            for protocol, color in colors.items():
                 mine = [
                     p
                     for p in points
-                    if (p["model"], p["client"], p["protocol"]) == (model, client, protocol)
+                    if (p.model, p.client, p.protocol) == (model, client, protocol)
                 ]
-                mine.sort(key=lambda point: point["load"])
-                for row, key in enumerate(("throughput_per_s", "p99_ms")):
+                mine.sort(key=lambda point: point.load)
+                for row, values in enumerate(
+                    ([p.throughput_per_s for p in mine], [p.p99_ms for p in mine])
+                ):
                     axes[row][column].plot(
-                        [p["load"] for p in mine],
-                        [p[key] for p in mine],
-                        color=colour,
+                        [p.load for p in mine],
+                        values,
+                        color=color,
                         marker=marker,
                         linestyle="-" if client == "perf_analyzer" else "none",
                         markersize=5 if client == "perf_analyzer" else 8,
                         label=f"{protocol}, {client}" if mine else None,
                     )
-        for one in served["saturation"]:
-            if one["model"] == model:
+        for one in run.saturation:
+            if one.model == model:
                 axes[0][column].axvline(
-                    one["concurrency"], color=colours[one["protocol"]], alpha=0.35, linestyle=":"
+                    one.concurrency, color=colors[one.protocol], alpha=0.35, linestyle=":"
                 )
         axes[0][column].set_title(f"{model}, one item a request")
         for axis in axes[:, column]:
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axes[1][column].set_xscale("log", base=2)
-        ticks = sorted({p["load"] for p in points if p["model"] == model})
+        ticks = sorted({p.load for p in points if p.model == model})
         axes[1][column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes[1][column].set_xlabel("requests under way; dotted: saturation")
+        axes[1][column].set_xlabel("requests in flight; dotted: saturation")
         axes[0][column].set_ylabel("items a second")
         axes[1][column].set_ylabel("p99, milliseconds")
         axes[0][column].legend(fontsize=9, loc="lower right")
-    figure.suptitle(f"{served['bundle']} served by {served['server']}; clients on the same machine")
+    figure.suptitle(f"{run.bundle} served by {run.server}; clients on the same machine")
     figure.tight_layout()
     return figure
 
 
-def _accuracy(accuracy: Document) -> Any:
-    """Top-1 with its interval against milliseconds a picture; the Pareto front is drawn through."""
+def _accuracy(run: AccuracyRun) -> Any:
+    """Draw top-1 with its interval against milliseconds an image, and the Pareto front."""
     from matplotlib import pyplot
 
-    rows = sorted(accuracy["rows"], key=lambda row: (row["image_ms"], -row["top1"]))
-    slowest = rows[-1]["image_ms"]
-    wide = (slowest / rows[0]["image_ms"]) ** 0.17  # a name, as a factor on the logarithmic axis
+    rows = sorted(run.rows, key=lambda row: (row.image_ms, -row.top1))
+    slowest = rows[-1].image_ms
+    wide = (slowest / rows[0].image_ms) ** 0.17  # a name, as a factor on the logarithmic axis
     figure, axis = pyplot.subplots(figsize=(8.6, 5.0))
     lift, before = 0, 0.0
     front: list[tuple[float, float]] = []
     for row in rows:
-        milliseconds, top1 = row["image_ms"], 100 * row["top1"]
-        look = _look(row["runner"]) | {"linestyle": "none", "markersize": 7}
-        around = [[top1 - 100 * row["top1_low"]], [100 * row["top1_high"] - top1]]
+        milliseconds, top1 = row.image_ms, 100 * row.top1
+        look = _look(row.runner) | {"linestyle": "none", "markersize": 7}
+        around = [[top1 - 100 * row.top1_low], [100 * row.top1_high - top1]]
         axis.errorbar(milliseconds, top1, yerr=around, elinewidth=1, capsize=3, **look)
         lift = lift + 1 if milliseconds < wide * before else 0  # names would run into each other
         before = milliseconds
         last = milliseconds > slowest / wide
         axis.annotate(
-            row["runner"],
+            row.runner,
             (milliseconds, top1),
             xytext=(-7 if last else 7, 6 + 14 * lift),
             textcoords="offset points",
@@ -300,11 +304,10 @@ def _accuracy(accuracy: Document) -> Any:
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:.2g}")
-    axis.set_xlabel(f"milliseconds a picture, batches of {accuracy['image_batch']}")
+    axis.set_xlabel(f"milliseconds an image, batches of {run.image_batch}")
     axis.set_ylabel("zero-shot top-1, %")
     axis.set_title(
-        f"{accuracy['bundle']}: {accuracy['pictures']} pictures, {accuracy['labels']} labels; "
-        "bars: 95 %, green: Pareto front",
+        f"{run.bundle}: {run.images} images, {run.labels} labels; bars: 95 %, green: Pareto front",
         fontsize=11,
     )
     figure.tight_layout()

@@ -1,232 +1,217 @@
-"""Sections of `RESULTS.md`: tables and what is to be said with them."""
+"""Sections of `RESULTS.md`: tables, and sentences to be read with them."""
 
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table
+from benchmarks.report.analysis import (
+    bytes_fraction,
+    drift,
+    each,
+    fraction,
+    itself,
+    of,
+    tflops,
+    works,
+)
+from serving.util.results import AccuracyRun, Environment, LatencyRun, LoadRun, TowerLatency
 
-from benchmarks.load.report import each
-from benchmarks.report.results import Document, Latency, Timed, fastest_first
+
+def slug(run: LatencyRun) -> str:
+    """Return the end of the names of a run's plots, such as `random-ViT-B-32-cuda`."""
+    device = [run.device] if run.device != "cpu" else []
+    matrix = [run.matrix] if run.matrix != "short" else []
+    return "-".join([run.model.name, *device, *matrix])
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def machine_section(environment: Document) -> Iterator[str]:
-    """Where and with what it was measured."""
-    libraries = ", ".join(f"{name} {v}" for name, v in environment["libraries"].items() if v)
+def machine_section(environment: Environment) -> Iterator[str]:
+    """Describe where and with what it was measured."""
+    libraries = ", ".join(f"{name} {v}" for name, v in environment.libraries.items() if v)
+    gpu = f"; {environment.gpu.name}, driver {environment.driver}" if environment.gpu else ""
     yield (
-        f"{environment['machine']}; Linux {environment['kernel']}, Python {environment['python']}; "
-        f"{str(environment['date'])[:10]}, commit {str(environment['commit'])[:12]}.\n"
+        f"{environment.machine}{gpu}; Linux {environment.kernel}, Python {environment.python}; "
+        f"{environment.date[:10]}, commit {str(environment.commit)[:12]}.\n"
     )
     yield f"{libraries}.\n"
 
 
-def latency_section(latency: Latency, folder: str) -> Iterator[str]:
-    """Limits, every work with its runners, stages, loading and memory."""
-    bundle = latency.bundle
-    yield f"## Latency of {bundle['name']}\n"
-    yield f"{bundle['architecture']}, {bundle['weights']} weights.\n"
-    yield f"![latency against batch]({folder}/latency.png)\n"
-    for device, limit in latency.limits.items():
-        rates = ", ".join(
-            f"{name} {rate * 1e3:.0f} GOP/s ({limit['matmul_by'].get(name, 'PyTorch')})"
-            for name, rate in limit["matmul_tflops"].items()
-        )
-        yield (
-            f"The {device} itself, in the same run: matrix products {rates}; copying "
-            f"{limit['copy_gb_per_s']:.1f} GB/s. `of limit` is the rate of the tower's counted "
-            "operations over that of such a product in the runner's precision; `of copy` is the "
-            "rate at which its weights are read over that of a copy.\n"
-        )
-    for tower, batch, length in latency.works():
-        found = latency.of(tower, batch, length)
-        name = f"{batch} pictures" if tower == "image" else f"{batch} texts of {length} tokens"
-        yield f"### {name}\n"
-        columns = (
-            "runner",
-            "ms",
-            "x eager fp32",
-            "GFLOP/s",
-            "of limit",
-            "of copy",
-            "spread",
-            "cosine",
-        )
-        yield table(columns, [_row(latency, one) for one in fastest_first(found)])
-    if latency.stages:
-        yield "## Stages\n"
-        yield f"![stages]({folder}/stages.png)\n"
-        yield table(
-            ("stage", "runner", "ms an item", "x transformers, all of it"),
-            [
-                (
-                    s.facts["stage"],
-                    s.facts["runner"],
-                    f"{s.milliseconds / s.facts['items']:.3f}",
-                    f"{s.ratio:.2f}" if s.facts["stage"].endswith(("together", "longest")) else "",
-                )
-                for s in latency.stages
-            ],
-        )
-    if latency.footprints:
-        yield "## Loading and memory\n"
-        yield "Both towers in a process of its own; memory of the process, weights included.\n"
-        yield table(
-            ("runner", "s to load", "s to the first embeddings", "MB loaded", "MB at peak"),
-            [
-                (
-                    f.facts["runner"],
-                    f"{f.facts['load_s']:.1f}",
-                    f"{f.milliseconds / 1e3:.1f}",
-                    f"{f.facts['loaded_bytes'] / 1e6:.0f}",
-                    f"{f.facts['peak_bytes'] / 1e6:.0f}",
-                )
-                for f in latency.footprints
-            ],
-        )
-
-
-def _row(latency: Latency, one: Timed) -> tuple[str, ...]:
-    fraction = latency.fraction(one)
-    return (
-        one.facts["runner"],
-        f"{one.milliseconds:.1f}",
-        f"{one.ratio:.2f}",
-        f"{one.facts['gflop'] / one.milliseconds * 1e3:.0f}",
-        "" if fraction is None else f"{fraction:.0%}",
-        f"{latency.bytes_fraction(one):.0%}",
-        f"{one.spread:.0%}",
-        f"{one.facts['cosine']:.5f}",
+def latency_section(run: LatencyRun, directory: str) -> Iterator[str]:
+    """Show the device's limits, every work with its runners, stages, loading and memory."""
+    where = "" if run.device == "cpu" else f", {run.device}"
+    yield f"## Latency of {run.model.name}{where}{', every batch' * (run.matrix == 'full')}\n"
+    yield f"{run.model.architecture}, {run.model.weights} weights.\n"
+    yield f"![latency against batch]({directory}/latency-{slug(run)}.png)\n"
+    rates = ", ".join(
+        f"{name} {rate:.3g} ({run.limits.matmul_by.get(name, 'PyTorch')})"
+        for name, rate in run.limits.matmul_tflops.items()
     )
+    yield (
+        f"The device itself in the same run: matrix products in 1e12 operations a second: {rates}; "
+        f"copying {run.limits.copy_gb_per_s:.1f} GB/s. `of limit` is the rate of the tower's "
+        "counted operations over that of such a product in the runner's precision; `of copy` is "
+        "the rate at which its weights are read over that of a copy. `cosine` is the smallest to "
+        "the reference on the same batch.\n"
+    )
+    on_device = any(one.device_timing for one in run.towers)
+    columns = ["runner", "ms", *(["ms on the device"] if on_device else [])]
+    columns += [f"x {run.reference}", "TFLOP/s", "of limit", "of copy", "spread", "cosine"]
+    for tower, batch, length in works(run):
+        name = f"{batch} images" if tower == "image" else f"{batch} texts of {length} tokens"
+        yield f"### {name}\n"
+        found = of(run, (tower, batch, length))
+        yield table(columns, [list(_cells(run, one, on_device)) for one in found])
+    if run.stages:
+        yield from _stages(run, directory)
+    if run.footprints:
+        yield from _footprints(run)
+    if run.left_out:
+        yield "### Left out\n"
+        yield "\n".join(f"- {left.what}: {left.reason}" for left in run.left_out) + "\n"
+    yield from _noise(run)
 
 
-def served_section(served: Document, folder: str) -> Iterator[str]:
-    """Load: every point, saturation, and whether two clients agree."""
-    yield "## Served\n"
-    yield f"![throughput and p99 against concurrency]({folder}/served.png)\n"
-    runners = served["runners"] or {}
-    told = ", ".join(f"{tower} tower by {runner}" for tower, runner in runners.items())
-    mixes = "; ".join(f"{model}: {mix}" for model, mix in served["mix"].items())
-    yield f"{served['server']}, {told}. {mixes}. One item a request.\n"
+def _cells(run: LatencyRun, one: TowerLatency, on_device: bool) -> Iterator[str]:
+    share, copied = fraction(run, one), bytes_fraction(run, one)
+    yield one.runner
+    yield f"{one.timing.milliseconds:.2f}"
+    if on_device:
+        yield f"{one.device_timing.milliseconds:.2f}" if one.device_timing else ""
+    yield f"{one.ratio:.2f}"
+    yield f"{tflops(one):.3g}"
+    yield "" if share is None else f"{share:.0%}"
+    yield "" if copied is None else f"{copied:.0%}"
+    yield f"{one.timing.spread:.0%}"
+    yield f"{one.cosine:.5f}"
+
+
+def _stages(run: LatencyRun, directory: str) -> Iterator[str]:
+    yield "### Stages\n"
+    yield f"![stages]({directory}/stages-{slug(run)}.png)\n"
     yield table(
-        (
-            "model",
-            "client",
-            "load",
-            "a second",
-            "p50 ms",
-            "p95 ms",
-            "p99 ms",
-            "errors",
-            "queue + compute ms a step",
-        ),
+        ("stage", "runner", "ms an item", "x transformers, the whole way"),
         [
             (
-                f"{p['model']} {p['protocol']}",
-                p["client"],
-                f"{p['load']:.3g}{' /s' if p['mode'] == 'rate' else ''}",
-                f"{p['throughput_per_s']:.1f}{'' if p['stable'] else ' (unsteady)'}",
-                *(f"{p[key]:.1f}" for key in ("p50_ms", "p95_ms", "p99_ms")),
-                str(p["errors"]),
-                "; ".join(
-                    f"{s['model']} {s['queue_ms']:.1f} + {s['compute_ms']:.1f}" for s in p["steps"]
-                ),
+                s.stage,
+                s.runner,
+                f"{s.timing.milliseconds / s.items:.3f}",
+                f"{s.ratio:.2f}" if s.stage.endswith(("together", "longest")) else "",
             )
-            for p in served["points"]
+            for s in run.stages
         ],
     )
-    for one in served["saturation"]:
-        more = "" if one["confirmed"] else ", nothing higher was tried"
-        yield (
-            f"- {one['model']} over {one['protocol']} saturates at {one['concurrency']} requests "
-            f"under way: {one['throughput_per_s']:.1f} a second{more}."
+
+
+def _footprints(run: LatencyRun) -> Iterator[str]:
+    yield "### Loading and memory\n"
+    yield "Both towers in a process of its own; memory of the process, weights included.\n"
+    yield table(
+        ("runner", "s to load", "s to the first embeddings", "MB loaded", "MB at peak"),
+        [
+            (
+                f.runner,
+                f"{f.load_s:.1f}",
+                f"{f.total_s:.1f}",
+                f"{f.loaded_bytes / 1e6:.0f}",
+                f"{f.peak_bytes / 1e6:.0f}",
+            )
+            for f in run.footprints
+        ],
+    )
+
+
+def _noise(run: LatencyRun) -> Iterator[str]:
+    """Show how far the numbers can be trusted."""
+    spreads = sorted(one.timing.spread for one in run.towers)
+    if not spreads:
+        return
+    low, high = itself(run)
+    yield "### Noise\n"
+    text = (
+        f"The reference measured against itself: {low:.2f} to {high:.2f}. Its median moved by up "
+        f"to {drift(run):.2f}x within one work over the run, which is why ratios are of adjacent "
+        f"turns. Half of the entries spread (between quartiles) by less than "
+        f"{spreads[len(spreads) // 2]:.0%}, the worst by {spreads[-1]:.0%}."
+    )
+    if (last := run.limits_at_end) is not None:
+        rates = "; ".join(
+            f"{name} {rate:.3g} and {last.matmul_tflops.get(name, 0):.3g}"
+            for name, rate in run.limits.matmul_tflops.items()
         )
-    for one in served["agreement"]:
+        text += f" Matrix products at the beginning and at the end: {rates}."
+    yield f"{text} Load average at the start: {run.environment.load_average[0]:.2f}.\n"
+
+
+def load_section(run: LoadRun, directory: str) -> Iterator[str]:
+    """Show every point, saturation, and whether two clients agree."""
+    yield "## Served\n"
+    yield f"![throughput and p99 against concurrency]({directory}/load.png)\n"
+    runners = run.runners or {}
+    towers = ", ".join(f"{tower} tower by {runner}" for tower, runner in runners.items())
+    mixes = "; ".join(f"{model}: {mix}" for model, mix in run.mix.items())
+    yield f"{run.bundle}, {run.server}, {towers}. {mixes}. One item a request.\n"
+    columns = ("model", "client", "load", "a second", "p50 ms", "p95 ms", "p99 ms", "errors")
+    yield table(
+        (*columns, "queue + compute ms a step"),
+        [
+            (
+                f"{p.model} {p.protocol}",
+                p.client,
+                f"{p.load:.3g}{' /s' if p.mode == 'rate' else ''}",
+                f"{p.throughput_per_s:.1f}{'' if p.stable else ' (unsteady)'}",
+                *(f"{value:.1f}" for value in (p.p50_ms, p.p95_ms, p.p99_ms)),
+                str(p.errors),
+                "; ".join(f"{s.model} {s.queue_ms:.1f} + {s.compute_ms:.1f}" for s in p.steps),
+            )
+            for p in run.points
+        ],
+    )
+    for one in run.saturation:
+        more = "" if one.confirmed else ", nothing higher was tried"
         yield (
-            f"- {one['model']} over {one['protocol']}, {one['concurrency']} under way: "
-            f"perf_analyzer {each(one['perf_analyzer_per_s'])} a second, the asyncio client "
-            f"{each(one['asyncio_per_s'])} (ratio of the medians {one['ratio']:.2f})."
+            f"- {one.model} over {one.protocol} saturates at {one.concurrency} requests in "
+            f"flight: {one.throughput_per_s:.1f} a second{more}."
         )
-    for left in served["left_out"]:
-        yield f"- {left['what']}: {left['reason']}."
+    for pair in run.agreement:
+        yield (
+            f"- {pair.model} over {pair.protocol}, {pair.concurrency} in flight: perf_analyzer "
+            f"{each(pair.perf_analyzer_per_s)} a second, the asyncio client "
+            f"{each(pair.asyncio_per_s)} (ratio of the medians {pair.ratio:.2f})."
+        )
+    for left in run.left_out:
+        yield f"- {left.what}: {left.reason}."
     yield ""
 
 
-def accuracy_section(accuracy: Document, folder: str) -> Iterator[str]:
-    """Every runner on labelled pictures."""
+def accuracy_section(run: AccuracyRun, directory: str) -> Iterator[str]:
+    """Show every runner on labelled images."""
     yield "## Accuracy\n"
-    yield f"![accuracy against latency]({folder}/accuracy.png)\n"
+    yield f"![accuracy against latency]({directory}/accuracy.png)\n"
     yield (
-        f"{accuracy['bundle']}: {accuracy['pictures']} pictures, {accuracy['labels']} labels, "
-        f"templates {', '.join(accuracy['templates'])}. Intervals of 95 %: top-1 by "
-        f"{accuracy['methods']['top1']}, difference to eager fp32 by "
-        f"{accuracy['methods']['difference']}.\n"
+        f"{run.bundle}: {run.images} images, {run.labels} labels, templates "
+        f"{', '.join(run.templates)}. Intervals of 95 %: top-1 by {run.methods['top1']}, "
+        f"difference to eager fp32 by {run.methods['difference']}.\n"
     )
-    columns = (
-        "runner",
-        "top-1",
-        "95 %",
-        "top-5",
-        "same as fp32",
-        "difference",
-        "95 %",
-        "ms a picture",
-        "gate",
-    )
-    gate = {True: "passed", False: "refused", None: ""}
+    gate = {True: "passed", False: "failed", None: ""}
+    columns = ("runner", "top-1", "95 %", "top-5", "same as fp32", "difference", "95 %")
     yield table(
-        columns,
+        (*columns, "ms an image", "gate"),
         [
             (
-                r["runner"],
-                f"{r['top1']:.2%}",
-                f"{r['top1_low']:.2%} to {r['top1_high']:.2%}",
-                "" if r["top5"] is None else f"{r['top5']:.2%}",
-                f"{r['agreement']:.2%}",
-                f"{r['difference']:+.2%}",
-                f"{r['difference_low']:+.2%} to {r['difference_high']:+.2%}",
-                f"{r['image_ms']:.2f}",
-                gate[r["passed"]],
+                r.runner,
+                f"{r.top1:.2%}",
+                f"{r.top1_low:.2%} to {r.top1_high:.2%}",
+                "" if r.top5 is None else f"{r.top5:.2%}",
+                f"{r.agreement:.2%}",
+                f"{r.difference:+.2%}",
+                f"{r.difference_low:+.2%} to {r.difference_high:+.2%}",
+                f"{r.image_ms:.2f}",
+                gate[r.passed],
             )
-            for r in accuracy["rows"]
+            for r in run.rows
         ],
     )
-
-
-def noise_section(latency: Latency) -> Iterator[str]:
-    """How far to trust the numbers."""
-    low, high = latency.itself()
-    spreads = sorted(one.spread for one in latency.towers)
-    yield "## Noise\n"
-    yield (
-        f"The reference measured against itself: {low:.2f} to {high:.2f}. Its median moved by up "
-        f"to {latency.drift():.2f}x within one work over the run, which is why ratios are of "
-        f"adjacent turns. Half of the entries spread (between quartiles) by less than "
-        f"{spreads[len(spreads) // 2]:.0%}, the worst by {spreads[-1]:.0%}. The machine itself, at "
-        "the beginning and at the end: "
-        + "; ".join(
-            f"{name} {rate * 1e3:.0f} and "
-            f"{latency.limits_at_end[device]['matmul_tflops'].get(name, 0) * 1e3:.0f} GOP/s"
-            for device, limit in latency.limits.items()
-            for name, rate in limit["matmul_tflops"].items()
-        )
-        + f". Load average at the start {latency.environment['load_average'][0]:.2f}.\n"
-    )
-
-
-def summary(latency: Latency) -> Table:
-    """What people read on a terminal: every work, fastest first."""
-    made = Table(title=f"{latency.bundle['name']} on {latency.environment['machine']}")
-    for column in ("work", "runner", "ms", "x eager fp32", "of limit", "spread"):
-        made.add_column(column, justify="left" if column in ("work", "runner") else "right")
-    for tower, batch, length in latency.works():
-        made.add_section()
-        for number, one in enumerate(fastest_first(latency.of(tower, batch, length))):
-            name = f"{tower} {batch}" + (f" x {length} tokens" if length else "")
-            cells = _row(latency, one)
-            made.add_row("" if number else name, *cells[:3], cells[4], cells[6])
-    return made

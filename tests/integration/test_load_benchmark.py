@@ -16,19 +16,21 @@ from rich.console import Console
 from tritonclient.utils import deserialize_bytes_tensor
 
 from benchmarks import __main__ as command
-from benchmarks.load import async_client, perf_analyzer, served
+from benchmarks.load import async_client, measure, perf_analyzer
 from benchmarks.load.against_eager import against_eager
 from benchmarks.load.async_client import AsyncClient
+from benchmarks.load.measure import measure_embedded, measure_running, urls_of
 from benchmarks.load.perf_analyzer import open_perf_analyzer, parse
-from benchmarks.load.report import Agreement, Plan, Point, Sweep, remarks, saturation_of, table
-from benchmarks.load.served import measure_embedded, measure_running, urls_of
+from benchmarks.load.plan import Plan, Sweep, agreement_of, saturation_of
 from benchmarks.load.step_times import STEPS, Statistics, counted
 from benchmarks.load.workload import WINDOWS, Load, Workload, mixed_pictures, mixed_texts, steady
+from benchmarks.report.tables import load_remarks, load_table
 from serving.errors import InputError, RunnerError, ServerError
 from serving.inputs.tokenizer import Tokenizer
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
 from serving.util.progress import silent
+from serving.util.results import Point, Results
 
 PROTOCOLS = ("grpc", "http")
 WINDOW_S = 0.3
@@ -387,7 +389,8 @@ def test_no_points_have_no_saturation():
 )
 def test_agreement_is_of_the_medians(asyncio, ratio, agrees):
     theirs = (120.0, 100.0, 30.0)
-    found = Agreement.of("clip_image", "grpc", 8, perf_analyzer=theirs, asyncio=asyncio)
+    sweep = Sweep(model="clip_image", wire="grpc", concurrency=(8,))
+    found = agreement_of(sweep, 8, perf_analyzer=theirs, asyncio=asyncio)
     assert (found.ratio, found.agrees) == (pytest.approx(ratio), agrees)
 
 
@@ -446,10 +449,10 @@ def test_a_running_server_without_perf_analyzer(server, fp32_bundle, no_analyzer
     assert report.perf_analyzer is None
     assert [left.what for left in report.left_out] == ["perf_analyzer"]
     assert "tritonclient==2.50.0" in report.left_out[0].reason
-    assert report.agreement == []
+    assert report.agreement == ()
     assert report.shares_machine
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table(report), *remarks(report), sep="\n", markup=False)
+    console.print(load_table(report), *load_remarks(report), sep="\n", markup=False)
     told = console.export_text()
     assert "clip_text grpc" in told
     assert f"{report.points[0].throughput_per_s:.1f}" in told
@@ -470,7 +473,7 @@ def test_hits_of_the_response_cache_are_counted(server, fp32_bundle):
 def test_a_load_with_errors_is_measured_by_the_client_that_goes_on(
     server, analyzer, fp32_bundle, monkeypatch
 ):
-    monkeypatch.setattr(served, "mixed_pictures", corrupt)
+    monkeypatch.setattr(measure, "mixed_pictures", corrupt)
     plan = plan_of(Sweep(model="clip_image", wire="grpc", concurrency=(2,)))
     report = measure_running(fp32_bundle, plan, {"grpc": server.grpc_url}, silent, server.admin_key)
     (only,) = report.points
@@ -516,17 +519,19 @@ def test_urls_of_the_other_protocol_are_refused(grpc, http):
 def test_command(server, fp32_bundle, no_analyzer, monkeypatch, tmp_path, capsys):
     plan = plan_of(Sweep(model="clip_image", wire="http", concurrency=(1,)))
     monkeypatch.setattr(Plan, "quick", lambda concurrency: plan)
-    output = tmp_path / "new" / "served.json"
-    command.served(
+    command.load(
         fp32_bundle.path,
         quick=True,
         http_url=server.http_url,
         admin_key=server.admin_key,
-        output=output,
+        output=tmp_path / "new",
         as_json=True,
     )
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document == json.loads(output.read_text())
+    kept = Results.read(tmp_path / "new").load
+    assert document["points"][0]["throughput_per_s"] == pytest.approx(
+        kept.points[0].throughput_per_s, rel=1e-4
+    )
     assert next(iter(document)) == "environment"
     assert {"points", "saturation", "against_eager", "agreement", "left_out"} <= set(document)
     (only,) = document["points"]

@@ -3,7 +3,6 @@
 import os
 import time
 
-import benchmarks.latency.candidates
 import benchmarks.machine.cpu_limits
 from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
@@ -20,5 +19,3 @@ if "SLOWER" in os.environ:
         return found
 
     OnnxRuntimeRunner._infer = slower
-
-benchmarks.latency.candidates._SETTLE_RUNS = 1

@@ -9,7 +9,7 @@ Of a server that already runs nothing is changed; each measurement sends texts t
 and the hits of its cache are counted.
 
 Does not know: how a load is put on (`perf_analyzer.py`, `async_client.py`), what its requests carry
-(`load.py`), how results are told (`served_report.py`).
+(`workload.py`).
 """
 
 import itertools
@@ -25,17 +25,10 @@ from tritonclient.grpc import model_config_pb2
 from benchmarks.load.against_eager import against_eager
 from benchmarks.load.async_client import AsyncClient
 from benchmarks.load.perf_analyzer import open_perf_analyzer
-from benchmarks.load.report import (
-    Agreement,
-    Plan,
-    Point,
-    Report,
-    Sweep,
-    saturation_of,
-)
+from benchmarks.load.plan import Plan, Sweep, agreement_of, saturation_of
 from benchmarks.load.step_times import Statistics, counted
 from benchmarks.load.workload import WINDOWS, Client, Load, Mode, Wire, mixed_pictures, mixed_texts
-from benchmarks.machine.environment import LeftOut, environment
+from benchmarks.machine.environment import environment
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOWERS
 from serving.clients.triton import ClipClient
@@ -44,6 +37,14 @@ from serving.triton.repository import assemble, assembled_latencies
 from serving.triton.server import TritonServer
 from serving.util.files import sha256_of
 from serving.util.progress import Steps
+from serving.util.results import (
+    Agreement,
+    Environment,
+    LeftOut,
+    LoadRun,
+    Point,
+    Saturation,
+)
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -53,7 +54,7 @@ Urls = Mapping[Wire, str]
 
 def measure_embedded(
     bundle: Bundle, plan: Plan, repository: Path, runner: str, progress: Steps
-) -> Report:
+) -> LoadRun:
     """Assemble `bundle` to `repository`, serve it by the embedded Triton, and measure that.
 
     Raises:
@@ -67,22 +68,22 @@ def measure_embedded(
         runners = {timed.tower: timed.runner for timed in reversed(assembled_latencies(repository))}
     switch_cache_off(repository)
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
-        report = Report(
-            environment=here,
-            bundle=bundle.manifest.name,
+        run = _begun(
+            here,
+            bundle,
             server="the embedded Triton",
             runners={str(tower): name for tower, name in runners.items()},
             shares_machine=True,
             response_cache="off",
-            perf_analyzer=None,
+            plan=plan,
         )
         urls: Urls = {"grpc": server.grpc_url, "http": server.http_url}
-        return _measure(bundle, plan, urls, server.admin_key, report, progress)
+        return _measure(bundle, plan, urls, server.admin_key, run, progress)
 
 
 def measure_running(
     bundle: Bundle, plan: Plan, urls: Urls, progress: Steps, admin_key: str | None = None
-) -> Report:
+) -> LoadRun:
     """Measure the server at `urls`, which serves `bundle`; a protocol without a URL is left out.
 
     Args:
@@ -93,17 +94,17 @@ def measure_running(
             it meanwhile.
     """
     hosts = {url.partition("://")[2].rpartition(":")[0] for url in urls.values()}
-    report = Report(
-        environment=environment(),
-        bundle=bundle.manifest.name,
+    run = _begun(
+        environment(),
+        bundle,
         server="a running Triton",
         runners=None,
         shares_machine=bool(hosts & set(_LOOPBACK)),
         response_cache="as the server is configured",
-        perf_analyzer=None,
+        plan=plan,
     )
     plan = replace(plan, sweeps=tuple(sweep for sweep in plan.sweeps if sweep.wire in urls))
-    return _measure(bundle, plan, urls, admin_key, report, progress)
+    return _measure(bundle, plan, urls, admin_key, run, progress)
 
 
 def urls_of(grpc: str | None, http: str | None) -> Urls:
@@ -127,45 +128,85 @@ def switch_cache_off(repository: Path) -> None:
         path.write_text(text_format.MessageToString(config))
 
 
+def _begun(
+    here: Environment,
+    bundle: Bundle,
+    *,
+    server: str,
+    runners: dict[str, str] | None,
+    shares_machine: bool,
+    response_cache: str,
+    plan: Plan,
+) -> LoadRun:
+    """Return a run in which nothing was measured yet."""
+    return LoadRun(
+        environment=here,
+        bundle=bundle.manifest.name,
+        server=server,
+        runners=runners,
+        shares_machine=shares_machine,
+        response_cache=response_cache,
+        perf_analyzer=None,
+        mix={},
+        window_s=plan.window_s,
+        points=(),
+        saturation=(),
+        agreement=(),
+        against_eager=None,
+        left_out=(),
+        seconds=0.0,
+    )
+
+
 def _measure(
     bundle: Bundle,
     plan: Plan,
     urls: Urls,
     admin_key: str | None,
-    report: Report,
+    run: LoadRun,
     progress: Steps,
-) -> Report:
+) -> LoadRun:
     start = time.monotonic()
     for url in urls.values():
         ClipClient(url).close()  # answers, and serves a CLIP of ours
-    report.window_s = plan.window_s
     with ExitStack() as stack:
-        client = _main_client(stack, report)
-        session = _Session(bundle, plan, urls, admin_key, report, client, progress)
+        client, version, missing = _main_client(stack)
+        fresh = run.response_cache == "off"
+        session = _Session(bundle, plan, urls, admin_key, client, progress, fresh=fresh)
+        session.left_out += missing
         for sweep in plan.sweeps:
             session.sweep(sweep)
     url = urls.get("grpc") or urls["http"]
-    runner = report.runners["image"] if report.runners else None
-    report.against_eager = against_eager(
-        bundle, url, plan.pictures, plan.rounds, progress, runner=runner
+    runner = run.runners["image"] if run.runners else None
+    against = against_eager(bundle, url, plan.pictures, plan.rounds, progress, runner=runner)
+    return replace(
+        run,
+        perf_analyzer=version,
+        mix=session.mix,
+        points=tuple(session.points),
+        saturation=tuple(session.saturation),
+        agreement=tuple(session.agreement),
+        against_eager=against,
+        left_out=tuple(session.left_out),
+        seconds=time.monotonic() - start,
     )
-    report.seconds = time.monotonic() - start
-    return report
 
 
-def _main_client(stack: ExitStack, report: Report) -> Client:
-    """perf_analyzer, or the asyncio client where there is none; `report` says which."""
+def _main_client(stack: ExitStack) -> tuple[Client, str | None, list[LeftOut]]:
+    """Return perf_analyzer and its version, or the asyncio client and why there is no other."""
     try:
         analyzer = stack.enter_context(open_perf_analyzer())
     except RunnerError as error:
-        report.left_out.append(LeftOut(what="perf_analyzer", reason=str(error)))
-        return AsyncClient()
-    report.perf_analyzer = f"{analyzer.version}, sha256 {sha256_of(analyzer.binary)}"
-    return analyzer
+        return AsyncClient(), None, [LeftOut(what="perf_analyzer", reason=str(error))]
+    return analyzer, f"{analyzer.version}, sha256 {sha256_of(analyzer.binary)}", []
 
 
 class _Session:
-    """Measures sweeps, and adds what it measures to `report`."""
+    """Measures sweeps, and collects what they gave.
+
+    Args:
+        fresh: whether the server has seen no text before.
+    """
 
     def __init__(
         self,
@@ -173,35 +214,41 @@ class _Session:
         plan: Plan,
         urls: Urls,
         admin_key: str | None,
-        report: Report,
         client: Client,
         show: Steps,
+        *,
+        fresh: bool,
     ) -> None:
         self._bundle, self._plan, self._urls, self._show = bundle, plan, urls, show
-        self._report, self._client, self._second = report, client, AsyncClient()
+        self._client, self._second = client, AsyncClient()
+        self.mix: dict[str, str] = {}
+        self.points: list[Point] = []
+        self.saturation: list[Saturation] = []
+        self.agreement: list[Agreement] = []
+        self.left_out: list[LeftOut] = []
         self._key = admin_key
         self._pictures = mixed_pictures()
         # A server that was measured before may have kept the texts of that time in its cache.
-        self._seeds = itertools.count(0 if report.response_cache == "off" else time.time_ns())
+        self._seeds = itertools.count(0 if fresh else time.time_ns())
         loads = (len(sweep.concurrency) + len(sweep.rates) for sweep in plan.sweeps)
         self._done, self._total = 0, sum(loads)
 
     def sweep(self, sweep: Sweep) -> None:
         """All concurrencies, then rates below the saturation, then both clients in turn."""
         self._warm_up(sweep)
-        first = len(self._report.points)
+        first = len(self.points)
         for concurrency in sweep.concurrency:
             self._point(self._client, sweep, "concurrency", concurrency)
-        found = saturation_of(self._report.points[first:])
+        found = saturation_of(self.points[first:])
         if found is None:
             return
-        self._report.saturation.append(found)
+        self.saturation.append(found)
         for fraction in sweep.rates:
             self._point(self._client, sweep, "rate", round(fraction * found.throughput_per_s, 1))
         if isinstance(self._client, AsyncClient) or not sweep.compared:
             return
         compared = {found.concurrency, *sweep.concurrency[: self._plan.lowest_too]}
-        compared &= {p.load for p in self._report.points[first:] if p.client == self._client.name}
+        compared &= {p.load for p in self.points[first:] if p.client == self._client.name}
         for concurrency in sorted(compared):
             self._compare(sweep, concurrency)
 
@@ -219,12 +266,11 @@ class _Session:
                     measured = client.measure(load)
                     found[client.name].append(measured.throughput_per_s)
         except ServerError as error:
-            self._report.left_out.append(LeftOut(what=what, reason=str(error)))
+            self.left_out.append(LeftOut(what=what, reason=str(error)))
             return
-        self._report.agreement.append(
-            Agreement.of(
-                sweep.model,
-                sweep.wire,
+        self.agreement.append(
+            agreement_of(
+                sweep,
                 concurrency,
                 perf_analyzer=found[self._client.name],
                 asyncio=found[self._second.name],
@@ -248,13 +294,13 @@ class _Session:
         try:
             measured = client.measure(load)
         except ServerError as error:
-            self._report.left_out.append(LeftOut(what=what, reason=str(error)))
+            self.left_out.append(LeftOut(what=what, reason=str(error)))
             if client is not self._second:
                 self._point(self._second, sweep, mode, amount)
             return
         server = counted(sweep.model, before, statistics.at_rest())
         self._done += client is self._client
-        self._report.points.append(
+        self.points.append(
             Point(
                 client=client.name,
                 protocol=sweep.wire,
@@ -277,7 +323,7 @@ class _Session:
         workload = self._pictures
         if sweep.model == "clip_text":  # others each time
             workload = mixed_texts(self._bundle, next(self._seeds))
-        self._report.mix[sweep.model] = workload.mix
+        self.mix[sweep.model] = workload.mix
         return Load(
             workload=workload,
             wire=sweep.wire,

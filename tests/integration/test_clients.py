@@ -3,12 +3,9 @@
 import io
 import json
 import re
-import struct
 import subprocess
 import sys
 import threading
-import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from serving.errors import ImageError, ServerError, TextError
 from serving.runners.registry import open_runner
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
+from tests.support.servers import BAD_PICTURES, encoded, metric
 
 PROTOCOLS = ("grpc", "http")
 
@@ -46,35 +44,6 @@ def client(server, request):
 def local(tiny_bundle):
     with LocalClip(tiny_bundle.path) as opened:
         yield opened
-
-
-def encoded(index: int, form: str = "JPEG", size: tuple[int, int] = (64, 48)) -> bytes:
-    rng = np.random.default_rng(index)
-    grid = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
-    buffer = io.BytesIO()
-    grid.resize(size, Image.Resampling.BICUBIC).save(buffer, form)
-    return buffer.getvalue()
-
-
-def metric(server, name: str, model: str) -> float:
-    """A counter, once it rests: Triton counts an inference after it has answered it."""
-    value, last = counted(server, name, model), -1.0
-    while value != last:
-        time.sleep(0.1)
-        value, last = counted(server, name, model), value
-    return value
-
-
-def counted(server, name: str, model: str) -> float:
-    from urllib.request import urlopen
-
-    with urlopen(f"http://{server.metrics_url}/metrics") as response:
-        text = response.read().decode()
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith(name + "{") and f'model="{model}"' in line
-    )
 
 
 # ------------------------------------------------------------------ what is right
@@ -142,26 +111,6 @@ def test_texts_are_cached_and_errors_are_not(server):
 
 
 # ------------------------------------------------------------------ what is wrong
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-BAD_PICTURES = {
-    "text": (b"this is a text file, renamed .jpg", "expected one of JPEG, PNG"),
-    "empty": (b"", "got 0 bytes"),
-    "truncated": (encoded(3)[:-200], "truncated|incomplete|damaged|broken"),
-    "bomb": (png_header(50_000, 50_000), "pixels"),
-}
 
 
 @pytest.mark.parametrize("kind", BAD_PICTURES)

@@ -25,20 +25,13 @@ from serving.triton import server as server_module
 from serving.triton.network import Ports, choose_ports
 from serving.triton.server import TritonServer, log_errors, server_flags
 from tests.support.paths import CHECKOUT
+from tests.support.servers import make_repository, wait_until
 
 if importlib.util.find_spec("pytriton") is None:
     pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
-CONFIG = """
-backend: "python"
-max_batch_size: 8
-input [{ name: "TEXT" data_type: TYPE_STRING dims: [1] },
-       { name: "PIXELS" data_type: TYPE_UINT8 dims: [-1] }]
-output [{ name: "SAME_TEXT" data_type: TYPE_STRING dims: [1] },
-        { name: "SAME_PIXELS" data_type: TYPE_UINT8 dims: [-1] }]
-"""
 ECHO = """
 import numpy
 import triton_python_backend_utils as pb
@@ -76,15 +69,6 @@ class TritonPythonModel:
     def initialize(self, args):
         time.sleep(60)
 """
-
-
-def make_repository(root, processes=1, **models):
-    for name, source in models.items():
-        (root / name / "1").mkdir(parents=True)
-        group = f"instance_group [{{ kind: KIND_CPU count: {processes} }}]\n"
-        (root / name / "config.pbtxt").write_text(CONFIG + group)
-        (root / name / "1" / "model.py").write_text(source)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +123,6 @@ def shared_memory_of(pid):
     found = {Path(line.split()[-1]) for line in maps.splitlines() if " /dev/shm/" in line}
     assert found, "the Python backend talks to its stubs through shared memory"
     return found
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])

@@ -1,6 +1,6 @@
 """What is killed, or meets a full disk, while it writes: the old output stays whole.
 
-A search index that is killed: tests/unit/serving/search/test_search.py.
+A search index that is killed: tests/unit/serving/search/test_build.py.
 """
 
 import json

@@ -36,8 +36,8 @@ from serving.inputs.tokenizer import Tokenizer, clean, decode_text
 from serving.limits import FORMATS
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
-from tests.integration.test_server import make_repository
 from tests.support import fuzzing
+from tests.support.servers import make_repository
 
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 BODIES = 10_000 if SOAK else 500  # of pictures, and of texts

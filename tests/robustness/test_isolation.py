@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,13 +26,12 @@ from serving.tasks.zero_shot import LabelSet, softmax
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
 from serving.triton_models.label_cache import embedding_work
-from tests.integration.test_clients import BAD_PICTURES, metric
+from tests.support.servers import BAD_PICTURES, metric, processes
 
-ROUNDS = 200 if os.environ.get("CLIP_SOAK") else 5
 TOGETHER = 32  # requests of a round, one of them bad
+
+
 RUNNER = "onnxruntime:fp32"
-PROTOCOLS = {"grpc": tritonclient.grpc.aio, "http": tritonclient.http.aio}
-WORDS = ("cat", "dog", "old tree", "red bus at the stop", "café 🐈")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +44,11 @@ def server(tiny_bundle, tmp_path_factory):
     config.write_text(text.replace("enable: true", "enable: false"))  # of the response cache
     with TritonServer(path, http_port=0, grpc_port=0, metrics_port=0) as running:
         yield running
+
+
+ROUNDS = 200 if os.environ.get("CLIP_SOAK") else 5
+PROTOCOLS = {"grpc": tritonclient.grpc.aio, "http": tritonclient.http.aio}
+WORDS = ("cat", "dog", "old tree", "red bus at the stop", "café 🐈")
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +70,6 @@ def jpeg(index):
     buffer = io.BytesIO()
     grid.resize((48 + index, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG")
     return buffer.getvalue()
-
-
-def processes(server):
-    """Ids of the processes that run the server's models."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = os.getpgid(int(path.name)) == os.getpgid(server.pid)
-            if ours and b"triton_python_backend_stub" in (path / "cmdline").read_bytes():
-                found.add(int(path.name))
-        except (ProcessLookupError, FileNotFoundError):
-            continue
-    return found
 
 
 def clean(runner, rows):

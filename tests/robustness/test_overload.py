@@ -25,9 +25,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from serving.clients.triton import ClipClient
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
-from tests.integration.test_clients import counted
-from tests.integration.test_server import wait_until
-from tests.robustness.test_isolation import processes
+from tests.support.servers import counted, processes, wait_until
 
 LOAD_S = 30.0 if os.environ.get("CLIP_SOAK") else 3.0
 CAPACITY_S = 1.5  # measured for

@@ -1,4 +1,4 @@
-"""Ctrl-C during builds of TensorRT-RTX plans; run by test_rtx_builds.py.
+"""Ctrl-C during builds of TensorRT-RTX plans; run by test_build_progress.py.
 
     python interrupted_builds.py BUNDLE
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from serving.bundles.bundle import Bundle
-from tests.unit.export.engines.test_rtx_builds import after, built, graph_of
+from tests.support.engine_builds import after, built, graph_of
 
 
 def ctrl_c():

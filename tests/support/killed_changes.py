@@ -1,4 +1,4 @@
-"""Kills changes of a search index, at every file operation and at random; run by test_search.py.
+"""Kills changes of a search index, at every file operation and at random; run by test_build.py.
 
     python killed_changes.py INDEX TABLE
 

@@ -1,0 +1,223 @@
+"""What is done already, and what is refused."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from serving.bulk.ray_pool import Resources
+from serving.bulk.sources import Shard, find_source, read_shard, shards_of
+from serving.bundles.bundle import Bundle
+from serving.errors import BundleError, InputError, RunnerError
+from tests.support.bulk_data import assert_complete, command, run, tar_of
+from tests.support.paths import CHECKOUT
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of the sockets and logs of Ray
+]
+
+
+def test_a_finished_job_needs_no_ray(finished, fp32_bundle, many):
+    """And says so; a shard that was damaged since is made again."""
+    again = run(many, Path(finished.out), fp32_bundle, runner="auto")
+    assert (again.rows, again.skipped_shards, again.embedded_rows) == (300, 5, 0)
+    assert (again.workers, again.rows_per_s, again.source_changed) == (0, 0.0, False)
+
+
+def test_a_damaged_shard_is_made_again(finished, fp32_bundle, many, local, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in Path(finished.out).iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    (out / "shard-00003.parquet").write_bytes(b"PAR1")
+    again = run(many, out, fp32_bundle)
+    assert (again.rows, again.skipped_shards, again.embedded_rows) == (300, 4, 64)
+    assert_complete(out, many, local)
+
+
+def test_a_changed_source_is_told_of(finished, fp32_bundle, many):
+    new = many / "new.jpg"
+    new.hardlink_to(many / "0" / "deep" / "000.jpg")
+    try:
+        again = run(many, Path(finished.out), fp32_bundle)
+    finally:
+        new.unlink()
+    assert again.source_changed
+    assert again.rows == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_size": 65}, "its shard size is 64, not 65"),
+        ({"runner": "openvino:fp32"}, "its runner is onnxruntime:fp32, not openvino:fp32"),
+    ],
+)
+def test_another_job_is_refused(finished, fp32_bundle, many, options, message):
+    with pytest.raises(InputError, match=message):
+        run(many, Path(finished.out), fp32_bundle, **options)
+
+
+def test_another_source_is_refused(finished, fp32_bundle, pictures):
+    with pytest.raises(InputError, match=r"its source is .*, not .*; give another --out"):
+        run(pictures, Path(finished.out), fp32_bundle)
+
+
+def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
+    manifest = fp32_bundle.manifest
+    provenance = replace(manifest.provenance, weights_sha256="0" * 64)
+    for path in fp32_bundle.path.iterdir():
+        (tmp_path / path.name).hardlink_to(path)
+    (tmp_path / "manifest.json").unlink()
+    text = replace(manifest, name="other", provenance=provenance).to_json()
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match="its model is tiny-clip, not other; its sha256 of"):
+        run(many, Path(finished.out), Bundle.open(tmp_path))
+
+
+def test_a_folder_of_something_else_is_refused(fp32_bundle, many, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds other things, such as thesis.txt, and no man"):
+        run(many, tmp_path, fp32_bundle)
+    with pytest.raises(InputError, match="is a file; expected the name of a folder"):
+        run(many, tmp_path / "thesis.txt", fp32_bundle)
+    with pytest.raises(InputError, match="is not of a bulk job"):
+        run(many, fp32_bundle.path, fp32_bundle)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_two_jobs_at_once_are_refused(fp32_bundle, many, tmp_path):
+    import fcntl
+
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another job is writing to"):
+            run(many, tmp_path, fp32_bundle)
+
+
+def test_sources_that_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file or folder; expected a folder of pictures"):
+        find_source(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="nothing to embed; expected a folder of pictures"):
+        find_source(str(tmp_path))
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"data.zip: nothing to embed; .* WebDataset tars"):
+        find_source(str(tmp_path / "data.zip"))
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(InputError, match="holds pictures, which have no columns"):
+        find_source(str(tmp_path), image_column="image")
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(InputError, match=r"holds 1 Parquet files and 1 pictures; say .*\*.jpg'"):
+        find_source(str(tmp_path))
+    assert find_source(f"{tmp_path}/**/*.jpg")[0].kind == "pictures"
+    with pytest.raises(InputError, match="no Parquet file can be read"):
+        find_source(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"picture": [b"x"]}, {}, r"no column 'image' or 'bytes', only picture; .*--image-column"),
+        ({"image": [b"x"]}, {"image_column": "jpg"}, "no column 'jpg', only image"),
+        ({"image": [b"x"]}, {"path_column": "url"}, "no column 'url', only image"),
+        ({"image": ["a.jpg"]}, {}, "column 'image' is string; expected binary"),
+        ({"image": pa.array([], pa.binary())}, {}, "have no rows"),
+    ],
+)
+def test_parquet_that_is_refused(columns, options, message, tmp_path):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        find_source(str(tmp_path), **options)
+
+
+def test_output_inside_of_the_source_is_refused(fp32_bundle, many):
+    with pytest.raises(InputError, match="is inside of SOURCE"):
+        run(many, many / "out", fp32_bundle)
+
+
+def test_runners_that_are_refused(cluster, fp32_bundle, many, tmp_path):
+    with pytest.raises(RunnerError, match="unknown runner 'onnxruntime:fp64'"):
+        run(many, tmp_path / "out", fp32_bundle, runner="onnxruntime:fp64")
+    with pytest.raises(BundleError, match="has no int8 image graph"):
+        run(many, tmp_path / "out", fp32_bundle, runner="onnxruntime:int8")
+    with pytest.raises(InputError, match=r"3 workers of 1 CPUs do not fit a cluster of 2 CPUs"):
+        run(many, tmp_path / "out", fp32_bundle, resources=Resources(workers=3))
+
+
+def test_a_failure_on_a_worker_ends_the_job(cluster, fp32_bundle, many, tmp_path):
+    """Here a graph that is not the exported one, which only the worker looks at."""
+    broken = tmp_path / "bundle"
+    broken.mkdir()
+    for path in fp32_bundle.path.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "image.fp32.onnx").write_bytes(b"tampered with")
+    with pytest.raises(RunnerError, match=r"a worker cannot go on: .* is not the file that"):
+        run(many, tmp_path / "out", Bundle.open(broken))
+
+
+def test_no_cluster_at_the_address(fp32_bundle, many, tmp_path):
+    line = command(many, "--out", tmp_path / "o", "--bundle", fp32_bundle.path)
+    line += ["--address", "127.0.0.1:1"]
+    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no Ray cluster at 127.0.0.1:1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_shards_follow_row_groups(tmp_path):
+    table = pa.table({"bytes": [b"x"] * 25})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)  # 4 4 4 4 4 4 1
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=25)
+    source, rows = find_source(str(tmp_path))
+    assert rows == 50
+    shards = list(shards_of(source, 9))
+    assert [shard.row_groups for shard in shards] == [(0, 2), (2, 4), (4, 7), (0, 1)]
+    names = [name for shard in shards for name, _ in read_shard(source, shard)]
+    assert names == [f"{file}.parquet#{row}" for file in "ab" for row in range(25)]
+
+
+def test_a_tar_without_its_end_is_told_of(tmp_path):
+    """`tarfile` itself takes it for whole."""
+    path = tar_of(tmp_path / "a.tar", {"a.jpg": b"x" * 100, "b.jpg": b"y" * 100})
+    path.write_bytes(path.read_bytes()[: 4 * 512])
+    source, _ = find_source(str(path))
+    rows = list(read_shard(source, Shard(files=("a.tar",))))
+    assert [name for name, _ in rows] == ["a.tar/a.jpg", "a.tar/b.jpg", "a.tar"]
+    assert "cut off or damaged after 2 pictures (no end-of-archive mark)" in str(rows[2][1])
+
+
+def test_workers_keep_to_cpus_of_their_own():
+    """And a CPU is free again once its worker was killed."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs 2 CPUs")
+    code = (
+        "import os, sys\nfrom serving.bulk.isolation import keep_to_cpus\n"
+        "from serving.util.machine import cpu_count\nclaims = keep_to_cpus(1)\n"
+        "print(cpu_count(), *os.sched_getaffinity(0), flush=True)\nsys.stdin.read()"
+    )
+
+    def start() -> tuple[subprocess.Popen, int]:
+        pipe = subprocess.PIPE
+        worker = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+        count, *cpus = map(int, worker.stdout.readline().split())
+        assert count == len(cpus) == 1
+        return worker, cpus[0]
+
+    (first, cpu), (second, other) = start(), start()
+    with first, second:
+        assert cpu != other
+        first.kill()
+        first.wait()
+        third, freed = start()
+        with third:
+            assert freed == cpu
+            third.kill()
+        second.kill()

@@ -1,0 +1,194 @@
+"""Indexes that are damaged, foreign, or cannot be written."""
+
+import fcntl
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from serving.errors import ImageError, InputError, MissingPackageError, TextError
+from serving.search.build import add, build, remove, update
+from serving.search.index import SearchIndex
+from serving.search.query import Term
+from tests.support.search_data import (
+    contents,
+    fill,
+)
+
+
+def test_another_models_index_is_refused(index, photos, folder, other):
+    before = contents(index)
+    told = (
+        r"with tiny-clip \(32 dimensions, weights [0-9a-f]{12}\.\.\.\), this is other-clip \(32 d"
+    )
+    with pytest.raises(InputError, match=told):
+        SearchIndex.open(index).find(other, [Term(text="a cat")])
+    for change in (
+        lambda: build(folder, index, other),
+        lambda: update(index, other, photos),
+        lambda: add(index, [photos / "002.jpg"], other),
+    ):
+        with pytest.raises(InputError, match=told + ".*cannot be compared; use that model, or bu"):
+            change()
+    assert contents(index) == before
+
+
+def test_another_dimension_is_another_model(built, clip):
+    identity = replace(clip.identity, embed_dim=64)
+    with pytest.raises(InputError, match=r"\(32 dimensions, .* this is tiny-clip \(64 dimensions"):
+        SearchIndex.open(built).check(identity)
+    with pytest.raises(InputError, match=r"queries are \[1, 64\], expected \[q, 32\]"):
+        SearchIndex.open(built).search(np.zeros((1, 64), np.float32), 3)
+
+
+def flip(data: bytes) -> bytes:
+    return data[:100] + bytes([data[100] ^ 1]) + data[101:]
+
+
+DAMAGE = {"changed": flip, "truncated": lambda data: data[: len(data) // 2], "empty": lambda _: b""}
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "embeddings.npy", "paths.jsonl"])
+@pytest.mark.parametrize("damage", [*DAMAGE, "missing"])
+def test_damaged_files_are_named_before_they_are_read(
+    index, folder, clip, name, damage, monkeypatch
+):
+    file = index / "generation-1" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("read before it was checked"))
+    before = contents(index)
+    state = "missing" if damage == "missing" else r"damaged: \d+ bytes with sha256 [0-9a-f]{16}"
+    told = rf"generation-1/{name} is {state}.*restore .* or delete it .*search build {folder} --in"
+    for use in (
+        lambda: SearchIndex.open(index),
+        lambda: build(folder, index, clip),
+        lambda: remove(index, ["*.png"]),
+    ):
+        with pytest.raises(InputError, match=told):
+            use()
+    assert contents(index) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"manifest\.json is damaged: Expecting .*; restore .* from a copy, or delete it"),
+        ('{"format": 3}', "format 3, expected 'clip search index 1'; it is no search index"),
+        ("[]", "format None, expected"),
+        ('{"format": "clip search index 1"}', "is damaged: count: missing"),
+    ],
+)
+def test_a_damaged_or_foreign_manifest(index, folder, clip, text, message):
+    (index / "manifest.json").write_text(text)
+    before = contents(index)
+    for use in (lambda: SearchIndex.open(index), lambda: build(folder, index, clip)):
+        with pytest.raises(InputError, match=message):
+            use()
+    assert contents(index) == before
+
+
+def test_a_manifest_names_its_own_files_only(index):
+    file = index / "manifest.json"
+    file.write_text(file.read_text().replace("generation-1/paths.jsonl", "../paths.jsonl"))
+    with pytest.raises(
+        InputError, match=r"damaged: expected the files generation-1/index\.faiss, g"
+    ):
+        SearchIndex.open(index)
+
+
+def test_a_place_that_cannot_be_written(folder, clip):
+    with pytest.raises(InputError, match="/proc/index cannot be written"):
+        build(folder, Path("/proc/index"), clip)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, folder, clip, fp32_bundle):
+    holiday = fill(tmp_path / "holiday", 2)
+    half = tmp_path / "pending-of-others"
+    (half / "pending").mkdir(parents=True)
+    file = tmp_path / "file"
+    file.write_text("x")
+    for path, message in (
+        (holiday, "holds other things, such as .*, which are left alone; give another folder"),
+        (half, "holds other things, such as pending"),
+        (fp32_bundle.path, "format 2, expected 'clip search index 1'; it is no search index"),
+        (file, "is a file; expected the name of a folder"),
+    ):
+        before = contents(path)
+        with pytest.raises(InputError, match=message):
+            build(folder, path, clip)
+        assert contents(path) == before
+    with pytest.raises(InputError, match=r"is no search index: no manifest\.json in it; make one"):
+        SearchIndex.open(holiday)
+
+
+def test_folders_without_a_readable_picture(tmp_path, index, clip):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no picture")
+    before = contents(index)
+    for path in (tmp_path / "new", index):
+        with pytest.raises(InputError, match=r"no pictures in .*empty; expected files of .jpg"):
+            build(tmp_path / "empty", path, clip)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(
+        InputError, match=r"none of the 1 pictures can be read; the first, a\.jpg: e"
+    ):
+        build(tmp_path / "bad", tmp_path / "new", clip)
+    for nothing in (tmp_path / "empty", tmp_path / "bad"):
+        with pytest.raises(InputError, match=r"no pictures in|none of the 1 pictures can be read"):
+            update(index, clip, nothing)
+    assert contents(index) == before
+
+
+def test_another_folders_index_is_left_alone(index, photos, clip):
+    before = contents(index)
+    with pytest.raises(InputError, match=r"holds the pictures of .*, not of .*/photos; give anot"):
+        build(photos, index, clip)
+    assert contents(index) == before
+
+
+def test_one_writer_at_a_time(index, folder, clip):
+    with (index / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for change in (lambda: remove(index, ["*.png"]), lambda: build(folder, index, clip)):
+            with pytest.raises(InputError, match=r"another process changes .* at the moment"):
+                change()
+    assert len(SearchIndex.open(index).entries) == 40
+
+
+def test_queries_that_cannot_be_used(built, folder, clip):
+    opened, file = SearchIndex.open(built), folder / "002.jpg"
+    for terms, top, error, message in (
+        ([], 5, InputError, "nothing to look for; give at least one text or picture"),
+        ([Term(text="a", weight=-1)], 5, InputError, "nothing to look for"),
+        ([Term(text="a", weight=0)], 5, InputError, "a weight of 0 says nothing"),
+        ([Term(text="a", weight=float("nan"))], 5, InputError, "a weight of nan"),
+        ([Term()], 5, InputError, "either a text or a picture"),
+        ([Term(text="a", picture=file)], 5, InputError, "either a text or a picture"),
+        ([Term(text="a"), Term(text="a", weight=-1)], 5, InputError, "cancel each other out"),
+        ([Term(text="word " * 500)], 5, TextError, "502 tokens, .* more than the model's 77"),
+        ([Term(text=" ")], 5, TextError, "empty or only whitespace"),
+        ([Term(picture=folder / "no.jpg")], 5, ImageError, r"no\.jpg: no such file"),
+        ([Term(text="a")], 41, InputError, "asked for 41 hits, .* holds 40 pictures; ask for 1 t"),
+        ([Term(text="a")], 0, InputError, "asked for 0 hits"),
+    ):
+        with pytest.raises(error, match=message):
+            opened.find(clip, terms, top)
+    cut = opened.find(clip, [Term(text="word " * 500)], 5, truncate=True)
+    assert cut == opened.find(clip, [Term(text="word " * 75)], 5)
+
+
+def test_without_faiss_it_says_what_to_install(built, folder, tmp_path, clip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for use in (lambda: SearchIndex.open(built), lambda: build(folder, tmp_path / "new", clip)):
+        with pytest.raises(
+            MissingPackageError, match=r"needs faiss.*pip install 'clip-deploy\[search\]'"
+        ):
+            use()
+    assert not (tmp_path / "new").exists()

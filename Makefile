@@ -1,10 +1,10 @@
-# make demo   a fresh machine to a running pipeline: real pictures classified and searched by Triton
+# make demo   a fresh machine to a running pipeline: images classified and searched by Triton
 # make test   a fresh machine to green tests
 # make check  format, lint, types, import order, known vulnerabilities of dependencies
 # make package  the wheel, installed into empty environments, assembled, served and asked
 # make soak   what makes docs/reliability.md: an hour of faults, overload, fuzzing and mixed traffic
 # make bench  every runner, its load and its accuracy: build/benchmarks/RESULTS.md and plots
-# make engines BUNDLE=artifacts/NAME   TensorRT plans, inside the Triton container that will serve them
+# make engines BUNDLE=artifacts/NAME   TensorRT engines, inside the Triton container that will serve them
 # make setup  what all of them do first: .venv with everything
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

@@ -1,17 +1,15 @@
 """Measure the runners of a bundle: their latency, their accuracy, and a server under load."""
 
 import dataclasses
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Json, log, out, run, steps
+from serving.cli.console import Json, document, note, progress, result, run
 from serving.errors import RunnerError
 from serving.util.extras import require
 from serving.util.results import FILE, AccuracyRun, Device, LoadRun, Results
@@ -84,14 +82,14 @@ def latency(
             f"nothing was measured (pytest ended with {done.returncode}); what failed is named "
             f"above, and {output / FILE} was not touched"
         )
-    log.print(f"wrote {output / FILE}")
+    note(f"wrote {output / FILE}")
     found = Results.read(output).latency[-1]
     if as_json:
-        print(json.dumps(asdict(found)))
+        document(found)
     else:
-        out.print(latency_table(found))
+        result(latency_table(found))
     if warning := disturbed(found):
-        log.print(f"[yellow]{warning}[/]")
+        note(warning, "yellow")
     if done.returncode:
         raise RunnerError(f"not all could be measured: see above; {output / FILE} holds the rest")
 
@@ -133,16 +131,16 @@ def load(
 
     plan = (Plan.quick if quick else Plan.full)(concurrency or ())
     opened, urls = Bundle.open(bundle), urls_of(url, http_url)
-    with steps("loading") as progress:
+    with progress("loading") as show:
         if urls:
-            measured = measure_running(opened, plan, urls, progress, admin_key)
+            measured = measure_running(opened, plan, urls, show, admin_key)
         else:
-            measured = measure_embedded(opened, plan, repository, runner, progress)
+            measured = measure_embedded(opened, plan, repository, runner, show)
     _keep(output, measured, as_json)
     if not as_json:
-        out.print(load_table(measured))
+        result(load_table(measured))
         for line in load_remarks(measured):
-            out.print(line, markup=False, highlight=False)
+            result(line)
 
 
 @app.command()
@@ -175,15 +173,15 @@ def accuracy(
 
     opened = Bundle.open(bundle)
     prompts = read_templates(templates) if templates else None
-    with steps("loading") as progress:
+    with progress("loading") as show:
         measured = measure(
-            opened, images, progress, templates=prompts, patterns=runner or ["*"], limit=limit
+            opened, images, show, templates=prompts, patterns=runner or ["*"], limit=limit
         )
     _keep(output, measured, as_json)
     if not as_json:
-        out.print(accuracy_table(measured))
-        for note in accuracy_remarks(measured):
-            out.print(note, markup=False, highlight=False)
+        result(accuracy_table(measured))
+        for line in accuracy_remarks(measured):
+            result(line)
 
 
 @app.command()
@@ -201,9 +199,9 @@ def report(
 
     written = write_report(directory, readme)
     for path in written:
-        log.print(f"wrote {path}")
+        note(f"wrote {path}")
     if as_json:
-        print(json.dumps({"written": [str(path) for path in written]}))
+        document({"written": [str(path) for path in written]})
 
 
 @app.command()
@@ -221,11 +219,11 @@ def compare(
 
     found = measure(old, new, threshold)
     for warning in found.warnings:
-        log.print(f"[yellow]{warning}[/]")
+        note(warning, "yellow")
     if as_json:
-        print(json.dumps(asdict(found)))
+        document(found)
     else:
-        out.print(comparison_table(found))
+        result(comparison_table(found))
     if found.slower:
         raise typer.Exit(1)
 
@@ -240,9 +238,9 @@ def _keep(output: Path, measured: LoadRun | AccuracyRun, as_json: bool) -> None:
     else:
         results = dataclasses.replace(results, accuracy=measured)
     results.write(file)
-    log.print(f"wrote {file}")
+    note(f"wrote {file}")
     if as_json:
-        print(json.dumps(asdict(measured)))
+        document(measured)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from export.graphs.onnx_export import PROTOBUF_LIMIT, export_onnx, weights_bytes
 from export.graphs.torchscript import export_torchscript
 from export.int8 import Method
 from export.int8.quantize import write_dynamic, write_int8
-from export.kinds import DEFAULT_KINDS, Kind
+from export.precisions import DEFAULT_PRECISIONS, Precision
 from export.towers.clip import (
     Clip,
     ClipConfig,
@@ -29,10 +29,11 @@ from export.towers.clip import (
     for_inference,
     half_precision,
 )
-from export.towers.prefix_tree import TextTreeTower, in_trees
+from export.towers.prefix_tree import PrefixTreeTower, in_trees
 from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.manifest import (
-    FORMAT,
+    MANIFEST_FORMAT,
+    TOWER_OF,
     TOWERS,
     Artifact,
     Graph,
@@ -43,14 +44,14 @@ from serving.bundles.manifest import (
 )
 from serving.errors import InputError
 from serving.util.files import new_directory, write_text
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to make of a checkpoint, and of which data."""
 
-    kinds: Sequence[Kind] = DEFAULT_KINDS
+    precisions: Sequence[Precision] = DEFAULT_PRECISIONS
     method: Method = "percentile"
     pictures: Path | None = None
     """Folder of pictures that INT8 ranges are measured on."""
@@ -58,8 +59,10 @@ class Options:
     """Text file of captions, likewise."""
     labelled: Path | None = None
     """Folder of pictures with labels, for the gate."""
-    text_tree: bool = False
-    """Whether to make the tree form of the text tower too, in fp32 and, of `kinds`, int8."""
+    torchscript: bool = False
+    """Whether to trace both towers to TorchScript too, in fp32."""
+    prefix_tree: bool = False
+    """Whether to make the prefix-tree graph too, in fp32 and, of `precisions`, int8."""
 
 
 @dataclass
@@ -70,14 +73,14 @@ class _Work:
     directory: Path
     options: Options
     data: Data
-    progress: Steps
+    progress: Progress
     references: dict[Tower, Expected]
 
 
 def build(
     checkpoint: Checkpoint,
     output: Path,
-    progress: Steps,
+    progress: Progress,
     options: Options | None = None,
 ) -> Bundle:
     """Export both towers of `checkpoint`, judge them, and write the bundle to `output`.
@@ -107,7 +110,7 @@ def build(
         expected = references(checkpoint, data, progress)
         work = _Work(checkpoint, directory, options, data, progress, expected)
         artifacts = [artifact for tower in TOWERS for artifact in _artifacts(work, tower)]
-        if options.text_tree:
+        if options.prefix_tree:
             artifacts += _trees(work)
         manifest = _manifest(checkpoint, directory, artifacts)
         write_text(directory / "manifest.json", manifest.to_json())
@@ -116,7 +119,7 @@ def build(
 
 def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
     """Quantising holds a graph in one protobuf; better to know that before the long work."""
-    if not {Kind.INT8, Kind.INT8_FP16, Kind.INT8_DYNAMIC} & set(options.kinds):
+    if not {Precision.INT8, Precision.INT8_FP16, Precision.INT8_DYNAMIC} & set(options.precisions):
         return
     for tower in TOWERS:
         if (size := weights_bytes(tower_of(checkpoint, tower))) > PROTOBUF_LIMIT:
@@ -128,7 +131,7 @@ def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
 
 def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
     """Every asked-for artifact of one tower, judged."""
-    checkpoint, kinds = work.checkpoint, work.options.kinds
+    checkpoint, precisions = work.checkpoint, work.options.precisions
     module = tower_of(checkpoint, tower)
     metadata = _metadata(checkpoint)
     made = []
@@ -138,54 +141,53 @@ def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
     files = export_onnx(for_inference(module), graph, metadata)
     made.append(_judged(work, _artifact(tower, "fp32", files)))
     half = work.directory / f"{tower}.fp16.onnx"
-    if {Kind.FP16, Kind.INT8_FP16} & set(kinds):
+    if {Precision.FP16, Precision.INT8_FP16} & set(precisions):
         work.progress(f"{tower} tower: fp16")
         files = export_onnx(half_precision(module), half, metadata)
         made.append(_judged(work, _artifact(tower, "fp16", files)))
-    if Kind.TORCHSCRIPT in kinds:
+    if work.options.torchscript:
         work.progress(f"{tower} tower: TorchScript")
         traced = work.directory / f"{tower}.fp32.torchscript.pt"
         export_torchscript(module, traced)
         made.append(_judged(work, replace(_artifact(tower, "fp32", [traced]), kind="torchscript")))
-    if Kind.INT8_DYNAMIC in kinds:
+    if Precision.INT8_DYNAMIC in precisions:
         work.progress(f"{tower} tower: int8, dynamic")
         dynamic = work.directory / f"{tower}.int8-dynamic.onnx"
         write_dynamic(graph, dynamic)
         made.append(_judged(work, _artifact(tower, "int8-dynamic", [dynamic])))
-    if Kind.INT8 in kinds:
+    if Precision.INT8 in precisions:
         made.append(_int8(work, tower, graph, "int8"))
-    if Kind.INT8_FP16 in kinds:
+    if Precision.INT8_FP16 in precisions:
         made.append(_int8(work, tower, half, "int8-fp16"))
     return made
 
 
 def _trees(work: _Work) -> list[Artifact]:
     """The tree graphs of the text tower, judged as the others are: they embed the same texts."""
-    work.progress("text tree: fp32")
-    graph = work.directory / "text.fp32.tree.onnx"
-    tower = TextTreeTower(work.checkpoint.clip.text)
+    work.progress("prefix tree: fp32")
+    graph = work.directory / "prefix_tree.fp32.onnx"
+    tower = PrefixTreeTower(work.checkpoint.clip.text)
     files = export_onnx(tower, graph, _metadata(work.checkpoint))
-    made = [_judged(work, _artifact("text", "fp32", files, "tree"))]
-    if Kind.INT8 in work.options.kinds:
-        made.append(_int8(work, "text", graph, "int8", "tree"))
+    made = [_judged(work, _artifact("prefix_tree", "fp32", files))]
+    if Precision.INT8 in work.options.precisions:
+        made.append(_int8(work, "prefix_tree", graph, "int8"))
     return made
 
 
-def _int8(work: _Work, tower: Tower, graph: Path, precision: str, kind: Graph = "onnx") -> Artifact:
-    """Quantise `graph`; while the gate refuses, leave out the layers that cost most."""
-    what, suffix, batches = f"{tower} tower", "onnx", work.data.calibration[tower]
-    if kind == "tree":
-        what, suffix = f"{tower} tree", "tree.onnx"
+def _int8(work: _Work, graph: Graph, source: Path, precision: str) -> Artifact:
+    """Quantize `source`; while the gate refuses, leave out the layers that cost most."""
+    what, batches = f"{graph} graph", work.data.calibration[TOWER_OF[graph]]
+    if graph == "prefix_tree":
         batches = in_trees(batches, work.checkpoint.text.end_id)
     work.progress(f"{what}: {precision}")
-    target = work.directory / f"{tower}.{precision}.{suffix}"
+    target = work.directory / f"{graph}.{precision}.onnx"
 
     def judged(quantisation: Quantisation) -> Artifact:
-        artifact = _artifact(tower, precision, [target], kind)
+        artifact = _artifact(graph, precision, [target])
         return _judged(work, replace(artifact, quantisation=quantisation))
 
     return write_int8(
-        onnx.load(graph),
+        onnx.load(source),
         target,
         batches,
         work.data.source,
@@ -195,9 +197,9 @@ def _int8(work: _Work, tower: Tower, graph: Path, precision: str, kind: Graph = 
     )
 
 
-def _artifact(tower: Tower, precision: str, files: list[Path], kind: Graph = "onnx") -> Artifact:
+def _artifact(graph: Graph, precision: str, files: list[Path]) -> Artifact:
     described = tuple(describe_file(file) for file in files)
-    return Artifact(tower=tower, kind=kind, precision=precision, files=described)
+    return Artifact(graph=graph, kind="onnx", precision=precision, files=described)
 
 
 def _judged(work: _Work, artifact: Artifact) -> Artifact:
@@ -227,7 +229,7 @@ def tools() -> dict[str, str]:
 
 def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> Manifest:
     return Manifest(
-        format=FORMAT,
+        format=MANIFEST_FORMAT,
         name=checkpoint.name,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         architecture=architecture_of(checkpoint),

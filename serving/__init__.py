@@ -11,6 +11,7 @@ from serving.errors import (
     BundleError,
     CheckpointError,
     ClipDeployError,
+    DeadlineError,
     ExportError,
     ImageError,
     InputError,
@@ -20,6 +21,7 @@ from serving.errors import (
     ServerError,
     StorageError,
     TextError,
+    TextTooLongError,
     UnavailableError,
 )
 
@@ -35,6 +37,7 @@ __all__ = [
     "ClipClient",
     "ClipDeployError",
     "Credentials",
+    "DeadlineError",
     "ExportError",
     "ImageError",
     "InputError",
@@ -45,6 +48,7 @@ __all__ = [
     "ServerError",
     "StorageError",
     "TextError",
+    "TextTooLongError",
     "UnavailableError",
     "ZeroShotClassifier",
 ]

@@ -1,40 +1,116 @@
-"""Every error this project raises on purpose.
+"""Every error that this project raises on purpose.
 
     ClipDeployError
-    ├── InputError            what a user gave cannot be used; the message says what would be
-    │   ├── ImageError          a picture
-    │   ├── TextError           a text
-    │   └── CheckpointError     a checkpoint: name, directory, weights
-    ├── ExportError           a graph that a compiler cannot parse or build
-    ├── BundleError           a bundle that is missing, incomplete, tampered with, or refused
-    ├── MissingPackageError   an optional dependency that is not installed
-    ├── RunnerError           a runner cannot give the device or precision it was asked for
-    ├── StorageError          a disk that is full
-    └── ServerError           a Triton server that cannot be started or reached, or that refused
-        └── UnavailableError    nobody answers there, or not now; asking later may help
-            └── OverloadedError   its queues are full
+    ├── InputError             an input that cannot be used
+    │   ├── ImageError           an image
+    │   ├── TextError            a text, label or prompt template
+    │   │   └── TextTooLongError   a text with more tokens than the model takes
+    │   └── CheckpointError      a checkpoint: name, directory, weights
+    ├── ExportError            a graph that a compiler cannot parse or build
+    ├── BundleError            a bundle that is missing, incomplete, or failed the parity gate
+    ├── MissingPackageError    an optional dependency that is not installed
+    ├── RunnerError            a runner cannot give the device or precision it was asked for
+    ├── StorageError           a disk that is full
+    └── ServerError            a Triton server that cannot be started or reached, or that failed
+        ├── DeadlineError        it did not answer in time
+        └── UnavailableError     it is not there, or not now; a later attempt may succeed
+            └── OverloadedError    its queues are full
 
-A message says what was expected, what arrived, and what to do.
+Errors carry their parts as fields; `str` alone formats them. Code that needs to know what an error
+is about reads the fields, never the text. `serving.util.wire` carries them through Triton.
 """
 
-import re
-from collections.abc import Sequence
+import copy
+from typing import Self
 
 
 class ClipDeployError(Exception):
-    """Base of all errors of this project; commands print it without a traceback and exit with 2."""
+    """Base of all errors of this project. Commands print it without a traceback and exit with 2.
+
+    Args:
+        reason: what was expected and what arrived.
+        advice: what to do about it.
+    """
+
+    def __init__(self, reason: str = "", *, advice: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.advice = advice
+
+    def advised(self, advice: str) -> Self:
+        """Return a copy of this error with other advice."""
+        other = copy.copy(self)
+        other.advice = advice
+        return other
+
+    def __str__(self) -> str:
+        return worded(f"{self.reason}; {self.advice}" if self.advice else self.reason)
 
 
 class InputError(ClipDeployError, ValueError):
-    """What a user gave cannot be used."""
+    """An input that cannot be used.
+
+    Args:
+        reason: what was expected and what arrived.
+        kind: the argument that the item belongs to, such as `images`, `texts` or `labels`.
+        index: place of the item in that argument.
+        name: name of the item, such as a path.
+        advice: what to do about it.
+    """
+
+    def __init__(
+        self,
+        reason: str = "",
+        *,
+        kind: str | None = None,
+        index: int | None = None,
+        name: str | None = None,
+        advice: str = "",
+    ) -> None:
+        super().__init__(reason, advice=advice)
+        self.kind, self.index, self.name = kind, index, name
+
+    def at(self, kind: str, index: int, name: str | None = None) -> Self:
+        """Return a copy that names the item: `index` of the argument `kind`.
+
+        An index that the error has already counts from `index`; a name that it has is kept.
+        """
+        other = copy.copy(self)
+        other.kind, other.index = kind, index + (self.index or 0)
+        other.name = self.name or name
+        return other
+
+    def shifted(self, count: int) -> Self:
+        """Return a copy whose index is larger by `count`: items were processed in batches."""
+        other = copy.copy(self)
+        if other.index is not None:
+            other.index += count
+        return other
+
+    def within(self, name: str) -> Self:
+        """Return a copy named `name`, such as the group that the item belongs to."""
+        other = copy.copy(self)
+        other.name = name
+        return other
+
+    def __str__(self) -> str:
+        place = "" if self.kind is None or self.index is None else f"{self.kind}[{self.index}]"
+        if self.name:
+            place = f"{place} ({self.name})" if place else self.name
+        reason = f"{place}: {self.reason}" if place else self.reason
+        return worded(f"{reason}; {self.advice}" if self.advice else reason)
 
 
 class ImageError(InputError):
-    """A picture that cannot be decoded, or is not allowed to be."""
+    """An image that cannot be decoded, or exceeds a limit."""
 
 
 class TextError(InputError):
-    """A text that cannot be tokenized."""
+    """A text, label or prompt template that cannot be used."""
+
+
+class TextTooLongError(TextError):
+    """A text with more tokens than the model takes."""
 
 
 class CheckpointError(InputError):
@@ -46,7 +122,7 @@ class ExportError(ClipDeployError):
 
 
 class BundleError(ClipDeployError):
-    """A bundle that is missing, incomplete, tampered with, or refused by the gate."""
+    """A bundle that is missing, incomplete, tampered with, or failed the parity gate."""
 
 
 class MissingPackageError(ClipDeployError, ImportError):
@@ -62,30 +138,21 @@ class StorageError(ClipDeployError):
 
 
 class ServerError(ClipDeployError):
-    """A Triton server that cannot be started or reached, or that refused a request."""
+    """A Triton server that cannot be started or reached, or that failed."""
+
+
+class DeadlineError(ServerError):
+    """A Triton server that did not answer in time."""
 
 
 class UnavailableError(ServerError):
-    """A Triton server that is not there, or not now; asking later may help."""
+    """A Triton server that is not there, or not now; a later attempt may succeed."""
 
 
 class OverloadedError(UnavailableError):
     """A Triton server that refused a request because its queues are full."""
 
 
-def relocated(message: str, kind: str, start: int, names: Sequence[str]) -> str:
-    """An item's error, with its place among all items instead of the place in its batch.
-
-    Args:
-        message: names its item `images[2]` or `texts[2]` first, or, alone in a batch, not at all.
-        kind: `images` or `texts`.
-        start: place of the batch's first item among all.
-        names: of all items, such as paths; "" where there is none to tell.
-    """
-    found = re.match(rf"{kind}\[(\d+)\]:? ?", message)
-    if found is None and len(names) == 1:
-        return f"{names[0]}: {message}" if names[0] and names[0] not in message else message
-    index = start + (int(found[1]) if found else 0)
-    rest = message[found.end() :] if found else message
-    name = names[index] if names[index] not in rest else ""
-    return f"{kind}[{index}]{f' ({name})' if name else ''}: {rest}"
+def worded(sentence: str) -> str:
+    """Return the text of an error; every message passes here, and no code reads it again."""
+    return sentence

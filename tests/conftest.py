@@ -163,11 +163,11 @@ def tiny_bundle(tiny_checkpoint, quick_build, once):
 @pytest.fixture(scope="session")
 def tree_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
     """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
-    from export.kinds import Kind
+    from export.precisions import Precision
 
     output = tmp_path_factory.mktemp("tree") / "tiny-clip"
-    kinds = (Kind.FP32, Kind.INT8)
-    return quick_build(tiny_checkpoint, output, kinds=kinds, text_tree=True)
+    precisions = (Precision.FP32, Precision.INT8)
+    return quick_build(tiny_checkpoint, output, precisions=precisions, prefix_tree=True)
 
 
 @pytest.fixture(scope="session")

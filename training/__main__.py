@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
 
-from serving.cli.console import Json, log, out, run
+from serving.cli.console import Json, document, note, progress, result, run, table
 from training.shapes import PAIRS, label, write_folder
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -35,21 +34,21 @@ def shapes(
     """Make the demo checkpoint from nothing: draw pictures, train, measure."""
     from training.demo import default_settings, make_demo
 
-    report = make_demo(
-        output,
-        state_file(output),
-        default_settings(steps, seed),
-        pictures,
-        os.cpu_count() or 1,
-        resume,
-    )
+    with progress("drawing") as show:
+        report = make_demo(
+            output,
+            state_file(output),
+            default_settings(steps, seed),
+            pictures,
+            os.cpu_count() or 1,
+            resume,
+            show,
+        )
     if as_json:
-        print(report.to_json())
+        document(report)
         return
-    table = Table("pictures", "zero-shot top-1 of 100 captions", title=str(output))
-    table.add_row("seen pairs", f"{report.seen:.1%}")
-    table.add_row("held-out pairs", f"{report.held_out:.1%}")
-    out.print(table)
+    rows = [("seen pairs", f"{report.seen:.1%}"), ("held-out pairs", f"{report.held_out:.1%}")]
+    result(table(str(output), ("drawings", ">zero-shot top-1 of 100 captions"), rows))
 
 
 @app.command()
@@ -99,12 +98,14 @@ def folder(
         layers=layers,
         vocabulary=vocabulary,
     )
-    report = train_folder(directory, output, state_file(output), settings, sizes, start, resume)
+    with progress("reading images") as show:
+        state = state_file(output)
+        report = train_folder(directory, output, state, settings, sizes, start, resume, show)
     if as_json:
-        print(report.to_json())
+        document(report)
         return
-    out.print(
-        f"{output}: {report.pictures} pictures, {report.captions} captions, loss "
+    result(
+        f"{output}: {report.images} images, {report.captions} captions, loss "
         f"{report.first_loss:.3f} -> {report.last_loss:.3f}"
     )
 
@@ -118,15 +119,13 @@ def pictures(
     as_json: Json = False,
 ) -> None:
     """Draw a folder of captioned pictures: files, captions.txt, and all labels in labels.txt."""
-    import json
-
     written = write_folder(directory, count, seed, size)
     labels = directory / "labels.txt"
     labels.write_text("".join(f"{label(pair)}\n" for pair in PAIRS), encoding="utf-8")
     if as_json:
-        print(json.dumps({"directory": str(directory), "pictures": len(written)}))
+        document({"directory": str(directory), "images": len(written)})
         return
-    log.print(f"{len(written)} pictures in {directory}")
+    note(f"{len(written)} pictures in {directory}")
 
 
 if __name__ == "__main__":

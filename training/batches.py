@@ -13,7 +13,7 @@ from serving.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class PairKind:
     """Captions of one source, and how much of every batch they make up."""
 
     groups: Tensor
@@ -34,13 +34,13 @@ class Pairs:
     """int32 [captions, length], padded behind the end-of-text token."""
     picture_of: Tensor
     """int64 [captions]: the picture that a caption is about."""
-    kinds: dict[str, Kind]
+    kinds: dict[str, PairKind]
 
 
 class MixedBatches:
     """Batches that mix the kinds by their shares, in an order that seed and step alone decide."""
 
-    def __init__(self, kinds: dict[str, Kind], batch_size: int, seed: int) -> None:
+    def __init__(self, kinds: dict[str, PairKind], batch_size: int, seed: int) -> None:
         self.kinds = list(kinds.values())
         self.batch_size = batch_size
         self.seed = seed

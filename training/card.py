@@ -1,8 +1,7 @@
 """The model card of the demo checkpoint: what it is, how it was made, what was measured."""
 
-import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -49,13 +48,13 @@ Hugging Face layout: `transformers.CLIPModel.from_pretrained` loads it unchanged
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DemoReport:
     """What was made and how good it is; accuracies 0..1."""
 
     output: str
     seed: int
     steps: int
-    pictures: int
+    images: int
     parameters: int
     drawing_s: float
     training_s: float
@@ -65,13 +64,9 @@ class Report:
     held_out: float
     binding: float
 
-    def to_json(self) -> str:
-        """One JSON document on one line."""
-        return json.dumps(asdict(self))
-
 
 def card(
-    report: Report,
+    report: DemoReport,
     settings: Settings,
     pictures_asked: int,
     test_size: int,
@@ -105,7 +100,7 @@ def card(
         seed=report.seed,
         steps=report.steps,
         pictures_asked=pictures_asked,
-        pictures=report.pictures,
+        pictures=report.images,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         drawing_s=report.drawing_s,

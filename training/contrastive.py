@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from export.towers.clip import Clip
 from export.towers.resnet import ResNetConfig
-from serving.cli.console import log
 from serving.errors import CheckpointError
+from serving.util.progress import Progress, silent
 from training.batches import MixedBatches, Pairs
 
 MAX_LOGIT_SCALE = math.log(100)
 """Radford et al. 2021, 2.5: a scale above 100 made training unstable."""
+_REPORTED = 100
+"""Steps between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,12 @@ def make_optimizer(clip: Clip, settings: Settings) -> torch.optim.AdamW:
 
 
 def train(
-    clip: Clip, pairs: Pairs, settings: Settings, state: Path, resume: bool = False
+    clip: Clip,
+    pairs: Pairs,
+    settings: Settings,
+    state: Path,
+    resume: bool = False,
+    progress: Progress = silent,
 ) -> list[float]:
     """Train `clip` in place; returns the loss of every step, in nats.
 
@@ -120,16 +126,15 @@ def train(
     # Frozen towers stay in evaluation mode: batch norms would go on averaging.
     clip.train(not settings.projections_only)
     started, first = time.monotonic(), len(losses)
-    with reproducible(settings.threads // _parts(clip, settings)), _progress() as progress:
-        task = progress.add_task("training", total=settings.steps, completed=first, figures="")
+    with reproducible(settings.threads // _parts(clip, settings)):
         for step in range(first, settings.steps):
             losses.append(_step(clip, optimizer, pairs, batches(step), step, settings))
             if (step + 1) % settings.checkpoint_every == 0:
                 save_state(state, clip, optimizer, settings, losses)
             speed = (step + 1 - first) * settings.batch_size / (time.monotonic() - started)
-            rate = optimizer.param_groups[0]["lr"]
-            figures = f"loss {losses[-1]:.3f}  lr {rate:.1e}  {speed:.0f} pairs/s"
-            progress.update(task, advance=1, figures=figures)
+            if step % _REPORTED == 0 or step + 1 == settings.steps:
+                figures = f"training, loss {losses[-1]:.3f}, {speed:.0f} pairs/s"
+                progress(figures, step + 1, settings.steps)
     clip.eval()
     return losses
 
@@ -277,14 +282,3 @@ def plot_losses(losses: list[float], path: Path) -> None:
     axes.set(xlabel="step", ylabel="InfoNCE loss (nats)")
     axes.legend()
     figure.savefig(path, dpi=80)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=log,
-    )

@@ -12,16 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from export.checkpoints.vocabulary import clip_tokenizer, with_clip_steps
 from serving.bundles.manifest import ImageSpec, TextSpec
-from serving.cli.console import log
 from serving.errors import InputError
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import END, START
 from serving.inputs.tokenizer import Tokenizer as ServingTokenizer
+from serving.util.progress import Progress, silent, tracked
 
 END_OF_WORD = "</w>"
 MIN_VOCABULARY = 514
@@ -88,14 +87,16 @@ def encode(
         return torch.from_numpy(ServingTokenizer(path, spec)(texts, truncate=truncate))
 
 
-def load_pixels(paths: Sequence[Path], image: ImageSpec) -> torch.Tensor:
+def load_pixels(
+    paths: Sequence[Path], image: ImageSpec, progress: Progress = silent
+) -> torch.Tensor:
     """Decoded pictures, uint8 [paths, 3, size, size].
 
     Raises:
         ImageError: a picture cannot be decoded; the message names the file.
 
     """
-    pictures = track(paths, "reading pictures", console=log)
+    pictures = tracked(progress, "reading images", paths, len(paths))
     return torch.from_numpy(np.stack([preprocess(path, image) for path in pictures]))
 
 

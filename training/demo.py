@@ -12,8 +12,9 @@ from export.checkpoints.weight_names import save_checkpoint
 from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerConfig
 from serving.bundles.manifest import ImageSpec, TextSpec
 from serving.util.files import write_text
-from training.batches import Kind, Pairs
-from training.card import Report, card
+from serving.util.progress import Progress, silent
+from training.batches import PairKind, Pairs
+from training.card import DemoReport, card
 from training.contrastive import Settings, plot_losses, reproducible, train
 from training.dataset import encode, text_spec, train_tokenizer
 from training.initialise import initialise
@@ -91,7 +92,7 @@ def make_pairs(drawn: dict[str, Drawn], input_ids: Tensor) -> Pairs:
         members = KINDS[kind].members
         # [groups, members, captions of each] -> one row for each caption of all members.
         groups = captions.view(-1, members, CAPTIONS).transpose(1, 2).reshape(-1, members)
-        kinds[kind] = Kind(groups, SHARES[kind], 0 if kind == "portrait" else PORTRAIT_STEPS)
+        kinds[kind] = PairKind(groups, SHARES[kind], 0 if kind == "portrait" else PORTRAIT_STEPS)
         first += len(captions)
     pixels = torch.from_numpy(np.concatenate([part.pixels for part in drawn.values()]))
     pictures = torch.arange(len(pixels)).repeat_interleave(CAPTIONS)
@@ -99,8 +100,14 @@ def make_pairs(drawn: dict[str, Drawn], input_ids: Tensor) -> Pairs:
 
 
 def make_demo(
-    output: Path, state: Path, settings: Settings, pictures: int, workers: int, resume: bool
-) -> Report:
+    output: Path,
+    state: Path,
+    settings: Settings,
+    pictures: int,
+    workers: int,
+    resume: bool,
+    progress: Progress = silent,
+) -> DemoReport:
     """Draw, train, measure, and write the checkpoint with its card and loss curve to `output`.
 
     Args:
@@ -110,7 +117,7 @@ def make_demo(
     """
     started = time.monotonic()
     counts = {kind: math.ceil(pictures * SHARES[kind]) for kind in KINDS}
-    drawn = draw_pool(counts, IMAGE, settings.seed, workers)
+    drawn = draw_pool(counts, IMAGE, settings.seed, workers, progress)
     captions = [text for part in drawn.values() for texts in part.captions for text in texts]
     tokenizer = train_tokenizer(captions, VOCABULARY)
     spec = text_spec(tokenizer, CONTEXT_LENGTH)
@@ -122,7 +129,7 @@ def make_demo(
     with reproducible(settings.threads):
         initialise(clip.image, pairs.pixels[:: max(1, len(pairs.pixels) // 1000)])
     torch.nn.init.constant_(clip.logit_scale, math.log(FIRST_SCALE))
-    losses = train(clip, pairs, settings, state, resume)
+    losses = train(clip, pairs, settings, state, resume, progress)
     training_s = time.monotonic() - started - drawing_s
 
     save_checkpoint(output, clip, IMAGE, tokenizer, TEMPLATES)
@@ -130,14 +137,14 @@ def make_demo(
     model = Model(clip, IMAGE, tokenizer, spec)
     test_seed = settings.seed + 1_000_000
     seen, held_out = (
-        zero_shot_accuracy(model, TEMPLATES, part, test_seed, count, TEST_SIZE)
+        zero_shot_accuracy(model, TEMPLATES, part, test_seed, count, TEST_SIZE, progress)
         for part, count in zip((SEEN, HELD_OUT), TEST_PICTURES, strict=False)
     )
-    report = Report(
+    report = DemoReport(
         output=str(output),
         seed=settings.seed,
         steps=settings.steps,
-        pictures=len(pairs.pixels),
+        images=len(pairs.pixels),
         parameters=sum(parameter.numel() for parameter in clip.parameters()),
         drawing_s=round(drawing_s, 1),
         training_s=round(training_s, 1),

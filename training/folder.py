@@ -1,7 +1,6 @@
 """Trains a CLIP on a folder of captioned pictures, from nothing or from a checkpoint."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,8 @@ from export.towers.clip import Clip, ClipConfig, TextConfig, VisionTransformerCo
 from export.towers.resnet import ResNetConfig
 from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import InputError
-from training.batches import Kind, Pairs
+from serving.util.progress import Progress, silent
+from training.batches import PairKind, Pairs
 from training.contrastive import Settings, plot_losses, reproducible, train
 from training.dataset import encode, load_pixels, read_folder, text_spec, train_tokenizer
 from training.demo import IMAGE
@@ -48,17 +48,13 @@ class FolderReport:
     """What was made."""
 
     output: str
-    pictures: int
+    images: int
     captions: int
     steps: int
     parameters: int
     first_loss: float
     last_loss: float
     """In nats."""
-
-    def to_json(self) -> str:
-        """One JSON document on one line."""
-        return json.dumps(asdict(self))
 
 
 def image_spec(sizes: Sizes) -> ImageSpec:
@@ -127,6 +123,7 @@ def train_folder(
     sizes: Sizes,
     start: str | None = None,
     resume: bool = False,
+    progress: Progress = silent,
 ) -> FolderReport:
     """Train on the pairs of `folder`, and write the checkpoint and its loss curve to `output`.
 
@@ -154,21 +151,21 @@ def train_folder(
     paths = sorted({path for path, _ in listed})
     numbers = {path: number for number, path in enumerate(paths)}
     pairs = Pairs(
-        pixels=load_pixels(paths, model.image),
+        pixels=load_pixels(paths, model.image, progress),
         input_ids=encode(model.tokenizer, model.text, captions, truncate=True),
         picture_of=torch.tensor([numbers[path] for path, _ in listed]),
-        kinds={"pairs": Kind(torch.arange(len(listed))[:, None], 1.0)},
+        kinds={"pairs": PairKind(torch.arange(len(listed))[:, None], 1.0)},
     )
     if start is None:
         with reproducible(settings.threads):
             initialise(model.clip.image, pairs.pixels[:1000])
-    losses = train(model.clip, pairs, settings, state, resume)
+    losses = train(model.clip, pairs, settings, state, resume, progress)
     save_checkpoint(output, model.clip, model.image, model.tokenizer, templates)
     plot_losses(losses, output / "loss.png")
     state.unlink(missing_ok=True)
     return FolderReport(
         output=str(output),
-        pictures=len(paths),
+        images=len(paths),
         captions=len(captions),
         steps=settings.steps,
         parameters=sum(parameter.numel() for parameter in model.clip.parameters()),

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from export.towers.clip import Clip
 from serving.bundles.manifest import ImageSpec, TextSpec
-from serving.cli.console import log
 from serving.inputs.preprocess import preprocess
+from serving.util.progress import Progress, silent, tracked
 from training.dataset import encode
 from training.scenes import swapped_couples
 from training.shapes import PAIRS, SEEN, Pair, draw, draw_labelled, label
@@ -54,7 +53,13 @@ def embed_labels(model: Model, labels: Sequence[str], templates: Sequence[str]) 
 
 
 def zero_shot_accuracy(
-    model: Model, templates: Sequence[str], pairs: Sequence[Pair], seed: int, count: int, size: int
+    model: Model,
+    templates: Sequence[str],
+    pairs: Sequence[Pair],
+    seed: int,
+    count: int,
+    size: int,
+    progress: Progress = silent,
 ) -> float:
     """Share, 0..1, of `count` fresh pictures of `pairs` that get the right one of all 100 labels.
 
@@ -63,7 +68,7 @@ def zero_shot_accuracy(
         size: pixels the pictures are drawn at, before the model's own preprocessing.
     """
     labels = [label(pair) for pair in PAIRS]
-    drawn = track(draw_labelled(seed, count, size, pairs), "measuring", total=count, console=log)
+    drawn = tracked(progress, "measuring", draw_labelled(seed, count, size, pairs), count)
     pixels, truth = [], []
     for picture, text in drawn:
         pixels.append(preprocess(picture, model.image))

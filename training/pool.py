@@ -12,11 +12,10 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import track
 
 from serving.bundles.manifest import ImageSpec
-from serving.cli.console import log
 from serving.inputs.preprocess import preprocess
+from serving.util.progress import Progress, silent, tracked
 from training.scenes import COLOURS, SEEN, Pair, Scene, choose, lineup, portraits, swapped_couples
 from training.shapes import TEMPLATES, caption, draw, label
 
@@ -85,7 +84,11 @@ def draw_chunk(image: ImageSpec, seed: int, kind: str, chunk: int) -> Drawn:
 
 
 def draw_pool(
-    counts: Mapping[str, int], image: ImageSpec, seed: int, workers: int
+    counts: Mapping[str, int],
+    image: ImageSpec,
+    seed: int,
+    workers: int,
+    progress: Progress = silent,
 ) -> dict[str, Drawn]:
     """Draw pictures on `workers` processes: of each kind its count, rounded up to whole chunks."""
     jobs = [(kind, chunk) for kind in counts for chunk in range(-(-counts[kind] // CHUNK))]
@@ -93,7 +96,7 @@ def draw_pool(
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
         chunks = executor.map(job, *zip(*jobs, strict=True))
-        parts = list(track(chunks, "drawing", len(jobs), console=log))
+        parts = list(tracked(progress, "drawing", chunks, len(jobs)))
     drawn = {}
     for kind in counts:
         own = [part for part, (name, _) in zip(parts, jobs, strict=True) if name == kind]

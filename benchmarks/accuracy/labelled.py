@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.errors import InputError
-from serving.util.directories import find_pictures, read_captions, read_lines
+from serving.util.directories import find_images, read_captions, read_lines
 
 CLASS_NAMES = "classnames.txt"
 
@@ -29,7 +29,7 @@ def read_folder(folder: Path) -> LabelledFolder:
         InputError: there are none, or a picture's folder has no name in `classnames.txt`.
         TextError: a text file is not UTF-8.
     """
-    pictures = find_pictures(folder)
+    pictures = find_images(folder)
     if (folder / "captions.txt").exists():
         return _captioned(folder, pictures)
     return _image_folder(folder, pictures)

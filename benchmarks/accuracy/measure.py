@@ -13,7 +13,7 @@ A folder is either
 - `DIR/label/*.jpg`, as torchvision's ImageFolder reads it; what is put into templates are the names
   of the folders, or those in `DIR/classnames.txt` (`folder, name` a line); or
 - flat, with `captions.txt` (`file, label` a line), and `labels.txt` where only some captions are
-  labels; as `python -m training pictures` draws it and `python -m export --labelled` reads it.
+  labels; as `python -m training pictures` draws it and `clip-deploy export --labelled` reads it.
 
 ImageNetV2 (Recht et al. 2019), matched-frequency, is 10,000 pictures in folders `0` to `999`. Write
 OpenAI's 1,000 class names to `classnames.txt` and the 80 templates of the same notebook to a file,
@@ -23,11 +23,11 @@ to meet for OpenAI's ViT-B/32 is 55.93 % top-1; a version of the notebook whose 
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from benchmarks.accuracy.intervals import paired_difference, wilson
 from benchmarks.accuracy.labelled import read_folder
 from benchmarks.machine.environment import environment
+from benchmarks.machine.timing import once
 from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 from export.gate.verify import checkpoint_of
 from export.pipeline import tower_of
@@ -48,8 +49,8 @@ from serving.inputs.tokenizer import Tokenizer
 from serving.runners.base import Batch, Embeddings, Runner
 from serving.runners.registry import missing, open_runner
 from serving.runners.spec import runners_of
-from serving.tasks.zero_shot import unit_length
-from serving.util.progress import Steps
+from serving.tasks.zero_shot import ClassEmbeddings
+from serving.util.progress import Progress
 from serving.util.results import AccuracyRow, AccuracyRun, LeftOut
 
 REFERENCE = "eager:fp32"
@@ -91,7 +92,7 @@ class _Model:
 def accuracy(
     bundle: Bundle,
     folder: Path,
-    progress: Steps,
+    progress: Progress,
     *,
     templates: Sequence[str] | None = None,
     patterns: Sequence[str] = ("*",),
@@ -119,8 +120,9 @@ def accuracy(
     models = _models(bundle, patterns, left_out)
 
     def keep_labels(model: _Model, embeddings: Embeddings) -> None:
-        every = embeddings.reshape(-1, len(texts.templates), embeddings.shape[1])
-        model.labels.append(unit_length(every.mean(axis=1)))
+        some = ClassEmbeddings(len(embeddings) // len(texts.templates), len(texts.templates))
+        some.add(range(len(embeddings)), embeddings)
+        model.labels.append(some.unit())
 
     def keep_top(model: _Model, embeddings: Embeddings) -> None:
         scores = (embeddings @ np.concatenate(model.labels).T)[:, columns]
@@ -188,13 +190,13 @@ def _runners(bundle: Bundle, tower: Tower) -> dict[str, Runner]:
     """By name, what runs the bundle's artifacts of one tower in this environment."""
     found: dict[str, Runner] = {}
     for artifact in bundle.manifest.artifacts:
-        if artifact.tower != tower or artifact.kind == "tree":  # which is for label sets alone
+        if artifact.graph != tower:
             continue
         if artifact.kind == "torchscript":
             traced = TorchScriptRunner(bundle.verified(artifact))
             found[traced.name] = traced
-        names = [name for name in runners_of(artifact) if missing(name) is None]
-        found |= {name: open_runner(bundle, tower, name) for name in names}
+        here = [spec for spec in runners_of(artifact) if missing(spec) is None]
+        found |= {str(spec): open_runner(bundle, tower, spec) for spec in here}
     return found
 
 
@@ -231,13 +233,13 @@ def _timed(model: _Model, tower: Tower, batches: list[Batch]) -> Embeddings:
     runner, parts = model.runners[tower], []
     runner.run(batches[0])  # for what the runner before it left in caches and spinning threads
     for batch in batches:
-        start = time.perf_counter()
-        parts.append(runner.run(batch))
-        model.timings[tower].append((len(batch), time.perf_counter() - start))
+        embeddings, seconds = once(partial(runner.run, batch))
+        parts.append(embeddings)
+        model.timings[tower].append((len(batch), seconds))
     return np.concatenate(parts)
 
 
-def _text_turns(texts: LabelSet, tokenizer: Tokenizer, progress: Steps) -> Iterator[list[Batch]]:
+def _text_turns(texts: LabelSet, tokenizer: Tokenizer, progress: Progress) -> Iterator[list[Batch]]:
     count = len(texts.templates)
     step = max(1, _TURN * BATCH // count) * count
     for start in range(0, len(texts), step):
@@ -257,7 +259,7 @@ def _image_turns(
     spec: ImageSpec,
     kept: list[int],
     skipped: list[str],
-    progress: Steps,
+    progress: Progress,
 ) -> Iterator[list[Batch]]:
     pixels: list[NDArray[np.uint8]] = []
     for done, (index, file) in enumerate(files.items(), 1):
@@ -316,7 +318,7 @@ def _passed(bundle: Bundle, name: str) -> bool | None:
     every = [
         a
         for a in bundle.manifest.artifacts
-        if a.kind != "tree" and any(v.runner == name for v in a.verdicts)
+        if a.graph in TOWERS and any(v.runner == name for v in a.verdicts)
     ]
     passed = {tower: [a.passed(name) for a in every if a.tower == tower] for tower in TOWERS}
     if any(verdicts and not any(verdicts) for verdicts in passed.values()):

@@ -19,7 +19,7 @@ from serving.bundles.manifest import Tower
 from serving.errors import BundleError, RunnerError
 from serving.runners.base import Batch, Runner
 from serving.runners.registry import open_runner
-from serving.runners.spec import RUNNERS, graph_of, library_of
+from serving.runners.spec import RUNNERS, RunnerSpec, device_of, graph_of, runtime_of
 from serving.util.extras import require
 from serving.util.results import Device, Matrix
 
@@ -35,20 +35,14 @@ _TORCH: dict[Device, tuple[str, ...]] = {
 }
 
 
-def on_gpu(name: str) -> bool:
-    """Return whether the runner called `name` computes on a GPU."""
-    runtime = name.partition(":")[0]
-    return "cuda" in runtime or "tensorrt" in runtime
-
-
 NAMES: dict[Device, tuple[str, ...]] = {
     "cpu": (
         *(REFERENCE["cpu"], *_TORCH["cpu"], *PEERS),
-        *(name for name in RUNNERS if not on_gpu(name)),
+        *(str(spec) for spec in RUNNERS if device_of(spec) == "cpu"),
     ),
     "cuda": (
         *(REFERENCE["cuda"], *_TORCH["cuda"]),
-        *(name for name in RUNNERS if on_gpu(name)),
+        *(str(spec) for spec in RUNNERS if device_of(spec) == "cuda"),
         *("eager:fp32", "openvino:int8"),  # CPU baselines
     ),
 }
@@ -131,15 +125,15 @@ def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
     Raises:
         ClipDeployError: it is not available here; the message has the reason.
     """
-    runtime, _, precision = name.partition(":")
+    spec = RunnerSpec.parse(name)
     module = tower_of(inputs.checkpoint, tower)
-    weights = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}.get(precision, 4) * _weights(module)
+    weights = {"fp16": 2, "bf16": 2}.get(spec.precision, 4) * _weights(module)
     if name in PEERS:
-        return _peer(inputs, tower, name, weights)
-    kind, _, device = runtime.partition("-")
-    device = device or "cpu"
+        return _peer(inputs, tower, spec, weights)
+    device, kind = device_of(spec), spec.runtime.removesuffix("-cuda")
     if kind in ("eager", "compiled"):
-        runner = (EagerRunner if kind == "eager" else CompiledRunner)(module, device, precision)  # type: ignore[arg-type]
+        made = EagerRunner if kind == "eager" else CompiledRunner
+        runner = made(module, device, spec.precision)  # type: ignore[arg-type]
         padded = name in REFERENCE.values()
         return Candidate(tower=tower, runner=runner, padded=padded, weight_bytes=weights)
     if kind == "torchscript":
@@ -153,7 +147,7 @@ def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
         return Candidate(tower=tower, runner=traced, weight_bytes=weights)
     if inputs.bundle is None:
         raise BundleError(f"{name} runs graphs of a bundle; export the checkpoint and measure that")
-    library, graph = library_of(name), graph_of(name)
+    library, graph = runtime_of(spec).library, graph_of(spec)
     artifact = inputs.bundle.artifact(tower, graph)
     if library is not None:
         artifact = inputs.bundle.plans(tower, graph, library)[0]
@@ -161,24 +155,25 @@ def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
     table = _table(module) * (2 if "fp16" in graph else 4)
     return Candidate(
         tower=tower,
-        runner=open_runner(inputs.bundle, tower, name),
+        runner=open_runner(inputs.bundle, tower, spec),
         weight_bytes=max(0, every - table),
     )
 
 
-def _peer(inputs: Inputs, tower: Tower, name: str, weights: int) -> Candidate:
-    if name == "transformers-longest:fp32" and tower == "image":
+def _peer(inputs: Inputs, tower: Tower, spec: RunnerSpec, weights: int) -> Candidate:
+    longest = spec.runtime == "transformers-longest"
+    if longest and tower == "image":
         raise RunnerError("images are not padded: see transformers:fp32")
-    peer, spec = inputs.peer(), inputs.checkpoint.image
+    peer = inputs.peer()
     runner: PeerRunner = TransformersRunner(peer, tower)
-    if name.startswith("onnxruntime"):
+    if spec.runtime == "onnxruntime-plain":
         runner = PlainOnnxRunner(peer, tower, inputs.scratch)
-    runner.name = name
+    runner.spec = spec
     return Candidate(
         tower=tower,
         runner=runner,
-        prepare=functools.partial(runner.prepared, spec=spec),
-        padded="longest" not in name,
+        prepare=functools.partial(runner.prepared, spec=inputs.checkpoint.image),
+        padded=not longest,
         weight_bytes=weights,
     )
 

@@ -19,7 +19,7 @@ from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOWERS, Tower
 from serving.runners.base import Batch
 from serving.runners.registry import open_runner
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RUNNERS, RunnerSpec
 
 BATCH, LENGTH = 32, 16
 
@@ -42,13 +42,14 @@ def measure(bundle: Bundle, checkpoint: Path, scratch: Path, name: str) -> dict[
     }
     start = time.perf_counter()
     with ExitStack() as stack:
-        if name in RUNNERS:
+        spec = RunnerSpec.parse(name)
+        if spec in RUNNERS:
             runs: dict[Tower, Run] = {
-                tower: stack.enter_context(open_runner(bundle, tower, name)).run for tower in TOWERS
+                tower: stack.enter_context(open_runner(bundle, tower, spec)).run for tower in TOWERS
             }
-        elif name.startswith("onnxruntime"):
+        elif spec.runtime == "onnxruntime-plain":
             runs = {tower: _plain(bundle, scratch, tower) for tower in TOWERS}
-        elif name.startswith("transformers"):
+        elif spec.runtime == "transformers":
             runs = _transformers(bundle, checkpoint)
         else:
             runs = _torch(checkpoint, scratch, name, stack)
@@ -98,7 +99,7 @@ def _transformers(bundle: Bundle, checkpoint: Path) -> dict[Tower, Run]:
 def _torch(checkpoint: Path, scratch: Path, name: str, stack: ExitStack) -> dict[Tower, Run]:
     from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 
-    if name.startswith("torchscript"):
+    if RunnerSpec.parse(name).runtime == "torchscript":
         traced = {t: TorchScriptRunner(scratch / f"{t}.torchscript.pt") for t in TOWERS}
         return {tower: stack.enter_context(traced[tower]).run for tower in TOWERS}
     from export.checkpoints.load import load_checkpoint

@@ -26,6 +26,7 @@ from export.checkpoints.load import Checkpoint
 from export.checkpoints.weight_names import save_checkpoint
 from serving.bundles.manifest import ImageSpec, Tower
 from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.spec import RunnerSpec
 from serving.util.extras import require
 from serving.util.machine import cpu_count
 
@@ -102,7 +103,7 @@ class PeerRunner(LoadedRunner):
     runtime: ClassVar[str]
 
     def __init__(self, peer: Peer, tower: Tower) -> None:
-        self.name, self.runtime_version = f"{self.runtime}:fp32", peer.version
+        self.spec, self.runtime_version = RunnerSpec(self.runtime, "fp32"), peer.version
         self._peer, self._tower = peer, tower
 
     @abstractmethod

@@ -15,21 +15,23 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.latency.candidates import Inputs
 from benchmarks.latency.record import Record
-from benchmarks.latency.turns import Turns, timing_of
+from benchmarks.latency.turns import Turns
 from benchmarks.load.workload import jpegs
+from benchmarks.machine.timing import timing_of
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import Tower
+from serving.bundles.manifest import TOWERS, Tower
 from serving.clients.local import LocalClip
 from serving.inputs.decode import decode
 from serving.inputs.preprocess import to_pixels
 from serving.inputs.tokenizer import Tokenizer
-from serving.runners.autotune import passed, time_runners
+from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
 from serving.util.results import StageLatency
 
 PICTURES, TEXTS, TOKENS = 4, 8, 10
 PASSES = 50
 """Of tokenizers over the texts: one takes a fifth of a millisecond, which cannot be timed alone."""
+_QUICK = ("text: tokenize", "text: transformers tokenizer")
 _WORDS = (
     *("a", "red", "dog", "by", "the", "sea", "an", "old", "man", "at", "night", "snow", "on"),
     *("one", "house", "two", "cats", "in", "my", "park"),
@@ -60,10 +62,7 @@ NAMES = (
 def stages(record: Record, inputs: Inputs) -> Iterator[dict[str, Stage]]:
     """Every stage, on the fastest runners that passed the gate."""
     bundle = record.bundle_of(inputs, "stages")
-    chosen: dict[Tower, str] = {
-        tower: time_runners(bundle, tower, passed(bundle, tower))[0].runner
-        for tower in ("image", "text")
-    }
+    chosen: dict[Tower, str] = {tower: str(fastest(bundle, tower)) for tower in TOWERS}
     with (
         open_runner(bundle, "image", chosen["image"]) as images,
         open_runner(bundle, "text", chosen["text"]) as texts,
@@ -79,7 +78,7 @@ def _stage(name: str, call: Callable[[], Any], chosen: dict[Tower, str]) -> Stag
     tower: Tower = "image" if name.startswith("image") else "text"
     runner = "transformers:fp32" if "transformers" in name else chosen[tower]
     items = PICTURES if tower == "image" else TEXTS
-    if "tokeni" in name:
+    if name in _QUICK:
         items, call = items * PASSES, partial(_again, call)
     return Stage(name=name, tower=tower, runner=runner, items=items, call=call)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from serving.util.results import Timing
+from benchmarks.machine.timing import once
 
 _TURN_SECONDS, _TURN_RUNS = 0.15, 30
 """A turn lasts about this long and has at most one run more than this. Half of the runs are timed.
@@ -43,8 +43,8 @@ class Turns:
         """Timed runs of the reference, a list a turn."""
         seconds = self._refer()
         self._reference_untimed, self._reference_timed = _turn_of(seconds)
-        _seconds(call)  # allocation, compilation
-        more = _seconds(call)
+        once(call)  # allocation, compilation
+        _, more = once(call)
         self._untimed, self._timed = _turn_of(more)
         self._both = _REST_SECONDS + sum(_turn_of(seconds)) * seconds + sum(_turn_of(more)) * more
         self._rounds = 0
@@ -88,15 +88,8 @@ class Turns:
         return min(15, max(least, int(budget / self._both)))
 
     def _refer(self) -> float:
-        start = time.perf_counter()
-        self.reference_result = self._reference()
-        return time.perf_counter() - start
-
-
-def timing_of(seconds: Sequence[float]) -> Timing:
-    """Summarize repeated measurements of one call."""
-    low, middle, high = np.percentile(np.multiply(seconds, 1e3), (25, 50, 75)).tolist()
-    return Timing(milliseconds=middle, quartiles=(low, high), rounds=len(seconds))
+        self.reference_result, seconds = once(self._reference)
+        return seconds
 
 
 def _turn_of(seconds: float) -> tuple[int, int]:
@@ -104,9 +97,3 @@ def _turn_of(seconds: float) -> tuple[int, int]:
     settle = math.ceil(_TURN_SECONDS / seconds)
     runs = 1 if settle == 1 else min(settle, _TURN_RUNS) + 1
     return runs // 2, runs - runs // 2
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

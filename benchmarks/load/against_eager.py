@@ -5,19 +5,20 @@ median.
 """
 
 import statistics
-import time
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load.workload import jpegs
+from benchmarks.machine.timing import once
 from export.gate.torch_runners import EagerRunner
 from export.gate.verify import checkpoint_of
 from serving.bundles.bundle import Bundle
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.inputs.preprocess import preprocess
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 from serving.util.results import AgainstEager
 
 EAGER_BATCH = 32
@@ -27,7 +28,7 @@ _ALONE = 10
 
 
 def against_eager(
-    bundle: Bundle, url: str, count: int, rounds: int, progress: Steps, *, runner: str | None
+    bundle: Bundle, url: str, count: int, rounds: int, progress: Progress, *, runner: str | None
 ) -> AgainstEager:
     """Measure both ways over `count` pictures of 640x480; the server at `url` serves `bundle`.
 
@@ -52,12 +53,10 @@ def against_eager(
         client.embed_images(pictures)
         eager.run(np.stack([preprocess(p, spec) for p in pictures[:EAGER_BATCH]]))
         for turn in range(rounds):
-            start = time.perf_counter()
-            mine = client.embed_images(pictures)
-            serve_s.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            theirs = loop()
-            eager_s.append(time.perf_counter() - start)
+            mine, seconds = once(partial(client.embed_images, pictures))
+            serve_s.append(seconds)
+            theirs, seconds = once(loop)
+            eager_s.append(seconds)
             if mine.shape != theirs.shape:
                 raise ServerError(
                     f"{url} serves another model than {bundle.path}: its embeddings have "
@@ -65,9 +64,8 @@ def against_eager(
                 )
             differences.append(float(np.abs(mine - theirs).max()))
             for picture in pictures[:_ALONE]:
-                start = time.perf_counter()
-                client.embed_images([picture])
-                alone_s.append(time.perf_counter() - start)
+                _, seconds = once(partial(client.embed_images, [picture]))
+                alone_s.append(seconds)
             progress("eager against served", turn + 1, rounds)
     return AgainstEager(
         images=count,

@@ -36,7 +36,7 @@ from serving.errors import InputError, RunnerError, ServerError
 from serving.triton.repository import assemble, assembled_latencies
 from serving.triton.server import TritonServer
 from serving.util.files import sha256_of
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 from serving.util.results import (
     Agreement,
     Environment,
@@ -53,7 +53,7 @@ Urls = Mapping[Wire, str]
 
 
 def measure_embedded(
-    bundle: Bundle, plan: Plan, repository: Path, runner: str, progress: Steps
+    bundle: Bundle, plan: Plan, repository: Path, runner: str, progress: Progress
 ) -> LoadRun:
     """Assemble `bundle` to `repository`, serve it by the embedded Triton, and measure that.
 
@@ -82,7 +82,7 @@ def measure_embedded(
 
 
 def measure_running(
-    bundle: Bundle, plan: Plan, urls: Urls, progress: Steps, admin_key: str | None = None
+    bundle: Bundle, plan: Plan, urls: Urls, progress: Progress, admin_key: str | None = None
 ) -> LoadRun:
     """Measure the server at `urls`, which serves `bundle`; a protocol without a URL is left out.
 
@@ -164,7 +164,7 @@ def _measure(
     urls: Urls,
     admin_key: str | None,
     run: LoadRun,
-    progress: Steps,
+    progress: Progress,
 ) -> LoadRun:
     start = time.monotonic()
     for url in urls.values():
@@ -215,7 +215,7 @@ class _Session:
         urls: Urls,
         admin_key: str | None,
         client: Client,
-        show: Steps,
+        show: Progress,
         *,
         fresh: bool,
     ) -> None:

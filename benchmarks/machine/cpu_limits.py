@@ -5,7 +5,6 @@ multiplies bfloat16 a hundred times slower than float32, and which runtime has t
 depends on the CPU. So each precision is multiplied by all of them, and the best rate is kept.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from statistics import median
 
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.machine.limits import timed
+from benchmarks.machine.timing import once, timed
 from serving.util.machine import cpu_count, cpu_info
 from serving.util.results import Limits
 
@@ -36,9 +35,7 @@ def cpu_limits(rounds: int = 3) -> Limits:
     for precision in ("fp32", "bf16", "int8"):
         for size in _SIZES:
             for library, call in _products(precision, size):
-                start = time.perf_counter()
-                call()
-                if time.perf_counter() - start > _SLOW_SECONDS:
+                if once(call)[1] > _SLOW_SECONDS:
                     continue
                 rate = 2 * size**3 / median(timed(call, "cpu", rounds)) / 1e12
                 rates[precision] = max(rates.get(precision, (0.0, 0, "")), (rate, size, library))

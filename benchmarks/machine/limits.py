@@ -1,8 +1,6 @@
 """What a device does at best, measured, and what a tower asks of it, counted."""
 
 import functools
-import math
-import time
 from collections.abc import Callable
 from statistics import median
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine.timing import timed
 from export.checkpoints.architectures import OPENAI_MEAN, OPENAI_STD
 from export.gate.torch_runners import allow_tf32
 from export.towers.clip import Clip, ClipConfig
@@ -21,12 +20,6 @@ from serving.util.results import Limits
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_ROUND_SECONDS = 0.02
-"""A round repeats what takes less, so that a clock and a synchronisation weigh nothing."""
-_REPEATS = 200
-_WARM_UP_SECONDS = 0.1
-"""Before the first round, and at least two calls: an idle GPU raises its clocks first."""
-_WARM_UPS = 200
 
 
 def measure_limits(
@@ -72,35 +65,6 @@ def _product(precision: str, size: int, device: str) -> Callable[[], Tensor]:
         return x @ y
 
     return product
-
-
-def timed(call: Callable[[], object], device: str, rounds: int) -> list[float]:
-    """Seconds that one `call` takes, a value a round; what it left undone on `device` is awaited.
-
-    A round repeats a short call and divides. Calls before the first round warm up.
-    """
-    once, warm_until = 0.0, time.perf_counter() + _WARM_UP_SECONDS
-    for _ in range(_WARM_UPS):
-        start = time.perf_counter()
-        call()
-        _synchronize(device)
-        once = time.perf_counter() - start
-        if start > warm_until:
-            break
-    repeats = min(_REPEATS, max(1, math.ceil(_ROUND_SECONDS / once)))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        _synchronize(device)
-        seconds.append((time.perf_counter() - start) / repeats)
-    return seconds
-
-
-def _synchronize(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def require(device: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.latency.candidates import on_gpu
+from serving.runners.spec import RunnerSpec, device_of
 from serving.util.results import InTurns, LatencyRun, Tower, TowerLatency
 
 Work = tuple[Tower, int, int | None]
@@ -42,11 +42,17 @@ def limit(run: LatencyRun, one: TowerLatency) -> float | None:
 
     None: it was not measured, or the entry ran elsewhere than on the run's device.
     """
-    if on_gpu(one.runner) != (run.device == "cuda"):
+    spec = RunnerSpec.parse(one.runner)
+    if device_of(spec) != run.device:
         return None
-    name = one.runner.partition(":")[2].partition("-")[0]
+    name = multiplied_in(spec)
     # CPUs have no products of half floats: runtimes turn such graphs into float32.
     return run.limits.matmul_tflops.get("fp32" if run.device == "cpu" and name == "fp16" else name)
+
+
+def multiplied_in(spec: RunnerSpec) -> str:
+    """Return the precision of a runner's matrix products: `int8` of `int8-fp16`."""
+    return "int8" if spec.precision.startswith("int8") else spec.precision
 
 
 def tflops(one: TowerLatency) -> float:
@@ -62,7 +68,7 @@ def fraction(run: LatencyRun, one: TowerLatency) -> float | None:
 
 def bytes_fraction(run: LatencyRun, one: TowerLatency) -> float | None:
     """Return the rate at which weights are read as a share of a copy's; it limits small batches."""
-    if on_gpu(one.runner) != (run.device == "cuda"):
+    if device_of(RunnerSpec.parse(one.runner)) != run.device:
         return None
     seconds = (one.device_timing or one.timing).milliseconds / 1e3
     return one.weight_bytes / 1e9 / seconds / run.limits.copy_gb_per_s

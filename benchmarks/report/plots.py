@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.analysis import works
+from benchmarks.report.analysis import multiplied_in, works
 from benchmarks.report.sections import slug
+from serving.runners.spec import RunnerSpec
 from serving.util.extras import require
 from serving.util.results import AccuracyRun, LatencyRun, LoadRun, Results, TowerLatency
 
@@ -68,9 +69,9 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _look(runner: str) -> dict[str, Any]:
-    runtime, _, precision = runner.partition(":")
-    family = max((f for f in _COLORS if runtime.startswith(f)), key=len, default="eager")
-    dash = _DASHES[precision.partition("-")[0]]
+    spec = RunnerSpec.parse(runner)
+    family = max((f for f in _COLORS if spec.runtime.startswith(f)), key=len, default="eager")
+    dash = _DASHES[multiplied_in(spec)]
     return {"color": _COLORS[family], "linestyle": dash, "marker": "o", "markersize": 4}
 
 

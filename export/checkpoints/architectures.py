@@ -99,6 +99,15 @@ class KnownModel:
     """Hub repository whose tokenizer fits, for files that bring none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownCheckpoints:
+    """What `clip-deploy list --json` prints."""
+
+    models: tuple[KnownModel, ...]
+    architectures: dict[str, ClipConfig]
+    """By name, as `KnownModel.architecture` and `random:NAME` give it."""
+
+
 def _openai(name: str, architecture: str, sha256: str) -> KnownModel:
     file = name.replace("/", "-").replace("@", "-")
     return KnownModel(

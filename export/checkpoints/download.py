@@ -64,7 +64,7 @@ def _snapshot(repo: str, patterns: list[str], needed: str) -> Path:
         raise CheckpointError(
             f"{repo!r} could not be fetched from the Hugging Face hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id "
-            "(`python -m export list` shows known ones), the network, or give a local directory"
+            "(`clip-deploy list` shows known ones), the network, or give a local directory"
         ) from error
     if not any(path.glob(needed)):
         raise CheckpointError(f"{repo} holds no {needed}; it is not a CLIP checkpoint")

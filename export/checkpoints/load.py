@@ -125,7 +125,7 @@ def _unknown(name: str) -> CheckpointError:
     hint = _suggestion(name, cutoff=0.5)
     return CheckpointError(
         f"unknown checkpoint {name!r}: no such file or directory, and not a known name; {hint}"
-        "`python -m export list` shows the known ones, any Hugging Face id 'owner/name' works too"
+        "`clip-deploy list` shows the known ones, any Hugging Face id 'owner/name' works too"
     )
 
 

@@ -1,18 +1,19 @@
 """The commands of `python -m export`: from a checkpoint to a verified bundle."""
 
-import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
+from export.cli.documents import ExportedBundle
 from export.int8 import Method
-from export.kinds import DEFAULT_KINDS, Kind, Library
+from export.precisions import DEFAULT_PRECISIONS, Precision
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Json, log, out, steps
+from serving.bundles.engine_facts import Library
+from serving.cli.console import Cell, Json, document, note, progress, result, table
 from serving.errors import InputError
 from serving.util.extras import require
 
@@ -53,7 +54,7 @@ def bundle(
         typer.Option(help="Of a bare weights file, which does not say."),
     ] = None,
     precision: Annotated[
-        list[Kind] | None,
+        list[Precision] | None,
         typer.Option(help="What to make beside fp32; may be repeated. Default: fp16 and int8."),
     ] = None,
     calibration: Annotated[
@@ -65,10 +66,13 @@ def bundle(
         typer.Option(help="UTF-8 file of texts like those to come, a line each, likewise."),
     ] = None,
     method: Annotated[Method, typer.Option(help="How INT8 ranges are chosen.")] = "percentile",
-    text_tree: Annotated[
+    torchscript: Annotated[
+        bool, typer.Option("--torchscript", help="Trace both towers to TorchScript too, in fp32.")
+    ] = False,
+    prefix_tree: Annotated[
         bool,
         typer.Option(
-            "--text-tree",
+            "--prefix-tree",
             help="Make text graphs too that compute beginnings which texts share once, in fp32 and "
             "int8: label sets on CPUs need 3.7 tokens a prompt instead of 9.5, the bundle a second "
             "copy of the text tower's weights.",
@@ -77,7 +81,7 @@ def bundle(
     labelled: LabelledFolder = None,
     library: Annotated[
         Library | None,
-        typer.Option("--engine", help="Build plans too, as `python -m export engine` does."),
+        typer.Option("--engine", help="Build plans too, as `clip-deploy engine` does."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -86,41 +90,46 @@ def bundle(
     from export.checkpoints.load import load_checkpoint
     from export.pipeline import Options, build
 
-    with steps(f"loading {checkpoint}") as progress:
+    with progress(f"loading {checkpoint}") as show:
         loaded = load_checkpoint(checkpoint, vocabulary=vocabulary, activation=activation)
         made = build(
             loaded,
             output or Path("artifacts") / loaded.name,
-            progress,
+            show,
             Options(
-                kinds=precision or DEFAULT_KINDS,
+                precisions=precision or DEFAULT_PRECISIONS,
                 method=method,
                 pictures=calibration,
                 captions=captions,
                 labelled=labelled,
-                text_tree=text_tree,
+                torchscript=torchscript,
+                prefix_tree=prefix_tree,
             ),
         )
-        progress(f"wrote {made.path}")
+        show(f"wrote {made.path}")
         if library is not None:
             from export.engines.builder import EngineOptions
             from export.engines.bundle_engines import add_engines, buildable
 
-            options = EngineOptions(library=library.value)
-            made = add_engines(made, buildable(made), options, progress)
+            options = EngineOptions(library=library)
+            made = add_engines(made, buildable(made), options, show)
     _report(made, as_json)
 
 
 def engine(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")],
-    library: EngineLibrary = Library.TENSORRT,
+    path: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
+    ],
+    library: EngineLibrary = "tensorrt",
     precision: Annotated[
-        list[Kind] | None,
+        list[Precision] | None,
         typer.Option(
             help="Of the graphs to build; may be repeated. Default: fp16, and int8-fp16 or int8."
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Largest batch of a plan.")] = 64,
+    max_batch_size: Annotated[
+        int, typer.Option(min=1, help="Largest batch that an engine takes.")
+    ] = 64,
     workspace_gb: Annotated[
         float, typer.Option(min=0.1, help="Scratch memory a kernel may ask for.")
     ] = 4,
@@ -147,14 +156,13 @@ def engine(
     from export.engines.builder import EngineOptions
     from export.engines.bundle_engines import add_engines, buildable
 
-    if unbuildable := sorted(set(precision or ()) & {Kind.INT8_DYNAMIC, Kind.TORCHSCRIPT}):
+    if Precision.INT8_DYNAMIC in (precision or ()):
         raise InputError(
-            "plans are built of fp32, fp16, int8 and int8-fp16 graphs, not of "
-            + ", ".join(unbuildable)
+            "engines are built from fp32, fp16, int8 and int8-fp16 graphs, not from int8-dynamic"
         )
     options = EngineOptions(
-        library=library.value,
-        max_batch=max_batch,
+        library=library,
+        max_batch=max_batch_size,
         workspace_bytes=int(workspace_gb * (1 << 30)),
         optimization_level=optimization_level,
         version_compatible=version_compatible,
@@ -162,43 +170,48 @@ def engine(
         strip_weights=strip_weights,
         timing_cache=timing_cache,
     )
-    with steps(f"reading {path}") as progress:
+    with progress(f"reading {path}") as show:
         opened = Bundle.open(path)
-        made = add_engines(opened, precision or buildable(opened), options, progress)
+        made = add_engines(opened, precision or buildable(opened), options, show)
     _report(made, as_json)
 
 
 def list_models(as_json: Json = False) -> None:
     """Known checkpoints: name, sizes, and where the weights come from."""
     require("the list of checkpoints", "export", *_EXPORT)
-    from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS
+    from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS, KnownCheckpoints
 
     if as_json:
-        models = [asdict(model) for model in KNOWN_MODELS]
-        architectures = {name: asdict(config) for name, config in ARCHITECTURES.items()}
-        print(json.dumps({"models": models, "architectures": architectures}))
+        document(KnownCheckpoints(models=KNOWN_MODELS, architectures=ARCHITECTURES))
         return
     from export.pipeline import count_parameters
 
-    table = Table(title="Known checkpoints")
-    table.add_column("checkpoint", no_wrap=True)  # whole, to be copied
-    for column in ("image", "parameters", "dim", "source"):
-        table.add_column(column, justify="right" if column in ("parameters", "dim") else "left")
+    rows = []
     for model in KNOWN_MODELS:
         config = ARCHITECTURES[model.architecture]
-        source = "hub" if model.source == model.name else model.source.split("/")[2]
-        parameters = f"{count_parameters(config) / 1e6:.0f} M"
-        size = f"{model.architecture}, {config.image.image_size} px"
-        table.add_row(model.name, size, parameters, str(config.embed_dim), source)
-    out.print(table)
-    out.print(
+        rows.append(
+            (
+                model.name,
+                f"{model.architecture}, {config.image.image_size} px",
+                f"{count_parameters(config) / 1e6:.0f} M",
+                str(config.embed_dim),
+                "hub" if model.source == model.name else model.source.split("/")[2],
+            )
+        )
+    columns = ("checkpoint", "image", ">parameters", ">dim", "source")
+    made = table("Known checkpoints", columns, rows)
+    made.columns[0].no_wrap = True  # to be copied whole
+    result(made)
+    result(
         "Any Hugging Face id of a CLIP works, any local directory or file, and seeded random "
         f"weights for latency work: random:{', random:'.join(ARCHITECTURES)}"
     )
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a bundle.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
+    ],
     checkpoint: Annotated[
         str | None,
         typer.Option(help="The checkpoint it was made from; default: what its manifest says."),
@@ -210,61 +223,53 @@ def verify(
     require("verify", "export", *_EXPORT)
     from export.gate.verify import verify as verify_bundle
 
-    with steps(f"verifying {path}") as progress:
-        verified = verify_bundle(Bundle.open(path), checkpoint, labelled, progress)
+    with progress(f"verifying {path}") as show:
+        verified = verify_bundle(Bundle.open(path), checkpoint, labelled, show)
     _report(verified, as_json)
 
 
 def _report(made: Bundle, as_json: bool) -> None:
-    refused = [
+    failed = [
         f"{artifact.file} by {verdict.runner}"
         for artifact in made.manifest.artifacts
         for verdict in artifact.verdicts
         if not verdict.passed
     ]
     if as_json:
-        print(json.dumps({"path": str(made.path), **json.loads(made.manifest.to_json())}))
+        document(ExportedBundle(path=str(made.path), manifest=made.manifest))
     else:
-        out.print(_table(made))
-    if refused:
-        log.print(f"[yellow]the gate refused {', '.join(refused)}[/]")
-    # A plan has no verdict where it cannot be run, and is not served before it has one.
-    judged = [a for a in made.manifest.artifacts if a.verdicts or a.kind != "plan"]
+        title = f"{made.path}  ({made.manifest.architecture})"
+        columns = ("artifact", ">MB", "runner", ">cosine min", ">mean", ">top-1", ">accuracy")
+        result(table(title, (*columns, "verdict"), _rows(made)))
+    if failed:
+        note(f"the parity gate failed {', '.join(failed)}", "yellow")
+    # An engine has no verdict where it cannot be run, and is not served before it has one.
+    judged = [a for a in made.manifest.artifacts if a.verdicts or a.kind != "engine"]
     if not all(any(v.passed for v in a.verdicts) for a in judged):
         sys.exit(1)
 
 
-def _table(made: Bundle) -> Table:
-    table = Table(title=f"{made.path}  ({made.manifest.architecture})")
-    for column in (
-        "artifact",
-        "MB",
-        "runner",
-        "cosine min",
-        "mean",
-        "top-1",
-        "accuracy",
-        "verdict",
-    ):
-        table.add_column(column, overflow="fold")
+def _rows(made: Bundle) -> Iterator[tuple[Cell, ...]]:
     for artifact in made.manifest.artifacts:
         size = f"{sum(file.bytes for file in artifact.files) / 1e6:.1f}"
-        plan = artifact.quantisation
-        left_out = f" ({len(plan.excluded)} of {plan.layers} layers left out)" if plan else ""
+        int8 = artifact.quantisation
+        excluded = len(int8.excluded) if int8 else 0
+        name = artifact.file
+        if int8 and excluded:
+            name += f" ({excluded} of {int8.layers} layers left in floating point)"
         for index, v in enumerate(artifact.verdicts):
-            table.add_row(
-                "" if index else artifact.file + (left_out if plan and plan.excluded else ""),
+            yield (
+                "" if index else name,
                 "" if index else size,
                 v.runner,
                 f"{v.min_cosine:.6f}",
                 f"{v.mean_cosine:.6f}",
                 "" if v.top1_agreement is None else f"{v.top1_agreement:.1%}",
                 "" if v.relative_accuracy is None else f"{v.relative_accuracy:.2%} of fp32",
-                "[green]passed[/]" if v.passed else "[red]refused[/]",
+                Text("passed", "green") if v.passed else Text("failed", "red"),
             )
         if not artifact.verdicts:
-            table.add_row(artifact.file, size, "", "", "", "", "", "not run here")
-    return table
+            yield name, size, "", "", "", "", "", "not run here"
 
 
 def doctor(as_json: Json = False) -> None:
@@ -274,10 +279,10 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     if as_json:
-        print(json.dumps(asdict(report)))
+        document(report)
         return
-    for table in tables(report):
-        out.print(table)
+    for made in tables(report):
+        result(made)
 
 
 def add_commands(app: typer.Typer, bundle_name: str) -> None:

@@ -178,10 +178,14 @@ def embedded() -> Software:
         facts = {"libpython": str(find_embedded().libraries[0])}
     except importlib.metadata.PackageNotFoundError:
         return Software(name=name, purpose=purpose, state="missing", mend=EMBEDDED)
-    except ServerError as error:  # "what is wrong: what to do"
-        why, _, mend = str(error).partition(": ")
+    except ServerError as error:
         return Software(
-            name=name, purpose=purpose, state="broken", version=version, error=why, mend=mend
+            name=name,
+            purpose=purpose,
+            state="broken",
+            version=version,
+            error=error.reason,
+            mend=error.advice,
         )
     return Software(name=name, purpose=purpose, state="works", version=version, facts=facts)
 

@@ -23,9 +23,8 @@ from export.doctor.installed import (
     packages,
     programs,
 )
-from serving.bundles.engine_facts import MODULES
 from serving.runners.registry import missing
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RUNNERS, RunnerSpec, runtime_of
 from serving.util.machine import cpu_count, cpu_info
 from serving.util.nvidia import Gpu, gpu
 
@@ -70,7 +69,7 @@ class Ability:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class DoctorReport:
     """All there is to tell."""
 
     machine: Machine
@@ -79,16 +78,18 @@ class Report:
     runners: tuple[Ability, ...]
 
 
-def examine() -> Report:
+def examine() -> DoctorReport:
     """Look at this machine."""
     machine = _machine()
     software = (*packages(), embedded(), *programs())
     installed = {one.name: one for one in software}
-    return Report(
+    return DoctorReport(
         machine=machine,
         software=software,
         abilities=tuple(_ability(n, o) for n, o in _obstacles(machine, installed).items()),
-        runners=tuple(_ability(n, _obstacles_of(n, machine, installed)) for n in RUNNERS),
+        runners=tuple(
+            _ability(str(spec), _obstacles_of(spec, machine, installed)) for spec in RUNNERS
+        ),
     )
 
 
@@ -146,19 +147,19 @@ def _obstacles(machine: Machine, installed: Installed) -> dict[str, Obstacles]:
     }
 
 
-def _obstacles_of(runner: str, machine: Machine, installed: Installed) -> Obstacles:
-    runtime, _, precision = runner.partition(":")
-    name = runtime if runtime in installed else runtime.partition("-")[0]
-    library, needed = installed[name], [name, *(["cuda-bindings"] if name in MODULES else [])]
-    obstacles = _no_gpu(machine, library) if runtime not in ("onnxruntime", "openvino") else {}
+def _obstacles_of(runner: RunnerSpec, machine: Machine, installed: Installed) -> Obstacles:
+    runtime = runtime_of(runner)
+    name = runtime.library or runtime.modules[0]
+    library, needed = installed[name], [name, *(["cuda-bindings"] if runtime.library else [])]
+    obstacles = _no_gpu(machine, library) if runtime.device == "cuda" else {}
     broken = [one for one in needed if installed[one].state == "broken"]
     if broken:  # `missing` sees only that they are installed, or falls over them
         return obstacles | _lacking(installed, broken)
-    if reason := missing(runner):
-        why, _, mend = reason.partition("; ")
-        if mend or not obstacles:  # else it is the GPU
-            obstacles[why] = mend
-    if precision == "bf16" and library.state == "works" and "BF16" not in library.facts["cpu"]:
+    error = missing(runner)
+    if error is not None and (error.advice or not obstacles):  # else it is the GPU
+        obstacles[error.reason] = error.advice
+    works = library.state == "works"
+    if runner.precision == "bf16" and works and "BF16" not in library.facts["cpu"]:
         obstacles["this CPU has no bfloat16 (avx512_bf16, amx_bf16)"] = "use fp32 or int8"
     return obstacles
 

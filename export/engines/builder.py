@@ -25,7 +25,7 @@ from serving.errors import ExportError, InputError
 from serving.runners.tensor_rt import collecting, load_library
 from serving.util.files import write_bytes
 from serving.util.nvidia import gpu
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -79,7 +79,7 @@ def build_plan(
     tower: Tower,
     manifest: Manifest,
     options: EngineOptions,
-    progress: Steps,
+    progress: Progress,
 ) -> tuple[bytes, Engine]:
     """Build the plan of one graph; with a GPU for that GPU, TensorRT-RTX also without one.
 
@@ -209,7 +209,7 @@ def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCac
     return None
 
 
-def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Steps) -> None:
+def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Progress) -> None:
     if cache is None or path is None:
         return
     measured: trt.IHostMemory = cache.serialize()
@@ -233,7 +233,7 @@ def _interrupts(stopped: list[BaseException]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _monitor(library: Any, name: str, progress: Steps, stopped: list[BaseException]) -> Any:
+def _monitor(library: Any, name: str, progress: Progress, stopped: list[BaseException]) -> Any:
     """An `IProgressMonitor` that shows the outer phases, and ends the build if one is `stopped`."""
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # the base is known only here

@@ -24,11 +24,11 @@ from serving.runners.registry import open_runner
 from serving.runners.tensor_rt import library_version
 from serving.util.files import write_bytes, write_text
 from serving.util.nvidia import gpu
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 
 def add_engines(
-    bundle: Bundle, precisions: Sequence[str], options: EngineOptions, progress: Steps
+    bundle: Bundle, precisions: Sequence[str], options: EngineOptions, progress: Progress
 ) -> Bundle:
     """Build, judge and record a plan of both towers in each of `precisions`.
 
@@ -68,7 +68,7 @@ def buildable(bundle: Bundle) -> list[str]:
     return [precision for precision in chosen if precision in has] or ["fp32"]
 
 
-def _expected(bundle: Bundle, progress: Steps) -> dict[Tower, Expected]:
+def _expected(bundle: Bundle, progress: Progress) -> dict[Tower, Expected]:
     """What the float32 graphs make of the probes; nothing where no plan can be run anyway."""
     if gpu() is None:
         return {tower: Expected(probes=[], labelled=None) for tower in TOWERS}
@@ -104,8 +104,8 @@ def _write(bundle: Bundle, tower: Tower, precision: str, plan: bytes, engine: En
     sidecar = path.with_name(path.name + ".json")
     write_text(sidecar, json.dumps(facts, indent=2) + "\n")
     return Artifact(
-        tower=tower,
-        kind="plan",
+        graph=tower,
+        kind="engine",
         precision=precision,
         files=(file, describe_file(sidecar, root)),
         engine=engine,
@@ -129,7 +129,7 @@ def _made_for(artifact: Artifact) -> tuple[object, ...]:
     """What of a bundle's plans can only one have."""
     engine = artifact.engine
     facts = (engine.library, engine.version, engine.device) if engine else (artifact.file,)
-    return artifact.tower, artifact.precision, *facts
+    return artifact.graph, artifact.precision, *facts
 
 
 def _timing_cache(options: EngineOptions) -> Path | None:

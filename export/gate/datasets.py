@@ -16,7 +16,7 @@ from serving.errors import ImageError, InputError
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.base import Batch
-from serving.util.directories import SUFFIXES, find_pictures, read_captions, read_lines
+from serving.util.directories import SUFFIXES, find_images, read_captions, read_lines
 
 CALIBRATION_IMAGES = 256
 CALIBRATION_TEXTS = 512
@@ -81,7 +81,7 @@ def load_data(
     images: list[Batch] = [probe_images(image, 8, _SEED + n) for n in range(4)]
     if pictures is not None:
         progress(f"reading pictures of {pictures}")
-        found = find_pictures(pictures)
+        found = find_images(pictures)
         # Evenly spaced: folders are often sorted by what the pictures show.
         spaced = found[:: -(-len(found) // CALIBRATION_IMAGES)]
         images = _batches(image, spaced, skipped)
@@ -120,7 +120,7 @@ def _batches(
         try:
             pixels.append(preprocess(file, spec))
         except ImageError as error:
-            skipped.append(f"{file.name}: {error}")
+            skipped.append(str(error.within(file.name)))
             continue
         if kept is not None:
             kept.append(file)
@@ -141,7 +141,7 @@ def _read_labelled(
     captions = read_captions(folder)
     listed = folder / "labels.txt"
     labels = read_lines(listed) if listed.exists() else sorted(set(captions.values()))
-    files = [file for file in find_pictures(folder) if captions.get(file.name) in labels]
+    files = [file for file in find_images(folder) if captions.get(file.name) in labels]
     if not files:
         raise InputError(
             f"{folder}: no picture has one of its {len(labels)} labels as caption; expected "

@@ -17,8 +17,9 @@ from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, Runner
 from serving.runners.registry import missing, open_runner
 from serving.runners.spec import runners_of
+from serving.tasks.zero_shot import ClassEmbeddings
 from serving.util.machine import describe
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,9 @@ def embed(runner: Runner, batches: Sequence[Batch]) -> Embeddings:
 def embed_labels(runner: Runner, data: Labelled) -> Embeddings:
     """One embedding a label: the mean over its templates, float32 [labels, dim], unit length."""
     every = embed(runner, data.texts)
-    mean = every.reshape(-1, data.templates, every.shape[1]).mean(axis=1)
-    unit: Embeddings = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    return unit
+    classes = ClassEmbeddings(len(every) // data.templates, data.templates)
+    classes.add(range(len(every)), every)
+    return classes.unit()
 
 
 def top1(images: Embeddings, labels: Embeddings) -> NDArray[np.intp]:
@@ -112,7 +113,7 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     every = np.concatenate(cosines)
     agreement = float(np.concatenate(same).mean()) if same else None
     accuracy = relative = None
-    tolerance = TOLERANCES[runner.name.partition(":")[2]]
+    tolerance = TOLERANCES[runner.spec.precision]
     lost_too_many = False
     if expected.labelled is not None and every.min() > -1:
         agreement, accuracy = expected.labelled.scores(runner, tower)
@@ -152,15 +153,15 @@ def _run(runner: Runner, batch: Batch) -> Embeddings | None:
 
 
 def judged_plan(
-    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps
+    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Progress
 ) -> Artifact:
     """`artifact`, a plan, with its verdict on this machine; without one where it cannot run."""
-    (name,) = runners_of(artifact)
-    if reason := missing(name):
+    (spec,) = runners_of(artifact)
+    if (reason := missing(spec)) is not None:
         progress(f"no verdict on {artifact.file}: {reason}")
         return replace(artifact, verdicts=())
     try:
-        with open_runner(alone(bundle, artifact), artifact.tower, name) as runner:
+        with open_runner(alone(bundle, artifact), artifact.graph, spec) as runner:
             return replace(artifact, verdicts=(judge(runner, expected, artifact.tower),))
     except RunnerError as error:
         progress(f"no verdict on {artifact.file}: {error}")
@@ -169,6 +170,6 @@ def judged_plan(
 
 def alone(bundle: Bundle, artifact: Artifact) -> Bundle:
     """`bundle` with `artifact` as its only plan, so that no other can be taken for it."""
-    graphs = tuple(a for a in bundle.manifest.artifacts if a.kind != "plan")
+    graphs = tuple(a for a in bundle.manifest.artifacts if a.kind != "engine")
     manifest: Manifest = replace(bundle.manifest, artifacts=(*graphs, artifact))
     return Bundle(bundle.path, manifest)

@@ -15,9 +15,10 @@ from torch import Tensor
 from export.towers.clip import ImageTower, TextTower, for_inference, half_precision
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
+from serving.runners.spec import RunnerSpec
 from serving.util.machine import cpu_count
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16"]
+TorchPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
 """Of matrix products; tf32 is float32 whose factors a GPU rounds to ten bits of mantissa."""
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,11 +30,11 @@ class TorchRunner(LoadedRunner):
     kind: ClassVar[str]
     runtime_version = f"torch {torch.__version__}"
 
-    def __init__(self, device: str, precision: Precision) -> None:
+    def __init__(self, device: str, precision: TorchPrecision) -> None:
         self.device = torch.device(device)
         self.precision = precision
         runtime = self.kind if self.device.type == "cpu" else f"{self.kind}-{self.device.type}"
-        self.name = f"{runtime}:{precision}"
+        self.spec = RunnerSpec(runtime, precision)
 
     def launcher(self, batch: Batch) -> Callable[[], Tensor]:
         """A call that runs `batch`, which is on the device already, and waits for nothing.
@@ -104,7 +105,7 @@ class EagerRunner(TorchRunner):
         self,
         tower: ImageTower | TextTower,
         device: str = "cpu",
-        precision: Precision = "fp32",
+        precision: TorchPrecision = "fp32",
     ) -> None:
         super().__init__(device, precision)
         self._tower = tower
@@ -149,7 +150,7 @@ class TorchScriptRunner(TorchRunner):
 
     kind = "torchscript"
 
-    def __init__(self, path: Path, device: str = "cpu", precision: Precision = "fp32") -> None:
+    def __init__(self, path: Path, device: str = "cpu", precision: TorchPrecision = "fp32") -> None:
         super().__init__(device, precision)
         self._path = path
 

@@ -1,6 +1,6 @@
 """The gate over a whole bundle: every artifact by every runner that there is, here and now.
 
-`build.py` asks this of what it has made, `python -m export verify` of what was made before.
+`build.py` asks this of what it has made, `clip-deploy verify` of what was made before.
 
 Does not know: how embeddings are compared (`parity.py`), what is a fault of a graph (`lint.py`).
 """
@@ -21,16 +21,16 @@ from serving.bundles.manifest import Artifact, Tower
 from serving.errors import BundleError, RunnerError
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.base import Runner
-from serving.runners.prefix_tree import open_text_tree
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import missing, open_runner
 from serving.runners.spec import runners_of
-from serving.util.progress import Steps, silent
+from serving.util.progress import Progress, silent
 
 
 def data_for(
     checkpoint: Checkpoint,
     tokenizer: Path,
-    progress: Steps,
+    progress: Progress,
     *,
     pictures: Path | None = None,
     captions: Path | None = None,
@@ -53,7 +53,7 @@ def data_for(
     )
 
 
-def references(checkpoint: Checkpoint, data: Data, progress: Steps) -> dict[Tower, Expected]:
+def references(checkpoint: Checkpoint, data: Data, progress: Progress) -> dict[Tower, Expected]:
     """What eager float32 makes of the probes and of the labelled data."""
     progress("reference embeddings by eager fp32")
     with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
@@ -69,29 +69,28 @@ def references(checkpoint: Checkpoint, data: Data, progress: Steps) -> dict[Towe
 
 
 def judged(
-    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Steps = silent
+    bundle: Bundle, artifact: Artifact, expected: Expected, progress: Progress = silent
 ) -> Artifact:
     """`artifact` with the verdict of every runner that this environment and machine have.
 
     Raises:
         BundleError: a file is not the exported one, or lint found fault with the graph.
     """
-    if artifact.kind in ("onnx", "tree"):
-        form = "tree" if artifact.kind == "tree" else artifact.tower
-        if problems := lint(bundle.verified(artifact), form):
-            raise BundleError("; ".join(problems))
-    if artifact.kind == "plan":
+    is_graph = artifact.kind == "onnx"
+    if is_graph and (problems := lint(bundle.verified(artifact), artifact.graph)):
+        raise BundleError("; ".join(problems))
+    if artifact.kind == "engine":
         bundle.verified(artifact)  # also where it cannot run
         return judged_plan(bundle, artifact, expected, progress)
     if artifact.kind == "torchscript":
         candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
     else:
-        here = [name for name in runners_of(artifact) if missing(name) is None]
+        here = [spec for spec in runners_of(artifact) if missing(spec) is None]
         candidates = [
-            open_text_tree(bundle, name)
-            if artifact.kind == "tree"
-            else open_runner(bundle, artifact.tower, name)
-            for name in here
+            open_prefix_tree(bundle, spec)
+            if artifact.graph == "prefix_tree"
+            else open_runner(bundle, artifact.graph, spec)
+            for spec in here
         ]
     verdicts = []
     for candidate in candidates:
@@ -105,7 +104,7 @@ def judged(
     return replace(artifact, verdicts=tuple(verdicts))
 
 
-def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Steps) -> Bundle:
+def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Progress) -> Bundle:
     """`bundle` with verdicts measured here and now; nothing on disk changes.
 
     Raises:

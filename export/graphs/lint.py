@@ -7,41 +7,40 @@ infinities that becomes NaN, a client that was expected to normalise, a batch ax
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.bundles.manifest import Tower
+from serving.bundles.manifest import Graph
 
 _BOUNDARY = {
     "image": ("pixels", TensorProto.UINT8, 4, (0,), "image_embeds"),
     "text": ("input_ids", TensorProto.INT32, 2, (0, 1), "text_embeds"),
-    "tree": ("trees", TensorProto.INT32, 3, (0, 2), "text_embeds"),
+    "prefix_tree": ("trees", TensorProto.INT32, 3, (0, 2), "text_embeds"),
 }
 """Of each graph: its input, the input's dtype, rank and dynamic axes, and its output."""
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _MIN_OPSET = 17
 
 
-def lint(path: Path, kind: Tower | Literal["tree"]) -> list[str]:
-    """What is wrong with the graph at `path`, in words; empty when nothing is.
+def lint(path: Path, form: Graph) -> list[str]:
+    """Return what is wrong with the graph at `path`, in words; empty if nothing is.
 
     Args:
-        kind: a tower, or the tree form of the text tower.
+        form: which graph it is.
     """
     # Without weights that lie in a file of their own: protobuf ends at 2 GB, and nothing here
     # needs them, but the finiteness of constants, which reads them from there.
     model = onnx.load(path, load_external_data=False)
     graph = _Graph(onnx.shape_inference.infer_shapes(model, data_prop=True))
     rules = [
-        _boundary(graph, kind),
+        _boundary(graph, form),
         _layer_norm(graph),
         _constants(graph, path.parent),
         _softmax(graph),
     ]
-    pooled_by = {"text": "ArgMax", "tree": "NonZero"}.get(kind)
+    pooled_by = {"text": "ArgMax", "prefix_tree": "NonZero"}.get(form)
     rules.append(_pooling(graph, pooled_by) if pooled_by else _pixels(graph))
     return [f"{path.name}: {problem}" for rule in rules for problem in rule]
 

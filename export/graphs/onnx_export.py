@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from export.towers.clip import ImageTower, TextTower
-from export.towers.prefix_tree import TextTreeTower
+from export.towers.prefix_tree import PrefixTreeTower
 
 OPSET = 20
 """LayerNormalization is one node from 17 on; every runtime we export for takes 20."""
@@ -24,7 +24,7 @@ PROTOBUF_LIMIT = 2_000_000_000
 BOUNDARY = {
     ImageTower: ("pixels", "image_embeds"),
     TextTower: ("input_ids", "text_embeds"),
-    TextTreeTower: ("trees", "text_embeds"),
+    PrefixTreeTower: ("trees", "text_embeds"),
 }
 """Names of input and output of each kind of graph."""
 
@@ -40,7 +40,7 @@ def example_batch(tower: nn.Module) -> tuple[torch.Tensor, dict[int, torch.expor
         ids = torch.full((2, config.context_length), config.end_id, dtype=torch.int32)
         length = torch.export.Dim("length", min=2, max=config.context_length)
         return ids, {0: batch, 1: length}
-    if isinstance(tower, TextTreeTower):
+    if isinstance(tower, PrefixTreeTower):
         trees = torch.full((2, 2, 9), tower.tower.config.end_id, dtype=torch.int32)
         return trees, {0: torch.export.Dim("rows", min=1), 2: torch.export.Dim("nodes", min=2)}
     raise TypeError(f"expected an ImageTower or a TextTower, got {type(tower).__name__}")

@@ -14,7 +14,7 @@ from export.int8.ranges import activation_ranges, runs
 from export.int8.sensitivity import activations, fewest, sensitivity
 from serving.bundles.manifest import Artifact, Quantisation
 from serving.runners.base import Batch
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 
 def write_int8(
@@ -24,7 +24,7 @@ def write_int8(
     source: str,
     method: Method,
     judged: Callable[[Quantisation], Artifact],
-    progress: Steps,
+    progress: Progress,
 ) -> Artifact:
     """Write `model` in INT8 to `target`, with as many layers quantised as the gate lets through.
 

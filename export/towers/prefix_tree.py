@@ -17,7 +17,7 @@ from serving.inputs.prefix_tree import trees
 from serving.runners.base import Batch
 
 
-class TextTreeTower(nn.Module):
+class PrefixTreeTower(nn.Module):
     """int32 `trees` [rows, 2, nodes] -> float32 `text_embeds` [leaves, dim], unit length.
 
     `serving.inputs.prefix_tree` tells what the numbers are; a leaf is an end-of-text token, and the

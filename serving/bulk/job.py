@@ -8,7 +8,7 @@ and embedded, and embeddings written, in the worker (`bulk_worker`). A shard's f
 not at all, so that what is there is done: by that a restarted job goes on where it was, and a shard
 whose worker died is embedded again by another.
 
-`out` holds `manifest.json`, `shards.jsonl` (the plan) and `shard-*.parquet`: `path` string,
+`output` holds `manifest.json`, `shards.jsonl` (the plan) and `shard-*.parquet`: `path` string,
 `embedding` float32 [dim] of unit length, `status` "ok" or "error", `error` string.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from serving.bulk.plan import (
     begun_job,
-    locked,
+    output_locked,
     pending_shards,
     plan_job,
     read_back,
@@ -40,15 +40,15 @@ from serving.bulk.worker import Job
 from serving.bundles.bundle import Bundle
 from serving.errors import InputError, RunnerError
 from serving.runners.registry import missing
-from serving.runners.spec import graph_of, library_of
-from serving.util.progress import Steps, silent
+from serving.runners.spec import graph_of, known, runtime_of
+from serving.util.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class BulkResult:
     """What is in the output after a job, and how fast this job was."""
 
-    out: str
+    output: str
     rows: int
     ok: int
     errors: int
@@ -69,15 +69,13 @@ class Outcome:
     seconds: float
     """From then on."""
 
-    @property
-    def rows_per_s(self) -> float:
-        """By this job, once a worker was ready."""
-        return self.embedded_rows / self.seconds if self.embedded_rows else 0.0
+    rows_per_s: float
+    """Of this job, once a worker was ready."""
 
 
 def bulk_embed(
     source: str,
-    out: Path,
+    output: Path,
     bundle: Path,
     *,
     runner: str = "auto",
@@ -86,17 +84,18 @@ def bulk_embed(
     batch_size: int = 32,
     image_column: str | None = None,
     path_column: str | None = None,
-    progress: Steps = silent,
-) -> Outcome:
-    """Embed all pictures of `source` into Parquet shards in `out`, or go on with that.
+    progress: Progress = silent,
+) -> BulkResult:
+    """Embed all pictures of `source` into Parquet shards in `output`, or go on with that.
 
-    On a cluster, every node needs this package, and `source`, `out` and `bundle` at the same paths.
+    On a cluster, every node needs this package, and `source`, `output` and `bundle` at the same
+    paths.
     By `ray://` all of it happens on the cluster: this machine needs none of them.
 
     Args:
         source: a folder, a file, or a pattern (`serving.bulk.sources.find_source`).
-        out: a new or empty folder, or one of a job of the same source, model and runner.
-        bundle: a directory that `python -m export` made.
+        output: a new or empty folder, or one of a job of the same source, model and runner.
+        bundle: a directory that `clip-deploy export` made.
         runner: see `serving.runners.spec`; `auto`: the fastest on a worker, of those
             that passed the gate; in a restarted job the one it began with.
         shard_size: rows a shard at most; default: up to 4,096, fewer where that would leave workers
@@ -106,7 +105,7 @@ def bulk_embed(
         path_column: of Parquet, names the rows; default: the struct's own `path`, or file and row.
 
     Raises:
-        InputError: there is nothing to embed, or `out` holds something else.
+        InputError: there is nothing to embed, or `output` holds something else.
         BundleError: no bundle, or one that cannot be run.
         RunnerError: a worker cannot run it, or died again and again.
         ServerError: no Ray cluster at the address.
@@ -116,7 +115,7 @@ def bulk_embed(
         there = functools.partial(
             bulk_embed,
             os.path.abspath(source),  # noqa: PTH100  a pattern is no path
-            out.absolute(),
+            output.absolute(),
             bundle.absolute(),
             runner=runner,
             resources=replace(resources, address="auto"),
@@ -128,18 +127,20 @@ def bulk_embed(
         return run_on_cluster(resources.address, there, progress)
     opened = Bundle.open(bundle.absolute())
     found, rows = find_source(source, image_column, path_column)
-    out = out.absolute()
-    if found.recursive and out.is_relative_to(found.root):
-        raise InputError(f"--out {out} is inside of SOURCE, {found.root}; give a folder outside")
+    output = output.absolute()
+    if found.recursive and output.is_relative_to(found.root):
+        raise InputError(
+            f"--output {output} is inside of SOURCE, {found.root}", advice="give a folder outside"
+        )
     if runner != "auto":
         _check_runner(opened, runner, here=resources.address is None)
     started = time.time()
-    with locked(out):
-        begun = begun_job(out, found, opened, runner, shard_size)
+    with output_locked(output):
+        begun = begun_job(output, found, opened, runner, shard_size)
         if begun is not None:
             progress("comparing the source with the plan")
-        changed = begun is not None and source_changed(out, begun)
-        pending = pending_shards(out) if begun else None
+        changed = begun is not None and source_changed(output, begun)
+        pending = pending_shards(output) if begun else None
         crew, embedded, ready = None, 0, 0.0
         if pending != []:
             with connected(resources.address, progress):
@@ -148,11 +149,11 @@ def bulk_embed(
                     chosen = chosen_runner(runner, opened.path, crew, progress)
                     crew = crew_of(chosen, resources)
                     size = shard_size or shard_size_for(rows, crew.workers)
-                    begun = plan_job(out, found, opened, chosen, size, progress)
-                    pending = pending_shards(out)
+                    begun = plan_job(output, found, opened, chosen, size, progress)
+                    pending = pending_shards(output)
                 job = Job(
                     source=begun.source,
-                    out=out,
+                    output=output,
                     bundle=opened.path,
                     runner=begun.runner,
                     threads=crew.threads,
@@ -162,9 +163,9 @@ def bulk_embed(
         assert begun is not None
         finished = time.time()
         ready = ready or finished
-        total, errors, first = read_back(out, begun.shards)
-    return Outcome(
-        out=str(out),
+        total, errors, first = read_back(output, begun.shards)
+    return BulkResult(
+        output=str(output),
         rows=total,
         ok=total - errors,
         errors=errors,
@@ -178,15 +179,17 @@ def bulk_embed(
         embedded_rows=embedded,
         start_s=ready - started,
         seconds=finished - ready,
+        rows_per_s=embedded / (finished - ready) if embedded else 0.0,
     )
 
 
 def _check_runner(bundle: Bundle, runner: str, *, here: bool) -> None:
     """Refuse early what no worker could run."""
-    precision, library = graph_of(runner), library_of(runner)
+    spec = known(runner)
+    precision, library = graph_of(spec), runtime_of(spec).library
     if library is None:
         bundle.artifact("image", precision)
     else:
         bundle.plans("image", precision, library)
-    if here and (reason := missing(runner)):
-        raise RunnerError(f"{runner}: {reason}")
+    if here and (error := missing(spec)) is not None:
+        raise RunnerError(f"{runner}: {error.reason}", advice=error.advice)

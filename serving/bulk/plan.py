@@ -6,10 +6,9 @@ shard, which appears whole or not at all: what is there is done.
 Does not know: Ray, or how a shard is embedded (`bulk_worker`).
 """
 
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from serving.bulk.sources import Source, shards_of
 from serving.bundles.bundle import Bundle
 from serving.errors import InputError
 from serving.util.files import sha256_of, write_text
-from serving.util.progress import Steps
+from serving.util.locks import locked
+from serving.util.progress import Progress
 from serving.util.typed_json import from_json
 
 MANIFEST = "manifest.json"
 PLAN = "shards.jsonl"
-FORMAT = 1
+JOB_FORMAT = 1
 _NEW_PLAN = f".{PLAN}.tmp"
 _LOCK = ".lock"
 _MOST_ROWS, _FEWEST_ROWS = 4096, 64
@@ -32,9 +32,9 @@ _SHARDS_A_WORKER = 16
 _SHOWN_ERRORS = 5
 
 
-def shard_path(out: Path, index: int) -> Path:
+def shard_path(output: Path, index: int) -> Path:
     """The file of a shard."""
-    return out / f"shard-{index:05}.parquet"
+    return output / f"shard-{index:05}.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,46 +54,48 @@ class BulkManifest:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make `out`, keep other jobs away, and clear away what killed workers left half written.
+def output_locked(output: Path) -> Iterator[None]:
+    """Make `output`, keep other jobs away, and clear away what killed workers left half written.
 
     Raises:
         InputError: it holds something else, or another job is writing to it.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; expected the name of a folder to write")
-    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; expected the name of a folder to write")
+    held = {path.name for path in output.iterdir()} if output.exists() else set()
     others = sorted(held - {PLAN, _NEW_PLAN, _LOCK, f".{MANIFEST}.tmp"})
     if others and MANIFEST not in held:
         raise InputError(
-            f"{out} holds other things, such as {others[0]}, and no {MANIFEST} of a bulk job; "
+            f"{output} holds other things, such as {others[0]}, and no {MANIFEST} of a bulk job; "
             "give a new or empty folder"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("w") as lock:
+    output.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(output / _LOCK))
         except BlockingIOError as error:
-            raise InputError(f"another job is writing to {out}; wait for it, or stop it") from error
-        _clear(out)
+            raise InputError(
+                f"another job is writing to {output}", advice="wait for it, or stop it"
+            ) from error
+        _clear(output)
         yield
-        _clear(out)
+        _clear(output)
 
 
-def _clear(out: Path) -> None:
-    for leftover in out.glob(".shard-*"):
+def _clear(output: Path) -> None:
+    for leftover in output.glob(".shard-*"):
         leftover.unlink(missing_ok=True)
 
 
 def begun_job(
-    out: Path, source: Source, bundle: Bundle, runner: str, shard_size: int | None
+    output: Path, source: Source, bundle: Bundle, runner: str, shard_size: int | None
 ) -> BulkManifest | None:
-    """The manifest of the job that `out` belongs to, if it is this one; None if it is new.
+    """The manifest of the job that `output` belongs to, if it is this one; None if it is new.
 
     Raises:
         InputError: it is another.
     """
-    file = out / MANIFEST
+    file = output / MANIFEST
     if not file.exists():
         return None
     try:
@@ -104,7 +106,7 @@ def begun_job(
         ) from error
     facts = bundle.manifest
     expected: list[tuple[str, Any, Any]] = [
-        ("format", begun.format, FORMAT),
+        ("format", begun.format, JOB_FORMAT),
         ("source", begun.source.location, source.location),
         ("image column", begun.source.image_column, source.image_column),
         ("path column", begun.source.path_column, source.path_column),
@@ -116,22 +118,22 @@ def begun_job(
     differing = [f"its {what} is {was}, not {now}" for what, was, now in expected if was != now]
     if differing:
         raise InputError(
-            f"{out} was begun by another job: {'; '.join(differing)}; give another --out, or "
-            "delete this one"
+            f"{output} was begun by another job: {'; '.join(differing)}; give another --output, "
+            "or delete this one"
         )
     return begun
 
 
 def plan_job(
-    out: Path, source: Source, bundle: Bundle, runner: str, size: int, progress: Steps
+    output: Path, source: Source, bundle: Bundle, runner: str, size: int, progress: Progress
 ) -> BulkManifest:
     """Write the plan and the manifest of a new job."""
     progress("cutting the source into shards")
-    temporary = out / _NEW_PLAN
+    temporary = output / _NEW_PLAN
     shards, digest = _write_plan(temporary, source, size)
-    temporary.replace(out / PLAN)
+    temporary.replace(output / PLAN)
     manifest = BulkManifest(
-        format=FORMAT,
+        format=JOB_FORMAT,
         source=source,
         shard_size=size,
         shards=shards,
@@ -141,7 +143,7 @@ def plan_job(
         embed_dim=bundle.manifest.embed_dim,
         runner=runner,
     )
-    write_text(out / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    write_text(output / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
     return manifest
 
 
@@ -154,9 +156,9 @@ def _write_plan(path: Path, source: Source, size: int) -> tuple[int, str]:
     return count, sha256_of(path)
 
 
-def source_changed(out: Path, begun: BulkManifest) -> bool:
+def source_changed(output: Path, begun: BulkManifest) -> bool:
     """Whether the source would be cut otherwise today."""
-    temporary = out / _NEW_PLAN
+    temporary = output / _NEW_PLAN
     try:
         today = _write_plan(temporary, begun.source, begun.shard_size)
     finally:
@@ -164,12 +166,12 @@ def source_changed(out: Path, begun: BulkManifest) -> bool:
     return today != (begun.shards, begun.plan_sha256)
 
 
-def pending_shards(out: Path) -> list[dict[str, int]]:
+def pending_shards(output: Path) -> list[dict[str, int]]:
     """`shard`, its number, and `offset`, its place in the plan, of each that is to be done."""
     pending, offset = [], 0
-    with (out / PLAN).open("rb") as plan:
+    with (output / PLAN).open("rb") as plan:
         for index, line in enumerate(plan):
-            if not _whole(shard_path(out, index)):
+            if not _whole(shard_path(output, index)):
                 pending.append({"shard": index, "offset": offset})
             offset += len(line)
     return pending
@@ -190,14 +192,14 @@ def shard_size_for(rows: int, workers: int) -> int:
     return min(_MOST_ROWS, max(_FEWEST_ROWS, rows // (workers * _SHARDS_A_WORKER)))
 
 
-def read_back(out: Path, shards: int) -> tuple[int, int, tuple[tuple[str, str], ...]]:
+def read_back(output: Path, shards: int) -> tuple[int, int, tuple[tuple[str, str], ...]]:
     """Rows, errors and the first few of them, from the shards themselves."""
     import pyarrow.parquet as pq
 
     rows = errors = 0
     first: list[tuple[str, str]] = []
     for index in range(shards):
-        path = shard_path(out, index)
+        path = shard_path(output, index)
         with pq.ParquetFile(path) as file:
             rows += file.metadata.num_rows
             bad = int((file.metadata.metadata or {}).get(b"errors", b"0"))

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from serving.bulk.worker import Job, Worker, fastest_runner
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, ServerError
-from serving.runners.spec import PROVIDERS
+from serving.runners.spec import known, runtime_of
 from serving.util.machine import cpu_count
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
 _THREADS = 4
 """Of a worker on CPUs: more scale badly within one batch, fewer keep more copies of the model."""
@@ -46,7 +46,7 @@ class Crew:
 
 
 @contextmanager
-def connected(address: str | None, progress: Steps) -> Iterator[None]:
+def connected(address: str | None, progress: Progress) -> Iterator[None]:
     """Ray, connected: the one that runs in this process already, one at `address`, or a new one."""
     # Read when Ray is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -83,7 +83,7 @@ def connected(address: str | None, progress: Steps) -> Iterator[None]:
         ray.shutdown()
 
 
-def run_on_cluster(address: str, job: Callable[..., Result], progress: Steps) -> Result:
+def run_on_cluster(address: str, job: Callable[..., Result], progress: Progress) -> Result:
     """Run `job` as a task of the cluster at `ray://...`; its `progress` is passed on.
 
     Ray Data does not work through Ray's client (2.60: `'Worker' object has no attribute
@@ -189,12 +189,10 @@ def _room(nodes: list[dict[str, Any]], threads: int, gpus: float) -> int:
 
 
 def _on_gpu(runner: str) -> bool:
-    runtime = runner.partition(":")[0]
-    on_cpu = runtime == "openvino" or PROVIDERS.get(runtime) == "CPUExecutionProvider"
-    return not on_cpu
+    return runtime_of(known(runner)).device == "cuda"
 
 
-def chosen_runner(runner: str, bundle: Path, crew: Crew, progress: Steps) -> str:
+def chosen_runner(runner: str, bundle: Path, crew: Crew, progress: Progress) -> str:
     """`runner`, or in place of `auto` the fastest on a worker."""
     if runner != "auto":
         return runner
@@ -211,7 +209,7 @@ def chosen_runner(runner: str, bundle: Path, crew: Crew, progress: Steps) -> str
 
 
 def embed_shards(
-    job: Job, pending: list[dict[str, int]], shards: int, crew: Crew, progress: Steps
+    job: Job, pending: list[dict[str, int]], shards: int, crew: Crew, progress: Progress
 ) -> tuple[int, float]:
     """Embed the shards of `pending`; the rows embedded, and when the first worker was ready."""
     import ray.data

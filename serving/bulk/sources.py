@@ -21,13 +21,13 @@ from serving.bulk.parquet import read_rows, row_group_runs, survey
 from serving.errors import InputError
 from serving.inputs.decode import too_large
 from serving.limits import MAX_PICTURE_BYTES
-from serving.util.directories import SUFFIXES
+from serving.util.directories import SUFFIXES, walk
 
-Kind = Literal["pictures", "parquet", "webdataset"]
+SourceKind = Literal["pictures", "parquet", "webdataset"]
 Row: TypeAlias = tuple[str, Path | bytes | InputError]
 """A name, and the picture: its file, its encoded bytes, or why it cannot be had."""
 
-_KINDS: dict[str, Kind] = {
+_KINDS: dict[str, SourceKind] = {
     **dict.fromkeys(SUFFIXES, "pictures"),
     ".parquet": "parquet",
     ".tar": "webdataset",
@@ -41,7 +41,7 @@ class Source:
 
     location: str
     """Absolute path of a folder or file, or a pattern of paths."""
-    kind: Kind
+    kind: SourceKind
     image_column: str | None = None
     """Of Parquet: holds encoded pictures, or structs of `bytes` and `path`."""
     path_column: str | None = None
@@ -159,7 +159,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _kind(name: str) -> Kind | None:
+def _kind(name: str) -> SourceKind | None:
     return _KINDS.get(PurePath(name).suffix.lower())
 
 
@@ -181,33 +181,11 @@ def _files(location: str) -> Iterator[str]:
     """
     path, root = Path(location), _root(location)
     if path.is_dir():
-        return _walk(path, "")
+        return walk(path)
     if path.exists():
         return iter([path.name])
     matches = sorted(glob.glob(location, recursive=True))  # noqa: PTH207  pathlib's is relative
     return (os.path.relpath(match, root) for match in matches if Path(match).is_file())
-
-
-def _walk(root: Path, folder: str) -> Iterator[str]:
-    try:
-        with os.scandir(root / folder) as entries:
-            listed = sorted((e.name, e.is_dir(follow_symlinks=False), _is_file(e)) for e in entries)
-    except OSError as error:
-        raise InputError(f"{root / folder} cannot be listed: {error}") from error
-    for name, is_folder, is_file in listed:
-        path = f"{folder}/{name}" if folder else name
-        if is_folder:
-            yield from _walk(root, path)
-        elif is_file:
-            yield path
-
-
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Also of a link that leads nowhere, which is to be reported; not of a pipe, which would hang.
-
-    Pictures and files of other kinds only.
-    """
-    return entry.is_file() or (entry.is_symlink() and not Path(entry).exists())
 
 
 # ---------------------------------------------------------------- WebDataset

@@ -27,7 +27,7 @@ from serving.bulk.sources import Row, Shard, Source, read_shard
 from serving.bundles.bundle import Bundle
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError
 from serving.inputs.preprocess import preprocess
-from serving.runners.autotune import passed, time_runners
+from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
 from serving.util.typed_json import from_json
 
@@ -47,7 +47,7 @@ class Job:
     """What all workers of a job share."""
 
     source: Source
-    out: Path
+    output: Path
     bundle: Path
     runner: str
     threads: int
@@ -80,7 +80,7 @@ def fastest_runner(bundle: Path, threads: int) -> str:
     """
     keep_to_cpus(threads)
     opened = Bundle.open(bundle)
-    return time_runners(opened, "image", passed(opened, "image"))[0].runner
+    return str(fastest(opened, "image"))
 
 
 class Worker:
@@ -125,8 +125,8 @@ class Worker:
         return answers
 
     def _embed(self, index: int, offset: int) -> int:
-        target = shard_path(self._job.out, index)
-        shard = _shard_at(self._job.out / PLAN, offset)
+        target = shard_path(self._job.output, index)
+        shard = _shard_at(self._job.output / PLAN, offset)
         temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.tmp")
         attempts = Attempts(target)
         rows = read_shard(self._job.source, shard)
@@ -197,11 +197,11 @@ class Worker:
 
     def _pixels(self, picture: Path | bytes | InputError) -> Decoded:
         if isinstance(picture, InputError):
-            return str(picture)
+            return picture.reason
         try:
             return preprocess(picture, self._spec)
         except InputError as error:
-            return str(error).removeprefix(f"{picture}: " if isinstance(picture, Path) else "")
+            return error.reason
         except Exception as error:  # whatever a decoder raises is that picture's, not the job's
             return f"{type(error).__name__}: {error}"
 

@@ -2,7 +2,7 @@
 
 A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
 `<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), where it was asked for
-`text.<precision>.tree.onnx`, the text tower over trees of tokens, and for TensorRT
+`prefix_tree.<precision>.onnx`, the text tower over trees of tokens, and for TensorRT
 `engines/<device>-<library>-<version>/<tower>.<precision>.plan` with its sidecar. The manifest is
 the single source of truth about all of them, their names included (a plan that was built again is
 called `.new.plan`); a file it does not vouch for is not loaded.
@@ -22,7 +22,7 @@ from serving.bundles.integrity import (
     checked_file,
     unsealed,
 )
-from serving.bundles.manifest import FORMAT, Artifact, File, Graph, Manifest, Tower
+from serving.bundles.manifest import MANIFEST_FORMAT, Artifact, File, Graph, Manifest, Tower
 from serving.errors import BundleError
 from serving.util.files import sha256_of
 from serving.util.typed_json import from_json
@@ -47,14 +47,14 @@ class Bundle:
         if not file.exists():
             raise BundleError(
                 f"{path} is not a bundle: no manifest.json in it; "
-                "make one with `python -m export CHECKPOINT`"
+                "make one with `clip-deploy export CHECKPOINT`"
             )
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             found = document.get("format") if isinstance(document, dict) else None
-            if found != FORMAT:
+            if found != MANIFEST_FORMAT:
                 raise BundleError(
-                    f"{file}: manifest format {found!r}, this version reads {FORMAT}; "
+                    f"{file}: manifest format {found!r}, this version reads {MANIFEST_FORMAT}; "
                     "export the checkpoint again"
                 )
             manifest = from_json(Manifest, unsealed(document))
@@ -69,21 +69,21 @@ class Bundle:
         """The verified `tokenizer.json`."""
         return self._verified([self.manifest.tokenizer])
 
-    def artifact(self, tower: Tower, precision: str, kind: Graph = "onnx") -> Artifact:
-        """The ONNX graph of `tower` in `precision`.
+    def artifact(self, graph: Graph, precision: str) -> Artifact:
+        """Return the ONNX graph `graph` in `precision`.
 
         Raises:
             BundleError: the bundle has none.
         """
-        graphs = [a for a in self.manifest.artifacts if (a.tower, a.kind) == (tower, kind)]
+        graphs = [a for a in self.manifest.artifacts if (a.graph, a.kind) == (graph, "onnx")]
         for artifact in graphs:
             if artifact.precision == precision:
                 return artifact
         has = sorted(artifact.precision for artifact in graphs)
-        tree, option = ("tree ", "--text-tree ") if kind == "tree" else ("", "")
+        option = "--prefix-tree " if graph == "prefix_tree" else ""
         raise BundleError(
-            f"{self.path} has no {precision} {tower} {tree}graph, only {', '.join(has) or 'none'}; "
-            f"export the checkpoint again with {option}--precision {precision}"
+            f"{self.path} has no {precision} {graph} graph, only {', '.join(has) or 'none'}",
+            advice=f"export the checkpoint again with {option}--precision {precision}",
         )
 
     def plans(self, tower: Tower, precision: str, library: Library) -> list[Artifact]:
@@ -95,7 +95,7 @@ class Bundle:
         plans = [
             a
             for a in self.manifest.artifacts
-            if (a.tower, a.kind, a.precision) == (tower, "plan", precision)
+            if (a.graph, a.kind, a.precision) == (tower, "engine", precision)
             and a.engine is not None
             and a.engine.library == library
         ]
@@ -108,7 +108,7 @@ class Bundle:
 
     def build_command(self, precision: str, library: Library) -> str:
         """What builds the plans of `precision` for the machine it is run on."""
-        return f"python -m export engine {self.path} --engine {library} --precision {precision}"
+        return f"clip-deploy engine {self.path} --engine {library} --precision {precision}"
 
     def verified(self, artifact: Artifact) -> Path:
         """The path of `artifact`'s graph, after comparing its files with the manifest.
@@ -118,7 +118,7 @@ class Bundle:
                 the manifest does not vouch for.
         """
         path = self._verified(artifact.files)
-        if artifact.kind in ("onnx", "tree"):
+        if artifact.kind == "onnx":
             check_external_data(path, {Path(file.name).name for file in artifact.files[1:]})
         return path
 

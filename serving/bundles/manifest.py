@@ -10,14 +10,18 @@ from typing import Literal
 from serving.bundles.engine_facts import Engine
 from serving.bundles.integrity import sealed
 
-FORMAT = 2
+MANIFEST_FORMAT = 3
 """Of `manifest.json`; a reader refuses any other."""
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 
-Graph = Literal["onnx", "tree"]
-"""Of a tower as it is, or of the text tower over trees, see `serving.inputs.prefix_tree`."""
+Graph = Literal["image", "text", "prefix_tree"]
+"""The graph of a tower; `prefix_tree` is the text tower that computes shared prefixes once, over
+trees of tokens (`serving.inputs.prefix_tree`)."""
+
+TOWER_OF: dict[Graph, Tower] = {"image": "image", "text": "text", "prefix_tree": "text"}
+"""The tower whose embeddings a graph computes."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """What labels are put into when a checkpoint does not say (Radford et al. 2021, 3.1.4)."""
@@ -143,26 +147,31 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """One tower in one precision."""
+    """One graph in one precision, as a file of one kind."""
 
-    tower: Tower
-    kind: Literal["onnx", "tree", "torchscript", "plan"]
+    graph: Graph
+    kind: Literal["onnx", "torchscript", "engine"]
     precision: str
     files: tuple[File, ...]
-    """The graph and its external data if it has any; or the plan and its sidecar."""
+    """The graph and its external data if it has any; or the engine and its sidecar."""
     quantisation: Quantisation | None = None
     engine: Engine | None = None
-    """Of a plan."""
+    """Facts of an engine."""
     verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def tower(self) -> Tower:
+        """The tower whose embeddings it computes."""
+        return TOWER_OF[self.graph]
 
     @property
     def file(self) -> str:
         """Name of the graph itself."""
         return self.files[0].name
 
-    def passed(self, runner: str) -> bool:
-        """Whether the gate let this artifact through when run by `runner`."""
-        return any(v.passed for v in self.verdicts if v.runner == runner)
+    def passed(self, runner: object) -> bool:
+        """Return whether this artifact passed the gate when run by `runner`, a name or a spec."""
+        return any(v.passed for v in self.verdicts if v.runner == str(runner))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,15 @@ from serving.cli.demo import demo
 from serving.cli.embed import embed
 from serving.cli.rank import answer, caption, rank
 from serving.cli.search import app as search
+from serving.cli.status import status
 from serving.cli.up import up
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add every command of this package to `app`."""
-    for command in (assemble, up, embed, classify, rank, answer, caption, bulk, demo):
+    for command in (
+        *(assemble, up, status),
+        *(embed, classify, rank, answer, caption, bulk, demo),
+    ):
         app.command()(command)
     app.add_typer(search, name="search")

@@ -1,17 +1,15 @@
 """`assemble`: a bundle becomes a model repository."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from serving.bundles.bundle import Bundle
-from serving.cli.console import Json, out, steps
+from serving.cli.console import Json, document, progress, result, table
+from serving.cli.documents import Assembled
 from serving.cli.options import REPOSITORY, BundlePath
-from serving.triton.repository import MAX_QUEUE, assembled_backend, assembled_latencies
+from serving.triton.repository import MAX_QUEUE, Backend, assembled_backend, assembled_latencies
 from serving.triton.repository import assemble as assemble_repository
 
 
@@ -19,7 +17,7 @@ def assemble(
     bundle: BundlePath,
     output: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
     backend: Annotated[
-        Literal["python", "onnxruntime", "tensorrt"],
+        Backend,
         typer.Option(
             help="Triton backend that runs the towers. The embedded server has only python."
         ),
@@ -34,23 +32,27 @@ def assemble(
     precision: Annotated[
         str, typer.Option(help="Precision of the other backends' artifacts.")
     ] = "fp32",
-    max_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_batch_size: Annotated[
+        int, typer.Option(min=1, help="Largest batch that a tower runs.")
+    ] = 64,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Requests that wait for a model; more are refused.")
+        int, typer.Option(min=1, help="Requests that may wait for a model; more are rejected.")
     ] = MAX_QUEUE,
-    refused_too: Annotated[
-        bool, typer.Option("--refused-too", help="Serve what the parity gate refused.")
+    allow_failed: Annotated[
+        bool,
+        typer.Option("--allow-failed", help="Also serve artifacts that failed the parity gate."),
     ] = False,
     fallback: Annotated[
         bool,
         typer.Option(
-            "--fallback", help="Where no TensorRT plan fits this machine, onnxruntime instead."
+            "--fallback",
+            help="With --backend tensorrt: if no engine fits this machine, use onnxruntime.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model repository for a bundle."""
-    with steps(f"assembling {bundle}") as progress:
+    with progress(f"assembling {bundle}") as show:
         path = assemble_repository(
             Bundle.open(bundle),
             output,
@@ -59,22 +61,22 @@ def assemble(
             precision=precision,
             max_batch_size=max_batch_size,
             max_queue=max_queue,
-            refused_too=refused_too,
+            allow_failed=allow_failed,
             fallback=fallback,
-            progress=progress,
+            progress=show,
         )
-    models = sorted(config.parent.name for config in path.glob("*/config.pbtxt"))
-    latencies = assembled_latencies(path)
+    assembled = Assembled(
+        repository=str(path),
+        backend=assembled_backend(path),
+        models=tuple(sorted(config.parent.name for config in path.glob("*/config.pbtxt"))),
+        latencies=assembled_latencies(path),
+    )
     if as_json:
-        timed = [asdict(latency) for latency in latencies]
-        document = {"repository": str(path), "backend": assembled_backend(path), "models": models}
-        print(json.dumps({**document, "latencies": timed}))
+        document(assembled)
         return
-    if latencies:
-        table = Table(title=f"Runners on {latencies[0].machine}, batches of {latencies[0].batch}")
-        for column in ("tower", "runner", "ms"):
-            table.add_column(column, justify="right" if column == "ms" else "left")
-        for latency in latencies:
-            table.add_row(latency.tower, latency.runner, f"{latency.milliseconds:.1f}")
-        out.print(table)
-    out.print(f"{path}: {', '.join(models)}")
+    if assembled.latencies:
+        first = assembled.latencies[0]
+        rows = [(one.tower, one.runner, f"{one.milliseconds:.1f}") for one in assembled.latencies]
+        title = f"Runners on {first.machine}, batches of {first.batch}"
+        result(table(title, ("tower", "runner", ">ms"), rows))
+    result(f"{path}: {', '.join(assembled.models)}")

@@ -1,55 +1,100 @@
-"""What the command lines share: how errors are printed, `--json`, a group with a default."""
+"""The command lines' side of a terminal: results, notes, errors, progress, `--json`.
 
+Texts of users, such as labels and file names, are printed as they are: nothing here reads markup.
+"""
+
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from serving.errors import ClipDeployError
 from serving.util.files import NO_SPACE
-from serving.util.progress import Steps
+from serving.util.progress import Progress
 
-out = Console(width=None if sys.stdout.isatty() else 120)
-"""Results."""
-
-log = Console(stderr=True)
-"""Progress and errors."""
+_OUT = Console(width=None if sys.stdout.isatty() else 120)
+_LOG = Console(stderr=True)
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document, last on standard output.")
 ]
 
+Cell = str | Text
+"""Of a table: plain text, or text with a style."""
+
+
+def result(what: str | Table) -> None:
+    """Print a result on standard output."""
+    _print(_OUT, what)
+
+
+def note(text: str, style: str = "") -> None:
+    """Print a note for people on standard error."""
+    _print(_LOG, text, style)
+
+
+def document(value: Any) -> None:
+    """Print a dataclass, or a list of dataclasses, as one JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, default=_plain) + "\n")
+    sys.stdout.flush()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = ()) -> Table:
+    """Return a table of plain texts.
+
+    Args:
+        title: above it.
+        columns: their names; one that begins with `>` is aligned to the right.
+        rows: a cell a column.
+    """
+    made = Table(title=Text(title), show_header=any(columns))
+    for column in columns:
+        right = column.startswith(">")
+        name = Text(column.removeprefix(">"))
+        made.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        add(made, row)
+    return made
+
+
+def add(made: Table, row: Sequence[Cell]) -> None:
+    """Add a row of plain texts to a table."""
+    made.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+
+
+def printable(text: str) -> str:
+    """Return text as a terminal can show it: names of files may hold bytes that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
+
 
 @contextmanager
-def steps(first: str) -> Iterator[Steps]:
-    """Show what is being done, how far it is and for how long; the block is given a `Steps`.
+def progress(first: str) -> Iterator[Progress]:
+    """Show what is being done, how much of it is done and for how long.
 
-    On a terminal a bar, elsewhere a line a step.
+    On a terminal as a bar, elsewhere as a line a step. The block gets a `Progress`.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    shown = ""
+    columns = (SpinnerColumn(), TextColumn("{task.fields[step]}", markup=False), BarColumn())
+    before = ""
 
     def show(step: str, done: int = 0, total: int = 0) -> None:
-        nonlocal shown
-        progress.update(task, description=step, completed=done, total=total or None)
-        if step != shown and not log.is_terminal:
-            log.print(step, highlight=False, soft_wrap=True)
-        shown = step
+        nonlocal before
+        bars.update(task, step=printable(step), completed=done, total=total or None)
+        if step != before and not _LOG.is_terminal:
+            note(step)
+        before = step
 
-    with Progress(*columns, console=log, disable=not log.is_terminal) as progress:
-        task = progress.add_task(first, total=None)
+    with Bars(*columns, TimeElapsedColumn(), console=_LOG, disable=not _LOG.is_terminal) as bars:
+        task = bars.add_task("", total=None, step=printable(first))
         show(first)
         yield show
 
@@ -64,18 +109,30 @@ class DefaultCommandGroup(TyperGroup):
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line; errors of ours are one message and exit code 2, not a traceback."""
+    """Run a command line; errors of this project are one message and exit code 2, no traceback."""
     try:
         app()
     except ClipDeployError as error:
-        _tell(str(error))
-    except OSError as error:  # of what is not written by `serving.util.files`, such as a picture
+        _fail(str(error))
+    except OSError as error:  # while something was written past `serving.util.files`
         if error.errno not in NO_SPACE:
             raise
         where = f" to write {error.filename}" if error.filename else ""
-        _tell(f"no space is left on the disk{where}; free some, or write elsewhere")
+        _fail(f"no space is left on the disk{where}; free some, or write elsewhere")
 
 
-def _tell(message: str) -> None:
-    log.print("[bold red]error:[/]", escape(message), highlight=False, soft_wrap=True)
+def _fail(message: str) -> None:
+    _print(_LOG, Text.assemble(("error: ", "bold red"), printable(message)))
     sys.exit(2)
+
+
+def _print(console: Console, what: str | Text | Table, style: str = "") -> None:
+    """Print without reading markup; lines of text are not folded."""
+    shown = Text(printable(what), style=style) if isinstance(what, str) else what
+    console.print(shown, highlight=False, soft_wrap=not isinstance(shown, Table))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)

@@ -1,7 +1,11 @@
-"""Options that several commands of `python -m serving` share, and what they stand for."""
+"""Options that several commands share, and what they stand for."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,93 +14,180 @@ from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
 from serving.errors import InputError
 from serving.triton.network import ServerTls
-from serving.util.directories import find_pictures
+from serving.util.directories import find_images
 
 BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Directory that `python -m export` made.")
+    Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
 ]
-Url = Annotated[
-    str | None,
-    typer.Option(
-        help="A running server: grpc://host:port or http://host:port; grpcs or https with TLS."
-    ),
+Images = Annotated[
+    list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or directories of them.")
 ]
-Ca = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="CLIP_CA",
-        help="Of grpcs or https: PEM file of the authority that the server's certificate is from; "
-        "default: the public ones.",
-    ),
+Truncate = Annotated[
+    bool, typer.Option("--truncate", help="Cut off what exceeds the model's context.")
 ]
-Cert = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="CLIP_CERT", help="Of grpcs or https: PEM file of a certificate to show the server."
-    ),
-]
-Key = Annotated[
-    Path | None,
-    typer.Option(envvar="CLIP_KEY", help="PEM file of the key of --cert, without a password."),
-]
+REPOSITORY = Path("build/model_repository")
+
+_CONNECTION: dict[str, Any] = {
+    "url": Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a running server: grpc://host:port or http://host:port; with TLS grpcs or "
+            "https."
+        ),
+    ],
+    "ca": Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CLIP_CA",
+            help="PEM file with the authority that signed the server's certificate. Default: the "
+            "public ones.",
+        ),
+    ],
+    "cert": Annotated[
+        Path | None,
+        typer.Option(envvar="CLIP_CERT", help="PEM file with the certificate of this client."),
+    ],
+    "key": Annotated[
+        Path | None,
+        typer.Option(
+            envvar="CLIP_KEY", help="PEM file with the unencrypted private key of --cert."
+        ),
+    ],
+}
+_LOCAL: dict[str, Any] = {
+    "bundle": Annotated[
+        Path | None, typer.Option(help="Bundle to run in this process, instead of --url.")
+    ],
+    "runner": Annotated[
+        str | None,
+        typer.Option(
+            help="Runner of --bundle, such as openvino:int8. Default: auto, which times those that "
+            "passed the parity gate and takes the fastest.",
+        ),
+    ],
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """The values of the connection options of a command."""
+
+    url: str | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    bundle: Path | None = None
+    runner: str | None = None
+
+    def open(self) -> ClipClient | LocalClip:
+        """Return the client of --url, or --bundle in this process, to be entered.
+
+        Raises:
+            InputError: the options contradict each other.
+        """
+        if (self.url is None) == (self.bundle is None):
+            raise InputError(
+                "expected either --url of a running server or --bundle to run in this process, got "
+                + ("neither" if self.url is None else "both")
+            )
+        if self.bundle is not None:
+            given = [name for name in ("ca", "cert", "key") if getattr(self, name) is not None]
+            if given:
+                raise InputError(f"--{given[0]} belongs to --url, and --bundle was given")
+            return LocalClip(self.bundle, self.runner or "auto")
+        return self.client()
+
+    def client(self) -> ClipClient:
+        """Return the client of --url, to be entered.
+
+        Raises:
+            InputError: there is no --url, or an option that belongs to --bundle.
+        """
+        if self.url is None:
+            raise InputError("expected --url of a running server")
+        if self.runner is not None:
+            raise InputError(
+                "--runner belongs to --bundle; the runner of a server is chosen by "
+                "`clip-deploy assemble --runner`"
+            )
+        credentials = Credentials(ca=self.ca, certificate=self.cert, key=self.key)
+        return ClipClient(self.url, credentials=credentials)
+
+
+def connects(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a connection: --url, --ca, --cert, --key, --bundle, --runner.
+
+    The command takes the values as one argument `connection`.
+    """
+    return _with_options(command, _CONNECTION | _LOCAL)
+
+
+def connects_to_server(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a connection to a server: --url, --ca, --cert, --key."""
+    return _with_options(command, _CONNECTION)
+
+
+def _with_options(command: Callable[..., None], options: dict[str, Any]) -> Callable[..., None]:
+    signature = inspect.signature(command)
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in options.items()
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in signature.parameters.items()
+        if name != "connection"
+    ]
+    last = [parameter for parameter in own if parameter.name == "as_json"]
+    first = [parameter for parameter in own if parameter.name != "as_json"]
+
+    @functools.wraps(command)
+    def wrapper(context: typer.Context, **values: Any) -> None:
+        given = {name: values.pop(name, None) for name in options}
+        if given.get("bundle") is not None:
+            # Credentials in the environment are for servers, and no contradiction to --bundle.
+            for name in given:
+                source = context.get_parameter_source(name)
+                if source is not None and source.name == "ENVIRONMENT":
+                    given[name] = None
+        command(connection=Connection(**given), **values)
+
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *first, *shared, *last]
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return wrapper
+
+
 Host = Annotated[
     str,
-    typer.Option(help="IPv4 address to listen on; other than loopback it exposes the server."),
+    typer.Option(help="IPv4 address to listen on. Any other than loopback exposes the server."),
 ]
 TlsCert = Annotated[
-    Path | None, typer.Option(help="PEM file: gRPC with TLS, and HTTP on loopback only.")
+    Path | None,
+    typer.Option(help="PEM file with the server's certificate: TLS for gRPC, HTTP on loopback."),
 ]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM file of the key of --tls-cert.")]
+TlsKey = Annotated[
+    Path | None, typer.Option(help="PEM file with the unencrypted private key of --tls-cert.")
+]
 ClientCa = Annotated[
     Path | None,
-    typer.Option(help="PEM file: gRPC clients must show a certificate of this authority."),
+    typer.Option(
+        help="PEM file with the authority that must have signed gRPC clients' certificates."
+    ),
 ]
 AdminKey = Annotated[
     str | None,
     typer.Option(
         envvar="CLIP_ADMIN_KEY",
-        help="Of the administrative APIs, among them statistics; better given by the environment "
-        "variable, since a command line is readable by all users of the machine.",
+        help="Key of the administrative APIs, among them statistics. Better given by the variable: "
+        "all users of a machine can read command lines.",
     ),
 ]
-LocalBundle = Annotated[
-    Path | None, typer.Option("--bundle", help="A bundle to run in this process instead.")
-]
-LocalRunner = Annotated[
-    str,
-    typer.Option(
-        "--runner",
-        help="Of --bundle, such as openvino:int8; auto times those that passed the gate, and takes "
-        "the fastest.",
-    ),
-]
-LOCAL_RUNNER = "onnxruntime:fp32"
-REPOSITORY = Path("build/model_repository")
-
-
-def embedder_of(
-    url: str | None,
-    bundle: Path | None,
-    runner: str,
-    ca: Path | None,
-    cert: Path | None,
-    key: Path | None,
-) -> ClipClient | LocalClip:
-    """The client of --url, or the bundle of --bundle in this process; enter it.
-
-    Raises:
-        InputError: both are given, or neither.
-    """
-    if url is not None and bundle is None:
-        credentials = Credentials(ca=ca, certificate=cert, key=key)
-        return ClipClient(url, credentials=credentials)
-    if bundle is None or url is not None:
-        raise InputError("give either --url of a running server or --bundle to run in this process")
-    return LocalClip(bundle, runner)
 
 
 def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> ServerTls | None:
-    """What --tls-cert, --tls-key and --client-ca ask for.
+    """Return the TLS settings of --tls-cert, --tls-key and --client-ca.
 
     Raises:
         InputError: they do not go together.
@@ -105,14 +196,14 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> S
         return ServerTls(certificate=cert, key=key, client_ca=client_ca)
     if (cert, key, client_ca) != (None, None, None):
         raise InputError(
-            "TLS takes --tls-cert and --tls-key; with --client-ca, clients show one too"
+            "TLS takes --tls-cert and --tls-key; --client-ca makes clients show a certificate too"
         )
     return None
 
 
-def picture_files(paths: list[Path]) -> list[Path]:
-    """Files as they are given, folders as the pictures in them."""
+def image_files(paths: list[Path]) -> list[Path]:
+    """Return files as they are given, directories as the images in them."""
     files = []
     for path in paths:
-        files += find_pictures(path) if path.is_dir() else [path]
+        files += find_images(path) if path.is_dir() else [path]
     return files

@@ -1,28 +1,14 @@
-"""`python -m serving rank`, `answer` and `caption`: texts ranked for pictures."""
+"""`rank`, `answer` and `caption`: texts ranked for images."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from serving.cli.console import Json, out, steps
-from serving.cli.options import (
-    LOCAL_RUNNER,
-    Ca,
-    Cert,
-    Key,
-    LocalBundle,
-    LocalRunner,
-    Url,
-    embedder_of,
-    picture_files,
-)
+from serving.cli.console import Json, document, progress, result, table
+from serving.cli.documents import Answered, Captioned, Ranked
+from serving.cli.options import Connection, Images, Truncate, connects, image_files
 from serving.errors import InputError
 from serving.tasks.rank import (
     QUESTION_TEMPLATE,
@@ -32,146 +18,112 @@ from serving.tasks.rank import (
     read_vocabulary,
 )
 from serving.tasks.rank import answer as rank_answers
-from serving.tasks.rank import caption as caption_pictures
+from serving.tasks.rank import caption as caption_images
 from serving.tasks.rank import rank as rank_texts
-from serving.tasks.zero_shot import Progress
 from serving.util.directories import read_lines
 
-Pictures = Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")]
 
-
+@connects
 def rank(
-    pictures: Pictures,
-    text: Annotated[list[str] | None, typer.Option(help="A text; repeat for each.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Text file, a text a line.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Texts shown a picture.")] = 5,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut texts that are too long.")
-    ] = False,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
+    images: Images,
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Text file with a text a line.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Texts shown per image.")] = 5,
+    truncate: Truncate = False,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Rank free texts for each picture: cosine, and probability among the texts."""
+    """Rank free texts for each image: cosine, and probability among the texts."""
     if bool(text) == (texts is not None):
         raise InputError("give the texts to rank either by --text or by --texts FILE")
     choices = text or (read_lines(texts) if texts else [])
-    files = picture_files(pictures)
-    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _embedding() as progress:
-        ranked = rank_texts(embedder, files, choices, truncate=truncate, progress=progress)
+    files = image_files(images)
+    with connection.open() as embedder, progress("embedding texts") as show:
+        ranked = rank_texts(embedder, files, choices, truncate=truncate, progress=show)
     if as_json:
-        rows = [
-            {"picture": str(file), "texts": [asdict(score) for score in scores]}
-            for file, scores in zip(files, ranked, strict=True)
-        ]
-        print(json.dumps(rows))
+        pairs = zip(files, ranked, strict=True)
+        document([Ranked(image=str(file), texts=tuple(scores)) for file, scores in pairs])
         return
-    table = _table(f"{len(choices)} texts ranked", "picture", "text")
-    for file, scores in zip(files, ranked, strict=True):
-        _add(table, str(file), scores[:top])
-    out.print(table)
+    shown = [(str(file), scores[:top]) for file, scores in zip(files, ranked, strict=True)]
+    _show(f"{len(choices)} texts ranked", "text", shown)
 
 
+@connects
 def answer(
-    picture: Annotated[Path, typer.Argument(help="Picture file.")],
-    question: Annotated[str, typer.Option(help="About the picture; better begun than asked.")],
-    candidate: Annotated[list[str], typer.Option(help="A possible answer; repeat for each.")],
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[
+        str,
+        typer.Option(
+            help="Prompt about the image. Works better as the start of a sentence than as a "
+            "question."
+        ),
+    ],
+    candidate: Annotated[list[str], typer.Option(help="A possible answer; may be repeated.")],
     template: Annotated[
-        str, typer.Option(help="How the two are put together; {question} may be left out.")
+        str,
+        typer.Option(help="Prompt template with {answer}, and {question} where it is wanted."),
     ] = QUESTION_TEMPLATE,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Answer a multiple-choice question about a picture."""
-    with embedder_of(url, bundle, runner, ca, cert, key) as embedder:
-        scores = rank_answers(embedder, picture, question, candidate, template=template)
+    """Answer a multiple-choice question about an image."""
+    with connection.open() as embedder:
+        scores = rank_answers(embedder, image, question, candidate, template=template)
     if as_json:
-        answers = [asdict(score) for score in scores]
-        print(json.dumps({"picture": str(picture), "question": question, "answers": answers}))
+        document(Answered(image=str(image), question=question, answers=tuple(scores)))
         return
-    table = _table(question, "picture", "answer")
-    _add(table, str(picture), scores)
-    out.print(table)
+    _show(question, "answer", [(str(image), scores)])
 
 
+@connects
 def caption(
-    pictures: Pictures,
-    vocabulary: Annotated[
+    images: Images,
+    categories: Annotated[
         Path,
         typer.Option(
-            help="TOML or JSON: category = [words], or words and template of each category."
+            help="TOML or JSON file: a list of words per category, or words and template of each."
         ),
     ],
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least probability of a word in its category.")
     ] = THRESHOLD,
-    separator: Annotated[str, typer.Option(help="Between the words of a caption.")] = SEPARATOR,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
+    separator: Annotated[
+        str, typer.Option(help="Separator between the words of a caption.")
+    ] = SEPARATOR,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Caption pictures: the best word of each category of a vocabulary, joined."""
-    categories, files = read_vocabulary(vocabulary), picture_files(pictures)
-    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _embedding() as progress:
-        captions = caption_pictures(
+    """Caption images: the best word of each category, joined."""
+    vocabulary, files = read_vocabulary(categories), image_files(images)
+    with connection.open() as embedder, progress("embedding texts") as show:
+        captions = caption_images(
             embedder,
             files,
-            categories,
+            vocabulary,
             threshold=threshold,
             separator=separator,
-            progress=progress,
+            progress=show,
         )
+    found = list(zip(files, captions, strict=True))
     if as_json:
-        rows = [
-            {
-                "picture": str(file),
-                "caption": found.text,
-                "best": {name: asdict(score) for name, score in found.best.items()},
-            }
-            for file, found in zip(files, captions, strict=True)
-        ]
-        print(json.dumps(rows))
+        document([Captioned(image=str(file), caption=c.text, best=c.best) for file, c in found])
         return
-    table = Table(title="Captions")
-    for column in ("picture", "caption", *(category.name for category in categories)):
-        table.add_column(escape(column), overflow="fold")
-    for file, found in zip(files, captions, strict=True):
-        best = [f"{score.text} {score.probability:.1%}" for score in found.best.values()]
-        table.add_row(*map(escape, (str(file), found.text or "-", *best)))
-    out.print(table)
+    rows = [
+        (str(file), c.text or "-", *(f"{s.text} {s.probability:.1%}" for s in c.best.values()))
+        for file, c in found
+    ]
+    columns = ("image", "caption", *(category.name for category in vocabulary))
+    result(table("Captions", columns, rows))
 
 
-@contextmanager
-def _embedding() -> Iterator[Progress]:
-    """What `serving.tasks.rank` tells of its progress, shown."""
-    with steps("embedding texts") as show:
-        yield lambda done, total: show("embedding pictures", done, total)
+def _show(title: str, what: str, ranked: Iterable[tuple[str, list[Score]]]) -> None:
+    def rows() -> Iterator[tuple[str, ...]]:
+        for image, scores in ranked:
+            for place, score in enumerate(scores):
+                numbers = f"{score.cosine:.3f}", f"{score.probability:.1%}"
+                yield ("" if place else image, score.text, *numbers)
 
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=escape(title))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for column in ("cosine", "probability"):
-        table.add_column(column, justify="right")
-    return table
-
-
-def _add(table: Table, picture: str, scores: list[Score]) -> None:
-    for place, score in enumerate(scores):
-        name = "" if place else picture
-        numbers = f"{score.cosine:.3f}", f"{score.probability:.1%}"
-        table.add_row(escape(name), escape(score.text), *numbers)
+    result(table(title, ("image", what, ">cosine", ">probability"), rows()))

@@ -1,183 +1,153 @@
-"""`python -m serving search`: a search index over pictures, and what is found with it."""
+"""`search`: an index of images, and the images found with it."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from serving.cli.console import Json, log, out, steps
-from serving.cli.options import (
-    LOCAL_RUNNER,
-    Ca,
-    Cert,
-    Key,
-    LocalBundle,
-    LocalRunner,
-    Url,
-    embedder_of,
-)
-from serving.cli.search_query import IndexPath, printable, query
+from serving.cli.console import Json, document, note, progress, result, table
+from serving.cli.documents import IndexChanged
+from serving.cli.options import Connection, Images, connects
+from serving.cli.search_query import IndexPath, query
 
 if TYPE_CHECKING:
-    from serving.search.build import Outcome
+    from serving.search.build import IndexChange
     from serving.search.storage import IndexManifest
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
+app = typer.Typer(help="Build an index of images, change it, and search it.", no_args_is_help=True)
 
 _SHOWN_SKIPPED = 10
 
 
 @app.command()
+@connects
 def build(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures.")],
-    index: Annotated[Path, typer.Option(help="Folder of the index to write.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of images.")],
+    output: Annotated[Path, typer.Option(help="Directory of the index to write.")],
     kind: Annotated[
         Literal["exact", "hnsw", "ivf"] | None,
         typer.Option(
-            help="hnsw and ivf find most of the nearest faster. Default: as it is; exact."
+            help="hnsw and ivf are faster and find most of the nearest images. Default: the kind "
+            "the index has; exact for a new one."
         ),
     ] = None,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Make an index of a folder of pictures, or bring it up to date.
+    """Build an index of a directory of images, or bring it up to date.
 
-    Called again after it was stopped, it goes on where it was.
+    A build that was stopped continues where it was.
     """
     from serving.search import build as search_build
 
-    with (
-        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
-        steps(f"looking at {folder}") as progress,
-    ):
-        outcome = search_build.build(folder, index, embedder, kind, progress=progress)
-    _tell(index, outcome, as_json)
+    with connection.open() as embedder, progress(f"reading {directory}") as show:
+        change = search_build.build(directory, output, embedder, kind, progress=show)
+    _show(output, change, as_json)
 
 
 @app.command()
+@connects
 def update(
     index: IndexPath,
-    folder: Annotated[
-        Path | None, typer.Option(help="Where the pictures are now, if they were moved.")
+    directory: Annotated[
+        Path | None, typer.Option(help="Directory that the images were moved to.")
     ] = None,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Embed new and changed files of the index's folder, and take out those that are gone."""
+    """Embed new and changed images of the index's directory, and remove those that are gone."""
     from serving.search import build as search_build
 
-    with (
-        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
-        steps(f"updating {index}") as progress,
-    ):
-        outcome = search_build.update(index, embedder, folder, progress=progress)
-    _tell(index, outcome, as_json)
+    with connection.open() as embedder, progress(f"updating {index}") as show:
+        change = search_build.update(index, embedder, directory, progress=show)
+    _show(index, change, as_json)
 
 
 @app.command()
-def add(
-    index: IndexPath,
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
-    as_json: Json = False,
-) -> None:
-    """Add pictures to an index; those that changed since are embedded again."""
+@connects
+def add(index: IndexPath, images: Images, as_json: Json = False, *, connection: Connection) -> None:
+    """Add images to an index; those that changed are embedded again."""
     from serving.search import build as search_build
 
-    with (
-        embedder_of(url, bundle, runner, ca, cert, key) as embedder,
-        steps(f"adding to {index}") as progress,
-    ):
-        outcome = search_build.add(index, pictures, embedder, progress=progress)
-    _tell(index, outcome, as_json)
+    with connection.open() as embedder, progress(f"adding to {index}") as show:
+        change = search_build.add(index, images, embedder, progress=show)
+    _show(index, change, as_json)
 
 
 @app.command()
 def remove(
     index: IndexPath,
     globs: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="As the index names them, or globs.")
+        list[str],
+        typer.Argument(metavar="PATH...", help="Paths as the index names them, or globs."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Take pictures out of an index; the files stay."""
+    """Remove images from an index; the files stay."""
     from serving.search import build as search_build
 
-    _tell(index, search_build.remove(index, globs), as_json)
+    _show(index, search_build.remove(index, globs), as_json)
 
 
 @app.command()
 def info(index: IndexPath, as_json: Json = False) -> None:
-    """What an index holds, after its files were checked."""
+    """Check the files of an index, and show what it holds."""
     from serving.search.index import SearchIndex
 
     manifest = SearchIndex.open(index).manifest
     if as_json:
-        print(json.dumps({"index": str(index), **asdict(manifest)}))
+        document(manifest)
         return
-    table = Table(title=str(index), show_header=False)
-    for name, value in (
-        ("pictures", f"{manifest.count} of {manifest.folder}"),
+    rows = (
+        ("images", f"{manifest.count} of {manifest.folder}"),
         ("model", str(manifest.model)),
         ("kind", _kind(manifest)),
         ("written", manifest.created),
         ("size", f"{sum(file.bytes for file in manifest.files) / 1e6:.1f} MB"),
-    ):
-        table.add_row(name, escape(value))
-    out.print(table)
-    _tell_skipped(manifest)
+    )
+    result(table(str(index), ("", ""), rows))
+    _note_skipped(manifest)
 
 
 app.command()(query)
 
 
-def _tell(index: Path, outcome: "Outcome", as_json: bool) -> None:
-    """What became of the index."""
-    manifest = outcome.manifest
-    counts = {
-        name: getattr(outcome, name) for name in ("embedded", "resumed", "kept", "removed")
-    } | {"skipped": len(manifest.skipped)}
+def _show(index: Path, change: "IndexChange", as_json: bool) -> None:
+    manifest = change.manifest
     if as_json:
-        document: dict[str, Any] = {"index": str(index), "pictures": manifest.count, **counts}
-        skipped = [asdict(item) for item in manifest.skipped]
-        print(json.dumps(document | {"layout": asdict(manifest.layout), "skipped": skipped}))
+        document(
+            IndexChanged(
+                index=str(index),
+                images=manifest.count,
+                embedded=change.embedded,
+                resumed=change.resumed,
+                kept=change.kept,
+                removed=change.removed,
+                layout=manifest.layout,
+                skipped=tuple(manifest.skipped),
+            )
+        )
         return
-    _tell_skipped(manifest)
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    out.print(
-        f"{index}: {manifest.count} pictures, {_kind(manifest)} ({told})",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    _note_skipped(manifest)
+    counts = {
+        "embedded": change.embedded,
+        "resumed": change.resumed,
+        "kept": change.kept,
+        "removed": change.removed,
+        "skipped": len(manifest.skipped),
+    }
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    result(f"{index}: {manifest.count} images, {_kind(manifest)} ({listed})")
 
 
-def _tell_skipped(manifest: "IndexManifest") -> None:
+def _note_skipped(manifest: "IndexManifest") -> None:
     for item in manifest.skipped[:_SHOWN_SKIPPED]:
-        told = printable(f"skipped {item.path}: {item.reason}")
-        log.print(told, highlight=False, markup=False, soft_wrap=True)
+        note(f"skipped {item.path}: {item.reason}")
     if len(manifest.skipped) > _SHOWN_SKIPPED:
         more = len(manifest.skipped) - _SHOWN_SKIPPED
-        log.print(f"and {more} more; `search info --json` names them all", highlight=False)
+        note(f"and {more} more; `search info --json` lists them all")
 
 
 def _kind(manifest: "IndexManifest") -> str:

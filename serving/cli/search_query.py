@@ -1,30 +1,19 @@
-"""`python -m serving search query`: what is found with an index."""
+"""`search query`: the images of an index that are nearest to a query."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from serving.cli.console import Json, log, out
+from serving.cli.console import Json, document, note, printable, result, table
 from serving.cli.contact_sheet import Cell, Row, contact_sheet
-from serving.cli.options import (
-    LOCAL_RUNNER,
-    Ca,
-    Cert,
-    Key,
-    LocalBundle,
-    LocalRunner,
-    Url,
-    embedder_of,
-)
-from serving.errors import ImageError, InputError, TextError
+from serving.cli.documents import Found, FoundHit
+from serving.cli.options import Connection, Truncate, connects
+from serving.errors import ImageError, InputError, TextTooLongError
 from serving.inputs.decode import read_picture
 from serving.search.query import Term
 
@@ -32,86 +21,80 @@ if TYPE_CHECKING:
     from serving.search.index import Hit, SearchIndex
 
 IndexPath = Annotated[
-    Path, typer.Argument(metavar="INDEX", help="Folder that `search build` wrote.")
+    Path, typer.Argument(metavar="INDEX", help="Directory that `search build` wrote.")
 ]
 _TOP = 10
 _WITHOUT = 0.25
-"""Weight of what is not wanted. All texts have much in common, and as much as that is taken from
-the query too: at 1, what was looked for is gone. 0.25 found the most (see docs/decisions.md)."""
+"""Weight of a term that is not wanted. All texts have much in common, and that much is subtracted
+from the query too: with weight 1 the wanted part is gone. 0.25 found the most (see
+docs/decisions/0025-search-index-generations.md)."""
 _COLUMNS = 5
 _HEADING = 90
-"""Characters of a heading that fit over so many columns."""
+"""Characters of a heading that fit over the columns of a contact sheet."""
 
 
+@connects
 def query(
     index: IndexPath,
-    text: Annotated[list[str] | None, typer.Argument(help="What to look for, in words.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="A picture to look for alike.")] = None,
+    text: Annotated[list[str] | None, typer.Argument(help="Text to search for.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image to search for similar ones.")
+    ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--not", help="What is not wanted, in words.")
+        list[str] | None, typer.Option("--not", help="Text that the images should not fit.")
     ] = None,
     without_image: Annotated[
-        list[Path] | None, typer.Option("--not-image", help="A picture unlike what is wanted.")
+        list[Path] | None,
+        typer.Option("--not-image", help="Image that the images should not resemble."),
     ] = None,
     weight: Annotated[
         list[float] | None,
         typer.Option(
             min=0,
-            help="Of each text, then each --image, --not and --not-image, in this order. Default: "
-            f"1, and {_WITHOUT} of what is not wanted. Pictures count for more than texts of the "
-            "same weight.",
+            help="Weight of each text, then each --image, --not and --not-image, in this order. "
+            f"Default: 1, and {_WITHOUT} for what is not wanted. Images count for more than texts "
+            "of the same weight.",
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help=f"Pictures to find; default {_TOP}.")
+        int | None, typer.Option(min=1, help=f"Images to find. Default: {_TOP}.")
     ] = None,
     glob: Annotated[
         list[str] | None,
-        typer.Option(help="Only paths that fit, such as 'holidays/*'; repeat for alternatives."),
+        typer.Option(help="Search only paths that match, such as 'holidays/*'; may be repeated."),
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write, a PNG.")] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long.")] = (
-        False
-    ),
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    bundle: LocalBundle = None,
-    runner: LocalRunner = LOCAL_RUNNER,
+    truncate: Truncate = False,
     as_json: Json = False,
+    *,
+    connection: Connection,
 ) -> None:
-    """Find pictures by texts, by pictures, by both, and by what they are not.
+    """Find images by texts, by images, by both, and by what they should not show.
 
-    The terms are unit vectors: weighted, added (those of --not subtracted), the sum brought back to
-    unit length, and compared by cosine.
+    The terms are unit vectors: they are weighted and added (those of --not subtracted), the sum is
+    scaled to unit length and compared by cosine.
     """
     terms = _terms(text or [], image or [], without or [], without_image or [], weight)
     from serving.search.index import SearchIndex
 
     opened = SearchIndex.open(index)
     count = min(_TOP, opened.manifest.count) if top is None else top
-    with embedder_of(url, bundle, runner, ca, cert, key) as embedder, _offering_truncate():
+    with connection.open() as embedder, _advising_truncate():
         hits = opened.find(embedder, terms, count, glob or (), truncate=truncate)
     if len(hits) < count:
-        log.print(f"only {len(hits)} pictures fit --glob", highlight=False)
+        note(f"only {len(hits)} images match --glob")
     title = _title(terms)
     if sheet is not None:
         _draw(opened, title, image or [], hits, sheet)
     if as_json:
-        rows = [{**asdict(hit), "file": str(opened.file(hit.path))} for hit in hits]
-        print(json.dumps({"index": str(index), "query": title, "hits": rows, "sheet": _str(sheet)}))
+        found = tuple(FoundHit.of(hit, str(opened.file(hit.path))) for hit in hits)
+        drawn = None if sheet is None else str(sheet)
+        document(Found(index=str(index), query=title, hits=found, sheet=drawn))
         return
-    table = Table(title=escape(title))
-    table.add_column("", justify="right")
-    table.add_column("cosine", justify="right")
-    # Or the title would be folded to the width of what is under it.
-    table.add_column("picture", overflow="fold", min_width=min(len(title), out.width - 6) - 14)
-    for rank, hit in enumerate(hits, 1):
-        table.add_row(str(rank), f"{hit.cosine:.3f}", escape(printable(hit.path)))
-    out.print(table)
+    rows = [(str(rank), f"{hit.cosine:.3f}", hit.path) for rank, hit in enumerate(hits, 1)]
+    result(table(title, (">", ">cosine", "image"), rows))
     if sheet is not None:
-        out.print(f"wrote {sheet}", highlight=False)
+        result(f"wrote {sheet}")
 
 
 def _terms(
@@ -129,8 +112,8 @@ def _terms(
     ]
     if not texts and not images:
         raise InputError(
-            "nothing to look for; give a text, such as 'a red circle', or --image FILE "
-            "(--not only takes away)"
+            "nothing to search for; give a text, such as 'a red circle', or --image FILE "
+            "(--not only subtracts)"
         )
     if not weights:
         return terms
@@ -146,7 +129,7 @@ def _terms(
 
 
 def _title(terms: list[Term]) -> str:
-    """Such as `a red circle + 0.5 photo.jpg - a star`."""
+    """Return the query as a sum, such as `a red circle + 0.5 photo.jpg - a star`."""
     words = ""
     for term in terms:
         name = term.text if term.text is not None else Path(str(term.picture)).name
@@ -157,12 +140,12 @@ def _title(terms: list[Term]) -> str:
 
 
 @contextmanager
-def _offering_truncate() -> Iterator[None]:
-    """A text too long: say what this command has against it, not what the function has."""
+def _advising_truncate() -> Iterator[None]:
+    """For a text that is too long, advise this command's option instead of the function's."""
     try:
         yield
-    except TextError as error:
-        raise TextError(str(error).replace("pass truncate=True", "give --truncate")) from error
+    except TextTooLongError as error:
+        raise error.advised("shorten it or give --truncate") from error
 
 
 def _draw(
@@ -173,24 +156,16 @@ def _draw(
         try:
             read_picture(index.file(hit.path))
         except ImageError as error:
-            told = printable(f"not on the sheet: {error}")
-            log.print(told, highlight=False, markup=False, soft_wrap=True)
+            note(f"not on the sheet: {error}")
         else:
             cells.append(Cell(index.file(hit.path), f"{hit.cosine:.3f}", printable(hit.path)))
     if not cells:
-        raise InputError(f"no file that was found is there any more; `search update {index.path}`")
-    rows = [Row("Looked for", [Cell(image, image.name) for image in images])] if images else []
+        raise InputError(
+            f"none of the files that were found exists any more; run `search update {index.path}`"
+        )
+    rows = [Row("Query", [Cell(image, image.name) for image in images])] if images else []
     for start in range(0, len(cells), _COLUMNS):
-        heading = f"Nearest of {index.manifest.count} pictures" if not start else ""
+        heading = f"Nearest of {index.manifest.count} images" if not start else ""
         rows.append(Row(heading, cells[start : start + _COLUMNS]))
     shown = title if len(title) <= _HEADING else title[: _HEADING - 1] + "…"
     contact_sheet(shown, rows, sheet)
-
-
-def printable(name: str) -> str:
-    """A file's name as it can be printed: what is not UTF-8 in it becomes a question mark."""
-    return name.encode("utf-8", "replace").decode()
-
-
-def _str(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -1,35 +1,28 @@
-"""`python -m serving up`: a server until it is told to stop, started again when it dies."""
+"""`up`: runs the embedded server until it is stopped, and restarts it when it dies."""
 
-import json
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from serving.cli.console import Json, log, out
+from serving.cli.console import Json, document, note, result, table
+from serving.cli.documents import Started
 from serving.cli.options import (
     REPOSITORY,
     AdminKey,
-    Ca,
-    Cert,
     ClientCa,
     Host,
-    Key,
     TlsCert,
     TlsKey,
-    Url,
     server_tls,
 )
-from serving.clients.endpoint import Credentials
-from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.triton.network import HOST, Ports
 from serving.triton.repository import check_assembled
@@ -47,16 +40,14 @@ PATIENCE_S = 5.0
 
 def up(
     repository: Annotated[
-        Path, typer.Argument(help="What `python -m serving assemble` wrote.")
+        Path, typer.Argument(help="Model repository that `clip-deploy assemble` wrote.")
     ] = REPOSITORY,
-    url: Url = None,
-    ca: Ca = None,
-    cert: Cert = None,
-    key: Key = None,
-    http_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8002,
-    log_file: Annotated[Path | None, typer.Option("--log", help="Of Triton itself.")] = None,
+    http_port: Annotated[int, typer.Option(help="Port of HTTP; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port of gRPC; 0 takes a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port of metrics; 0 takes a free one.")] = 8002,
+    log_file: Annotated[
+        Path | None, typer.Option("--log", help="Log file of Triton. Default: a temporary one.")
+    ] = None,
     host: Host = HOST,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
@@ -66,20 +57,17 @@ def up(
         bool,
         typer.Option(
             "--restart",
-            help=f"Start it again when it, or the process of a model, died; up to {MOST_RESTARTS} "
-            f"times in {WITHIN_S / 60:g} minutes.",
+            help="Restart the server when it, or the process of a model, dies; up to "
+            f"{MOST_RESTARTS} times in {WITHIN_S / 60:g} minutes.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Start the embedded Triton server; with --url, look at a running one.
+    """Start the embedded Triton server; `status --url` looks at a running one.
 
-    Ctrl-C or SIGTERM stops it, after the requests that are under way. When it dies, or the process
-    of one of its models, this command ends with an error, or starts it again with --restart.
+    Ctrl-C or SIGTERM stops it after the requests in flight. When it dies, or the process of one of
+    its models, this command ends with an error, or restarts it with --restart.
     """
-    if url is not None:
-        _look_at(url, Credentials(ca=ca, certificate=cert, key=key), as_json)
-        return
     check_assembled(repository)
     tls = server_tls(tls_cert, tls_key, client_ca)
 
@@ -97,20 +85,24 @@ def up(
 
     def started(running: TritonServer) -> None:
         for line in running.exposed:
-            log.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        urls = {"http": running.http_url, "grpc": running.grpc_url}
-        metrics = f"http://{running.metrics_url}/metrics"
-        facts = {**urls, "metrics": metrics, "log": str(running.log)}
+            note(line, "yellow")
+        facts = Started(
+            http=running.http_url,
+            grpc=running.grpc_url,
+            metrics=f"http://{running.metrics_url}/metrics",
+            log=str(running.log),
+        )
         if as_json:
-            print(json.dumps(facts), flush=True)
-        else:
-            _facts(f"Triton serves {repository}; Ctrl-C stops it", facts)
+            document(facts)
+            return
+        title = f"Triton serves {repository}; Ctrl-C stops it"
+        result(table(title, ("", ""), asdict(facts).items()))
 
     with _interrupted_by_signals():
         try:
             keep_up(server, Ports(http_port, grpc_port, metrics_port), started, restart)
         except KeyboardInterrupt:  # while the server is started, or not yet again
-            log.print("stopped")
+            note("stopped")
 
 
 def keep_up(
@@ -135,7 +127,7 @@ def keep_up(
         try:
             with server(ports) as running:
                 if again:
-                    _tell(f"Triton serves again; its log is {running.log}")
+                    note(f"Triton serves again; its log is {running.log}")
                 else:
                     started(running)
                 ports, again = running.ports, True
@@ -146,16 +138,17 @@ def keep_up(
         except ServerError as error:
             if not again:
                 raise
-            fault = str(error)
+            fault = error.reason
         if not restart:
-            raise ServerError(f"{fault}. Start it again, or give --restart")
+            raise ServerError(fault, advice="start it again, or give --restart")
         pause = restarts.pause(time.monotonic())
         if pause is None:
             raise ServerError(
                 f"{fault}. That was once more than {MOST_RESTARTS} times in {WITHIN_S:g} s; it is "
-                "not started again, look at its log"
+                "not restarted",
+                advice="look at its log",
             )
-        _tell(
+        note(
             f"{fault}. Starting again in {pause:g} s "
             f"({restarts.count} of {MOST_RESTARTS} times in {WITHIN_S:g} s)"
         )
@@ -189,7 +182,7 @@ def _watched(server: TritonServer) -> str | None:
         while (fault := server.fault()) is None:
             time.sleep(LOOK_S)
     except KeyboardInterrupt:
-        _tell(f"stopping; requests under way have up to {EXIT_TIMEOUT_S} s")
+        note(f"stopping; requests under way have up to {EXIT_TIMEOUT_S} s")
         return None
     return fault
 
@@ -213,22 +206,3 @@ def _interrupted_by_signals() -> Iterator[None]:
     finally:
         for each, handler in zip(signals, before, strict=True):
             signal.signal(each, handler)
-
-
-def _look_at(url: str, credentials: Credentials, as_json: bool) -> None:
-    with ClipClient(url, credentials=credentials) as client:
-        if as_json:
-            print(json.dumps({"url": url, **client.facts}))
-        else:
-            _facts(url, client.facts)
-
-
-def _facts(title: str, facts: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False)
-    for key, value in facts.items():
-        table.add_row(key, value)
-    out.print(table)
-
-
-def _tell(text: str) -> None:
-    log.print(escape(text), highlight=False, soft_wrap=True)

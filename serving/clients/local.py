@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from serving.bundles.bundle import Bundle
 from serving.bundles.identity import ModelIdentity
 from serving.bundles.manifest import Tower
-from serving.errors import ImageError, relocated
+from serving.errors import ImageError
 from serving.inputs.prefix_tree import Ids, shared_tokens
 from serving.inputs.preprocess import Picture, preprocess
 from serving.inputs.tokenizer import Tokenizer, batches_by_length
-from serving.runners.autotune import passed, time_runners, tree_runner
+from serving.runners.autotune import fastest, prefix_tree_runner
 from serving.runners.base import Embeddings, Runner
-from serving.runners.prefix_tree import open_text_tree
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec, known, runtime_of
 from serving.tasks.zero_shot import ZeroShotClassifier
 
 _TREE_TOKENS = 4096
@@ -36,9 +37,9 @@ class LocalClip:
     bundle has a graph for that, by a runner that passed the gate with it.
 
     Args:
-        bundle: a directory that `python -m export` made.
-        runner: see `serving.runners.registry.open_runner`; `auto` times those that passed the gate,
-            here and now, and takes the fastest of each tower.
+        bundle: a directory that `clip-deploy export` made.
+        runner: such as `openvino:int8`; `auto` times those that passed the parity gate, here and
+            now, and takes the fastest of each tower.
         batch_size: pictures or texts a run; more are cut into several.
     """
 
@@ -74,22 +75,20 @@ class LocalClip:
         self._stack.close()
         self._tree = None
 
-    def _chosen(self, tower: Tower, runner: str) -> str:
-        if runner != "auto":
-            return runner
-        return time_runners(self._bundle, tower, passed(self._bundle, tower))[0].runner
+    def _chosen(self, tower: Tower, runner: str) -> RunnerSpec:
+        return fastest(self._bundle, tower) if runner == "auto" else known(runner)
 
     @cached_property
-    def _tree_name(self) -> str | None:
-        return tree_runner(self._bundle, self._asked, self._texts.name)
+    def _tree_spec(self) -> RunnerSpec | None:
+        return prefix_tree_runner(self._bundle, self._asked, self._texts.spec)
 
     def _tree_for(self, ids: Ids) -> Runner | None:
         """What embeds `ids` as trees, where that pays."""
         end_id = self._bundle.manifest.text.end_id
         if ids.size < _TREE_TOKENS or shared_tokens(ids, end_id) < _TREE_TOKENS:
             return None
-        if self._tree is None and self._tree_name is not None:
-            self._tree = self._stack.enter_context(open_text_tree(self._bundle, self._tree_name))
+        if self._tree is None and self._tree_spec is not None:
+            self._tree = self._stack.enter_context(open_prefix_tree(self._bundle, self._tree_spec))
         return self._tree
 
     @property
@@ -118,14 +117,13 @@ class LocalClip:
         Raises:
             ImageError: one of them cannot be used; the message says which.
         """
-        names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
         spec = self._bundle.manifest.image
 
         def pixels(index: int) -> NDArray[np.uint8]:
             try:
                 return preprocess(images[index], spec)
             except ImageError as error:
-                raise ImageError(relocated(str(error), "images", index, names)) from error
+                raise error.at("images", index) from error
 
         out = self._empty(len(images))
         for start in range(0, len(images), self._batch_size):
@@ -148,7 +146,7 @@ class LocalClip:
         for batch in batches_by_length(rows, self._batch_size):
             length = len(rows[batch[-1]])
             # TensorRT prepares every shape that it meets, the others take any length as it comes.
-            if "tensorrt" in self._texts.name:
+            if runtime_of(self._texts.spec).library is not None:
                 length = self._tokenizer.bucket(length)
             out[batch] = self._texts.run(self._tokenizer.padded([rows[i] for i in batch], length))
         return out

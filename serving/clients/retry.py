@@ -52,5 +52,7 @@ def retried(action: Callable[[float], T], attempts: int, timeout: float) -> T:
             if left <= 0:
                 if number == 1:
                     raise
-                raise type(error)(f"{error} (asked {number} times in {taken:.1f} s)") from error
+                raise type(error)(
+                    f"{error.reason} (asked {number} times in {taken:.1f} s)", advice=error.advice
+                ) from error
         time.sleep(pause)

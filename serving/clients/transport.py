@@ -3,7 +3,6 @@
 Does not know: which models there are, or what they take.
 """
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,14 @@ from tritonclient.utils import InferenceServerException
 
 from serving.clients.endpoint import Credentials, Endpoint, Protocol, attach
 from serving.clients.retry import retried
-from serving.errors import InputError, OverloadedError, ServerError, UnavailableError
-
-# Triton's queues say both with one status, and so do our models.
-_LATE = re.compile(r"timeout expired|time of \S+ s was over")
-_FULL = re.compile(r"maximum queue size|\bis full\b")
+from serving.errors import (
+    DeadlineError,
+    InputError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
+from serving.util.wire import from_text, own_words, triton_fault
 
 
 class Calls:
@@ -98,28 +100,40 @@ class Calls:
             ) from error
 
     def _translated(self, error: InferenceServerException) -> ServerError | InputError:
-        reason = re.sub(r"^in ensemble '\w+', ", "", error.message())
-        status = str(error.status())
+        message, status = own_words(error.message()), str(error.status())
+        sent = from_text(message)
+        if isinstance(sent, InputError):
+            return sent
+        if isinstance(sent, DeadlineError):
+            return self._late(sent.reason)
+        if isinstance(sent, OverloadedError):
+            return self._overloaded(sent.reason)
+        if sent is not None:
+            message = str(sent)
+        fault = triton_fault(message)
         if status in ("400", "StatusCode.INVALID_ARGUMENT"):
-            return InputError(reason)
-        if status in ("499", "StatusCode.DEADLINE_EXCEEDED") or _LATE.search(reason):
-            return self._late(reason)
-        if unknown := re.search(r"unknown model: '(\w+)'", reason):
+            return InputError(message)
+        if status in ("499", "StatusCode.DEADLINE_EXCEEDED") or fault == "late":
+            return self._late(message)
+        if fault == "unknown model":
             return ServerError(
-                f"{self._url} serves no model {unknown[1]}; assemble its repository again with "
-                "`python -m serving assemble`"
+                f"{self._url} does not serve that model ({message})",
+                advice="assemble its repository again with `clip-deploy assemble`",
             )
-        if _FULL.search(reason):
-            return OverloadedError(
-                f"{self._url} is full, and refused the request ({reason}); send less at a time, or "
-                "try again later"
-            )
+        if fault == "full":
+            return self._overloaded(message)
         if status in ("503", "StatusCode.UNAVAILABLE"):
-            return UnavailableError(f"{self._url} is not there, or not now ({status}): {reason}")
-        return ServerError(f"{self._url} refused the request ({status}): {reason}")
+            return UnavailableError(f"{self._url} is not available ({status}): {message}")
+        return ServerError(f"{self._url} refused the request ({status}): {message}")
 
-    def _late(self, reason: object) -> ServerError:
-        return ServerError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
+    def _overloaded(self, reason: str) -> OverloadedError:
+        return OverloadedError(
+            f"{self._url} is full, and refused the request ({reason})",
+            advice="send less at a time, or try again later",
+        )
+
+    def _late(self, reason: object) -> DeadlineError:
+        return DeadlineError(f"no answer from {self._url} within {self._timeout:g} s: {reason}")
 
     @contextmanager
     def _connection(self, left: float) -> Iterator[Any]:

@@ -22,10 +22,11 @@ from PIL import Image
 from serving.bundles.identity import ModelIdentity
 from serving.clients.endpoint import NO_CREDENTIALS, Credentials
 from serving.clients.transport import Calls
-from serving.errors import ImageError, InputError, ServerError, TextError, relocated
+from serving.errors import ImageError, InputError, ServerError, TextError
 from serving.inputs.decode import read_picture, too_large
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import Picture
+from serving.inputs.tokenizer import each
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
 
@@ -114,9 +115,8 @@ class ClipClient:
             OverloadedError: the server was full, at every attempt.
             ServerError: it did not answer in time, or failed.
         """
-        names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
         infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
-        return self._embed("images", images, encode_picture, infer, ImageError, names)
+        return self._embed("images", images, encode_picture, infer, ImageError)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
         """Embed texts; `truncate` cuts those that are too long instead of refusing them.
@@ -131,7 +131,7 @@ class ClipClient:
         """
         whole = functools.partial(self._infer_bytes, "clip_text", "text", "text_embeds")
         infer = self._infer_truncated if truncate else whole
-        return self._embed("texts", texts, _encode_text, infer, TextError, [""] * len(texts))
+        return self._embed("texts", texts, _encode_text, infer, TextError)
 
     def classify(
         self,
@@ -159,22 +159,16 @@ class ClipClient:
             ServerError: it has no `clip_zero_shot`, did not answer in time, or failed.
         """
         LabelSet.of(labels, self.templates if templates is None else templates)
-        given = [self._strings("LABELS", _encoded("labels", labels))]
+        given = [self._strings("LABELS", each("labels", labels, _encode_text))]
         if templates is not None:
-            given.append(self._strings("TEMPLATES", _encoded("templates", templates)))
+            given.append(self._strings("TEMPLATES", each("templates", templates, _encode_text)))
 
         def infer(data: list[bytes]) -> Floats:
             tensors = [self._strings("IMAGE", data), *given]
-            try:
-                scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", {})
-            except InputError as error:
-                if str(error).startswith("images"):
-                    raise
-                raise TextError(str(error)) from error
+            scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", {})
             return scores
 
-        names = [str(i) if isinstance(i, str | os.PathLike) else "" for i in images]
-        return self._embed("images", images, encode_picture, infer, ImageError, names)
+        return self._embed("images", images, encode_picture, infer, ImageError)
 
     def _embed(
         self,
@@ -183,7 +177,6 @@ class ClipClient:
         encode: Callable[[T], bytes],
         infer: Callable[[list[bytes]], Floats],
         refusal: type[InputError],
-        names: list[str],
     ) -> Floats:
         if isinstance(items, str | bytes):
             raise refusal(f"expected a sequence of {kind}, got one {type(items).__name__}")
@@ -194,13 +187,14 @@ class ClipClient:
                 try:
                     data.append(encode(item))
                 except refusal as error:
-                    raise refusal(relocated(str(error), kind, index, names)) from error
+                    raise error.at(kind, index, _path(kind, item)) from error
             try:
                 return infer(data)
-            except TextError:  # about labels, which are the same in every request
-                raise
             except InputError as error:
-                raise refusal(relocated(str(error), kind, start, names)) from error
+                if error.kind == kind or (error.kind is None and len(data) == 1):
+                    item = items[start + (error.index or 0)]
+                    raise error.at(kind, start, _path(kind, item)) from error
+                raise  # about labels or templates, which are the same in every request
 
         if not items:
             raise refusal(f"no {kind} to embed; give at least one")
@@ -270,14 +264,9 @@ def _encoded_picture(picture: Picture) -> bytes:
     return buffer.getvalue()
 
 
-def _encoded(kind: str, texts: Sequence[str]) -> list[bytes]:
-    data = []
-    for index, text in enumerate(texts):
-        try:
-            data.append(_encode_text(text))
-        except TextError as error:
-            raise TextError(f"{kind}[{index}] {error}") from error
-    return data
+def _path(kind: str, item: object) -> str | None:
+    """Return the name that errors give an item: an image's path."""
+    return str(item) if kind == "images" and isinstance(item, str | os.PathLike) else None
 
 
 def _encode_text(text: str) -> bytes:
@@ -287,10 +276,11 @@ def _encode_text(text: str) -> bytes:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise TextError(
-            f"holds a lone surrogate at position {error.start}; it is no text"
+            f"the text has a lone surrogate at position {error.start}", advice="remove it"
         ) from error
     if len(data) > MAX_TEXT_BYTES:
         raise TextError(
-            f"has {len(data)} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten it"
+            f"the text has {len(data)} bytes, more than the {MAX_TEXT_BYTES} allowed",
+            advice="shorten it",
         )
     return data

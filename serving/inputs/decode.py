@@ -29,21 +29,23 @@ def read_picture(picture: str | os.PathLike[str]) -> bytes:
     path = Path(picture)
     try:
         if path.is_dir():
-            raise ImageError(f"{path} is a directory; give the path of one picture")
+            raise ImageError("is a directory", name=str(path), advice="give the path of one image")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             # One byte more tells of a file that grows, or has no size, such as a pipe.
             data = b"" if size > MAX_PICTURE_BYTES else file.read(MAX_PICTURE_BYTES + 1)
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file; give the path of a picture") from error
+        raise ImageError(
+            "no such file", name=str(path), advice="give the path of an image"
+        ) from error
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise ImageError(f"{path} cannot be read: {error}") from error
+        raise ImageError(f"cannot be read: {error}", name=str(path)) from error
     if max(size, len(data)) > MAX_PICTURE_BYTES:
-        raise ImageError(f"{path}: {too_large(max(size, len(data)))}")
+        raise ImageError(too_large(max(size, len(data))), name=str(path))
     if not data:
-        raise ImageError(f"{path} is empty (0 bytes); copy or download it again")
+        raise ImageError("is empty (0 bytes)", name=str(path), advice="copy or download it again")
     return data
 
 

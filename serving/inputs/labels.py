@@ -3,12 +3,12 @@
 Does not know: what embeds them (`zero_shot`, `label_sets`).
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from serving.errors import TextError
+from serving.inputs.tokenizer import excerpt
 from serving.limits import (
     MAX_LABEL_SET_BYTES,
     MAX_LABEL_TEXTS,
@@ -43,13 +43,19 @@ class LabelSet:
         seen: set[str] = set()
         for index, label in enumerate(self.labels):
             if not label.strip():
-                raise TextError(f"labels[{index}] is empty or only whitespace: {label!r}")
+                raise TextError(
+                    f"the label is empty or only whitespace: {excerpt(label)}",
+                    kind="labels",
+                    index=index,
+                )
             if label in seen:
-                raise TextError(f"label {label!r} is given more than once; labels must differ")
+                raise TextError(
+                    f"label {excerpt(label)} is given more than once; labels must differ"
+                )
             seen.add(label)
         for template in self.templates:
             if "{}" not in template:
-                raise TextError(f"template {template!r} has no {{}} for the label to go")
+                raise TextError(f"template {excerpt(template)} has no {{}} for the label to go")
 
     def _refuse_sizes(self) -> None:
         """Of the texts, before one is made: a template may repeat a label thousands of times."""
@@ -60,8 +66,11 @@ class LabelSet:
             rest = _length(template) - places * len("{}")
             if (size := rest + places * longest) > MAX_TEXT_BYTES:
                 raise TextError(
-                    f"labels[{lengths.index(longest)}], put into the template {template[:40]!r}: "
-                    f"has {size} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten either"
+                    f"put into the prompt template {excerpt(template)}, the label has {size} "
+                    f"bytes, more than the {MAX_TEXT_BYTES} allowed",
+                    kind="labels",
+                    index=lengths.index(longest),
+                    advice="shorten either",
                 )
             total += rest * len(lengths) + places * sum(lengths)
         if total > MAX_LABEL_SET_BYTES:
@@ -99,13 +108,13 @@ class LabelSet:
         return [index for start in range(count) for index in range(start, len(self), count)]
 
     def blamed(self, error: TextError, indices: Sequence[int]) -> TextError:
-        """The error of one of `some(indices)`, which names the label and the template."""
-        found = re.match(r"texts\[(\d+)\]:? ?|the text ", message := str(error))
-        index = indices[int(found[1]) if found and found[1] else 0]
-        label, template = divmod(index, len(self.templates))
-        rest = message[found.end() :] if found else message
-        return TextError(
-            f"labels[{label}], put into the template {self.templates[template]!r}: {rest}"
+        """Return the error of one of `some(indices)` as one of its label and template."""
+        label, template = divmod(indices[error.index or 0], len(self.templates))
+        return type(error)(
+            f"put into the prompt template {excerpt(self.templates[template])}: {error.reason}",
+            kind="labels",
+            index=label,
+            advice=error.advice,
         )
 
 

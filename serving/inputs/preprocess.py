@@ -204,7 +204,7 @@ def _as_image(picture: Picture) -> Image.Image:
             try:
                 return decode(data)
             except ImageError as error:
-                raise ImageError(f"{os.fspath(picture)}: {error}") from error
+                raise error.within(os.fspath(picture)) from error
         case Image.Image():
             return loaded(picture)
         case np.ndarray():

@@ -10,8 +10,9 @@ a literal `<|endoftext|>` is text like any other.
 import html
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import ftfy
 import numpy as np
@@ -20,8 +21,11 @@ from ftfy.fixes import unescape_html
 from numpy.typing import NDArray
 
 from serving.bundles.manifest import TextSpec
-from serving.errors import BundleError, TextError
+from serving.errors import BundleError, TextError, TextTooLongError
 from serving.limits import MAX_LINES, MAX_TEXT_BYTES, MAX_UNESCAPES, MAX_WORD
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -72,7 +76,8 @@ def _repaired_line(line: str) -> str:
         if line == before or "&" not in line:
             return line
     raise TextError(
-        f"has HTML that was escaped more than {MAX_UNESCAPES} times; unescape it before"
+        f"the text has HTML that was escaped more than {MAX_UNESCAPES} times",
+        advice="unescape it before",
     )
 
 
@@ -81,18 +86,18 @@ def _fixed(line: str) -> str:
     return result
 
 
-def decode_text(data: bytes, name: str) -> str:
-    """A text from the network, called `name` in errors.
+def decode_text(data: bytes) -> str:
+    """Decode a text from the network.
 
     Raises:
         TextError: it is too long, or not UTF-8.
     """
     if len(data) > MAX_TEXT_BYTES:
-        raise TextError(_too_long(name, len(data)))
+        raise _too_many_bytes(len(data))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TextError(f"{name} is not UTF-8: {error}") from error
+        raise TextError(f"the text is not UTF-8: {error}") from error
 
 
 class Tokenizer:
@@ -136,15 +141,13 @@ class Tokenizer:
                 tokenized; of several texts, the message names the index.
         """
         if isinstance(texts, str):
-            raise TextError(f"expected a list of texts, got one str; pass [{_excerpt(texts)}]")
+            raise TextError(f"expected a list of texts, got one str; pass [{excerpt(texts)}]")
         if not len(texts):
             raise TextError("expected at least one text, got none")
-        cleaned = [_checked(text, _name(texts, index)) for index, text in enumerate(texts)]
+        cleaned = each("texts", texts, _checked)
         encodings = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
-        return [
-            self._row(encoding.ids, cleaned[index], _name(texts, index), truncate)
-            for index, encoding in enumerate(encodings)
-        ]
+        pairs = list(zip(encodings, cleaned, strict=True))
+        return each("texts", pairs, lambda pair: self._row(pair[0].ids, pair[1], truncate))
 
     def bucket(self, length: int) -> int:
         """The smallest of the buckets that holds `length` tokens."""
@@ -157,22 +160,22 @@ class Tokenizer:
             padded[: len(row)] = row
         return ids
 
-    def _row(self, body: list[int], text: str, name: str, truncate: bool) -> list[int]:
+    def _row(self, body: list[int], text: str, truncate: bool) -> list[int]:
         """Puts start and end around a text's ids, and makes sure that they fit and are unique."""
         spec = self._spec
         if not body or spec.end_id in body or spec.start_id in body:
-            raise TextError(self._unknown(text, name))
+            raise TextError(self._unknown(text))
         if len(body) + 2 > spec.context_length:
             if not truncate:
-                raise TextError(
-                    f"{name} has {len(body) + 2} tokens, start and end included, more than the "
-                    f"model's {spec.context_length}: {_excerpt(text)}; shorten it or pass "
-                    "truncate=True"
+                raise TextTooLongError(
+                    f"the text has {len(body) + 2} tokens, start and end included, more than the "
+                    f"model's {spec.context_length}: {excerpt(text)}",
+                    advice="shorten it or pass truncate=True",
                 )
             body = body[: spec.context_length - 2]
         return [spec.start_id, *body, spec.end_id]
 
-    def _unknown(self, text: str, name: str) -> str:
+    def _unknown(self, text: str) -> str:
         """Names what a small vocabulary, one without all 256 bytes, cannot spell."""
         # Its tokenizer answers with the unknown token, which in CLIP's form is end-of-text: the
         # text tower would pool there and ignore the rest.
@@ -184,10 +187,10 @@ class Tokenizer:
             if token in special
         ]
         pieces = sorted({text[start:stop] for start, stop in spans}) or [text]
-        listed = ", ".join(_excerpt(piece) for piece in pieces[:5])
+        listed = ", ".join(excerpt(piece) for piece in pieces[:5])
         return (
-            f"{name} has characters outside this model's vocabulary: {listed}; "
-            f"leave them out of {_excerpt(text)}"
+            f"the text has characters outside this model's vocabulary: {listed}; "
+            f"leave them out of {excerpt(text)}"
         )
 
 
@@ -266,58 +269,74 @@ def _load(path: Path, spec: TextSpec) -> tokenizers.Tokenizer:
     return backend
 
 
-def _checked(text: object, name: str) -> str:
+def _checked(text: object) -> str:
     """Cleans a text, unless it is one that nobody can mean to tokenize."""
     if not isinstance(text, str):
-        raise TextError(f"expected {name} to be a str, got {type(text).__name__}")
-    _refuse_size(text, name)
+        raise TextError(f"expected a str, got {type(text).__name__}")
+    _refuse_size(text)
     if "\0" in text:
-        raise TextError(f"{name} has a NUL character at position {text.index(chr(0))}; remove it")
+        raise TextError(
+            f"the text has a NUL character at position {text.index(chr(0))}", advice="remove it"
+        )
     if surrogate := _LONE_SURROGATE.search(text):
         raise TextError(
-            f"{name} has half a surrogate pair, {surrogate[0]!r}, at position "
-            f"{surrogate.start()}; decode the text as UTF-8 and without 'surrogateescape'"
+            f"the text has half a surrogate pair, {surrogate[0]!r}, at position "
+            f"{surrogate.start()}",
+            advice="decode the text as UTF-8 and without 'surrogateescape'",
         )
-    try:
-        cleaned = clean(text)
-    except TextError as error:
-        raise TextError(f"{name} {error}") from error
+    cleaned = clean(text)
     if not cleaned:
-        raise TextError(f"{name} is empty or only whitespace: {_excerpt(text)}; give it words")
+        raise TextError(
+            f"the text is empty or only whitespace: {excerpt(text)}", advice="give it words"
+        )
     return cleaned
 
 
-def _refuse_size(text: str, name: str) -> None:
+def _refuse_size(text: str) -> None:
     """Keeps to the limits of a text, before anything reads it character by character."""
     size = len(text)
     if size <= MAX_TEXT_BYTES and not text.isascii():
         size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_TEXT_BYTES:
-        raise TextError(_too_long(name, size))
+        raise _too_many_bytes(size)
     if (lines := text.count("\n") + 1) > MAX_LINES:
-        raise TextError(f"{name} has {lines} lines, more than the {MAX_LINES} allowed; join them")
-    try:
-        _refuse_word(text)
-    except TextError as error:
-        raise TextError(f"{name} {error}") from error
+        raise TextError(
+            f"the text has {lines} lines, more than the {MAX_LINES} allowed", advice="join them"
+        )
+    _refuse_word(text)
 
 
 def _refuse_word(text: str) -> None:
     longest = max(map(len, text.split()), default=0)
     if longest > MAX_WORD:
         raise TextError(
-            f"has {longest} characters without whitespace, more than the {MAX_WORD} allowed; "
-            "shorten it"
+            f"the text has {longest} characters without whitespace, more than the {MAX_WORD} "
+            "allowed",
+            advice="shorten it",
         )
 
 
-def _too_long(name: str, size: int) -> str:
-    return f"{name} has {size} bytes, more than the {MAX_TEXT_BYTES} allowed; shorten it"
+def _too_many_bytes(size: int) -> TextError:
+    return TextError(
+        f"the text has {size} bytes, more than the {MAX_TEXT_BYTES} allowed", advice="shorten it"
+    )
 
 
-def _name(texts: Sequence[str], index: int) -> str:
-    return f"texts[{index}]" if len(texts) > 1 else "the text"
+def each(kind: str, items: Iterable[T], convert: Callable[[T], U]) -> list[U]:
+    """Convert every item; the error of one names its place in the argument `kind`.
+
+    Raises:
+        TextError: an item cannot be converted.
+    """
+    converted = []
+    for index, item in enumerate(items):
+        try:
+            converted.append(convert(item))
+        except TextError as error:
+            raise error.at(kind, index) from error
+    return converted
 
 
-def _excerpt(text: str) -> str:
+def excerpt(text: str) -> str:
+    """Return the beginning of a text as errors quote it: gRPC carries no more than 8 kB of them."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."

@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import Latency, Tower
+from serving.bundles.manifest import Graph, Latency, Tower
 from serving.errors import BundleError, RunnerError
 from serving.runners.base import Batch, Runner
-from serving.runners.prefix_tree import open_text_tree
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import missing, open_runner
-from serving.runners.spec import RUNNERS, runners_of
+from serving.runners.spec import RUNNERS, RunnerSpec, runners_of
 from serving.util.machine import describe
 
 BATCH, LENGTH = 8, 16
@@ -28,28 +28,35 @@ _LONG_S = 0.15
 """A shorter run is of a runner that finds its weights in the caches: it runs untimed before."""
 
 
-def passed(bundle: Bundle, tower: Tower, *, tree: bool = False) -> list[str]:
-    """Runners of `tower`, or of its tree graph, that passed the gate and that are had here."""
+def passed(bundle: Bundle, graph: Graph) -> list[RunnerSpec]:
+    """Return the runners of a graph that passed the parity gate and are available here."""
+    return [spec for spec in _passed(bundle, graph) if missing(spec) is None]
+
+
+def _passed(bundle: Bundle, graph: Graph) -> list[RunnerSpec]:
+    """Return the runners of a graph that passed the parity gate, available here or not."""
     found = {
-        name
+        spec
         for artifact in bundle.manifest.artifacts
-        if artifact.tower == tower and (artifact.kind == "tree") == tree
-        for name in runners_of(artifact)
-        if artifact.passed(name) and missing(name) is None
+        if artifact.graph == graph
+        for spec in runners_of(artifact)
+        if artifact.passed(spec)
     }
-    return [name for name in RUNNERS if name in found]
+    return [spec for spec in RUNNERS if spec in found]
 
 
-def time_runners(bundle: Bundle, tower: Tower, names: Iterable[str]) -> list[Latency]:
-    """Milliseconds of each runner, fastest first; one that cannot run here is left out.
+def time_runners(bundle: Bundle, tower: Tower, runners: Iterable[RunnerSpec]) -> list[Latency]:
+    """Time each runner, fastest first; one that cannot run here is left out.
 
     Raises:
         BundleError: none of them can.
     """
-    runners = {name: partial(open_runner, bundle, tower, name) for name in names}
-    times, errors = _race(runners, _batch(bundle, tower))
+    opened = {str(spec): partial(open_runner, bundle, tower, spec) for spec in runners}
+    times, errors = _race(opened, _batch(bundle, tower))
     if not times:
-        why = "; ".join(map(str, errors.values())) or "the gate let none through"
+        absent = filter(None, map(missing, _passed(bundle, tower)))
+        reasons = dict.fromkeys(map(str, (*errors.values(), *absent)))
+        why = "; ".join(reasons) or "none passed the parity gate"
         raise BundleError(f"{bundle.path}: no runner for the {tower} tower: {why}")
     return [
         Latency(tower=tower, runner=name, batch=BATCH, milliseconds=ms, machine=describe())
@@ -57,28 +64,38 @@ def time_runners(bundle: Bundle, tower: Tower, names: Iterable[str]) -> list[Lat
     ]
 
 
-def tree_runner(bundle: Bundle, asked: str, plain: str) -> str | None:
-    """Which runner is to embed labels in templates as trees.
+def fastest(bundle: Bundle, tower: Tower) -> RunnerSpec:
+    """Return the fastest runner of `tower` on this machine, of those that passed the gate.
 
-    None if it did not pass the gate with the tree graph, or if the bundle has none.
+    Raises:
+        BundleError: none can run here.
+    """
+    return RunnerSpec.parse(time_runners(bundle, tower, passed(bundle, tower))[0].runner)
+
+
+def prefix_tree_runner(bundle: Bundle, asked: str, plain: RunnerSpec) -> RunnerSpec | None:
+    """Return the runner that is to embed prompts as prefix trees.
+
+    None: it did not pass the gate with the prefix-tree graph, or the bundle has none.
 
     Args:
-        asked: a runner; for `auto` those that passed are timed, here and now, and it is the
-            fastest, or None if `plain` is faster.
+        asked: a runner; with `auto`, those that passed are timed, and it is the fastest one, or
+            None if `plain` is faster.
         plain: the runner of the text tower itself.
 
     Raises:
         RunnerError, BundleError: `plain` cannot be opened, or a file is not the exported one.
     """
-    names = passed(bundle, "text", tree=True)
-    if asked != "auto" or not names:
-        return asked if asked in names else None
+    found = passed(bundle, "prefix_tree")
+    if asked != "auto" or not found:
+        return next((spec for spec in found if str(spec) == asked), None)
     runners: dict[str, Callable[[], Runner]] = {"": partial(open_runner, bundle, "text", plain)}
-    runners |= {name: partial(open_text_tree, bundle, name) for name in names}
+    runners |= {str(spec): partial(open_prefix_tree, bundle, spec) for spec in found}
     times, errors = _race(runners, _prompts(bundle))
     if "" in errors:
         raise errors[""]
-    return next(iter(times)) or None
+    first = next(iter(times))
+    return RunnerSpec.parse(first) if first else None
 
 
 def _batch(bundle: Bundle, tower: Tower) -> Batch:

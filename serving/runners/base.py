@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import RunnerError
+from serving.runners.spec import RunnerSpec
 
 Batch = NDArray[np.uint8] | NDArray[np.int32]
 Embeddings = NDArray[np.float32]
@@ -21,8 +22,12 @@ class Runner(Protocol):
     """
 
     @property
+    def spec(self) -> RunnerSpec:
+        """Runtime and precision, such as `onnxruntime:fp32`."""
+
+    @property
     def name(self) -> str:
-        """Such as `onnxruntime:fp32`."""
+        """The spec as text."""
 
     @property
     def runtime_version(self) -> str:
@@ -47,9 +52,14 @@ class Runner(Protocol):
 class LoadedRunner(ABC):
     """A `Runner` around one loaded object; what a runtime adds is how to load it and call it."""
 
-    name: str
+    spec: RunnerSpec
     runtime_version: str
     _loaded: Any = None
+
+    @property
+    def name(self) -> str:
+        """The spec as text, such as `onnxruntime:fp32`."""
+        return str(self.spec)
 
     @abstractmethod
     def _load(self) -> Any:

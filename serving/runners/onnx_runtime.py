@@ -10,10 +10,10 @@ from typing import Any
 import onnxruntime
 
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import Graph, Tower
+from serving.bundles.manifest import Graph
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
-from serving.runners.spec import PROVIDERS
+from serving.runners.spec import RunnerSpec, graph_of, runtime_of
 from serving.util.machine import cpu_count
 
 
@@ -23,18 +23,16 @@ class OnnxRuntimeRunner(LoadedRunner):
     def __init__(
         self,
         bundle: Bundle,
-        tower: Tower,
-        precision: str,
-        runtime: str = "onnxruntime",
+        graph: Graph,
+        spec: RunnerSpec,
         threads: int | None = None,
-        graph: Graph = "onnx",
     ) -> None:
-        self.name = f"{runtime}:{precision}"
+        self.spec = spec
         self.runtime_version = f"onnxruntime {onnxruntime.__version__}"
         self._bundle = bundle
-        self._artifact = bundle.artifact(tower, precision, graph)
-        self._int8 = precision.startswith("int8")
-        self._provider = PROVIDERS[runtime]
+        self._artifact = bundle.artifact(graph, graph_of(spec))
+        self._int8 = spec.precision.startswith("int8")
+        self._provider = runtime_of(spec).provider
         self._threads = threads or cpu_count()
 
     def _load(self) -> onnxruntime.InferenceSession:

@@ -12,10 +12,10 @@ import numpy as np
 import openvino
 
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import Graph, Tower
+from serving.bundles.manifest import Graph
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RunnerSpec, graph_of
 from serving.util.machine import cpu_count
 
 
@@ -25,16 +25,15 @@ class OpenVinoRunner(LoadedRunner):
     def __init__(
         self,
         bundle: Bundle,
-        tower: Tower,
-        precision: str,
+        graph: Graph,
+        spec: RunnerSpec,
         threads: int | None = None,
-        graph: Graph = "onnx",
     ) -> None:
-        self.name = f"openvino:{precision}"
+        self.spec = spec
         self.runtime_version = f"openvino {openvino.__version__.split('-')[0]}"
         self._bundle = bundle
-        self._artifact = bundle.artifact(tower, RUNNERS[self.name], graph)
-        self._precision = precision
+        self._artifact = bundle.artifact(graph, graph_of(spec))
+        self._precision = spec.precision
         self._threads = threads or cpu_count()
 
     def _load(self) -> Any:

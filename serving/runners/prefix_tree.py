@@ -1,4 +1,4 @@
-"""The text tower by its tree graph: for texts that begin alike, such as labels in templates."""
+"""The text tower by its prefix-tree graph: for texts that share prefixes, such as prompts."""
 
 from types import TracebackType
 from typing import Self
@@ -10,9 +10,10 @@ from serving.errors import RunnerError
 from serving.inputs.prefix_tree import trees
 from serving.runners.base import Batch, Embeddings, Runner
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
 
 
-class TextTreeRunner:
+class PrefixTreeRunner:
     """A `Runner` of the text tower: texts in, any number, put into trees for the runner below.
 
     Args:
@@ -21,7 +22,7 @@ class TextTreeRunner:
     """
 
     def __init__(self, inner: Runner, end_id: int) -> None:
-        self.name = inner.name
+        self.spec, self.name = inner.spec, inner.name
         self.runtime_version = inner.runtime_version
         self._inner = inner
         self._end_id = end_id
@@ -59,12 +60,12 @@ class TextTreeRunner:
         return embeddings
 
 
-def open_text_tree(bundle: Bundle, name: str) -> Runner:
-    """The runner called `name` of the text tower's tree graph; not yet entered.
+def open_prefix_tree(bundle: Bundle, runner: RunnerSpec | str) -> Runner:
+    """Return a runner of the text tower's prefix-tree graph, not yet entered.
 
     Raises:
         RunnerError: there is no such runner, it does not run trees, or not in this environment.
         BundleError: the bundle has no tree graph of this precision, or it is not the exported one.
     """
-    inner = open_runner(bundle, "text", name, "tree")
-    return TextTreeRunner(inner, bundle.manifest.text.end_id)
+    inner = open_runner(bundle, "prefix_tree", runner)
+    return PrefixTreeRunner(inner, bundle.manifest.text.end_id)

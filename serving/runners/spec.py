@@ -1,72 +1,158 @@
-"""The table of runners: names, `<runtime>:<precision>`, and the graph that each of them runs."""
+"""The table of runners: a runtime and a precision, and the graph that each of them runs."""
 
-from serving.bundles.engine_facts import LIBRARIES, Library
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from serving.bundles.engine_facts import MODULES, Library
 from serving.bundles.manifest import Artifact
 from serving.errors import RunnerError
+from serving.util.extras import install_command
 
-RUNNERS = {
-    "onnxruntime:fp32": "fp32",
-    "onnxruntime:fp16": "fp16",
-    "onnxruntime:int8": "int8",
-    "onnxruntime:int8-fp16": "int8-fp16",
-    "onnxruntime:int8-dynamic": "int8-dynamic",
-    "onnxruntime-cuda:fp32": "fp32",
-    "onnxruntime-cuda:fp16": "fp16",
-    "onnxruntime-cuda:int8": "int8",
-    "onnxruntime-cuda:int8-fp16": "int8-fp16",
-    "onnxruntime-tensorrt:fp16": "fp16",
-    "onnxruntime-tensorrt:int8": "int8",
-    "onnxruntime-tensorrt:int8-fp16": "int8-fp16",
-    "openvino:fp32": "fp32",
-    "openvino:bf16": "fp32",
-    "openvino:fp16": "fp16",
-    "openvino:int8": "int8",
-    "tensorrt:tf32": "fp32",
-    "tensorrt:fp16": "fp16",
-    "tensorrt:int8": "int8",
-    "tensorrt:int8-fp16": "int8-fp16",
-    "tensorrt-rtx:tf32": "fp32",
-    "tensorrt-rtx:fp16": "fp16",
-    "tensorrt-rtx:int8": "int8",
-    "tensorrt-rtx:int8-fp16": "int8-fp16",
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSpec:
+    """Names a runner: a runtime and the precision it computes in, written `openvino:int8`."""
+
+    runtime: str
+    precision: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `<runtime>:<precision>`.
+
+        Raises:
+            RunnerError: it is not of that form.
+        """
+        runtime, colon, precision = text.partition(":")
+        if not (runtime and colon and precision) or ":" in precision:
+            raise RunnerError(
+                f"{text!r} does not name a runner", advice="give one such as openvino:int8"
+            )
+        return cls(runtime, precision)
+
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.precision}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """A library that runs towers, on one kind of device."""
+
+    device: Device
+    graphs: dict[str, str]
+    """Precision of a runner -> precision of the graph that it runs, or its engine is built from."""
+    modules: tuple[str, ...]
+    """Names to import it by, any of which will do."""
+    install: str
+    """Shell command that installs it."""
+    provider: str | None = None
+    """ONNX Runtime's execution provider."""
+    library: Library | None = None
+    """The TensorRT library whose engines it runs; None: it runs graphs."""
+    prefix_trees: bool = False
+    """Whether it runs the prefix-tree graph, which has an axis whose length only a run tells."""
+
+
+_INT8 = {"int8": "int8", "int8-fp16": "int8-fp16"}
+_ENGINES = {"tf32": "fp32", "fp16": "fp16", **_INT8}
+_GPU_PACKAGE = "pip install onnxruntime-gpu"
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime(
+        device="cpu",
+        graphs={"fp32": "fp32", "fp16": "fp16", **_INT8, "int8-dynamic": "int8-dynamic"},
+        modules=("onnxruntime",),
+        install=install_command("cpu"),
+        provider="CPUExecutionProvider",
+        prefix_trees=True,
+    ),
+    "onnxruntime-cuda": Runtime(
+        device="cuda",
+        graphs={"fp32": "fp32", "fp16": "fp16", **_INT8},
+        modules=("onnxruntime",),
+        install=_GPU_PACKAGE,
+        provider="CUDAExecutionProvider",
+    ),
+    "onnxruntime-tensorrt": Runtime(
+        device="cuda",
+        graphs={"fp16": "fp16", **_INT8},
+        modules=("onnxruntime",),
+        install=_GPU_PACKAGE,
+        provider="TensorrtExecutionProvider",
+    ),
+    "openvino": Runtime(
+        device="cpu",
+        graphs={"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "int8": "int8"},
+        modules=("openvino",),
+        install=install_command("cpu"),
+        prefix_trees=True,
+    ),
+    "tensorrt": Runtime(
+        device="cuda",
+        graphs=_ENGINES,
+        modules=MODULES["tensorrt"],
+        install=install_command("gpu"),
+        library="tensorrt",
+    ),
+    "tensorrt-rtx": Runtime(
+        device="cuda",
+        graphs=_ENGINES,
+        modules=MODULES["tensorrt-rtx"],
+        install=install_command("rtx"),
+        library="tensorrt-rtx",
+    ),
 }
-"""Runners, `<runtime>:<precision>`, and the precision of the graph each of them runs, or of the one
-that its plan was built from."""
 
-TREE_RUNTIMES = ("onnxruntime", "openvino")
-"""That run the tree graph of the text tower: it has an axis whose length is known only then."""
-
-PROVIDERS = {
-    "onnxruntime": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-}
-"""Execution provider of each runtime that is ONNX Runtime."""
+RUNNERS: tuple[RunnerSpec, ...] = tuple(
+    RunnerSpec(name, precision)
+    for name, runtime in RUNTIMES.items()
+    for precision in runtime.graphs
+)
+"""Every runner of a bundle's artifacts."""
 
 
-def graph_of(name: str) -> str:
-    """The precision of the graph behind runner `name`.
+def known(runner: RunnerSpec | str) -> RunnerSpec:
+    """Return the spec of a runner of the table.
 
     Raises:
         RunnerError: there is no such runner.
     """
-    if name not in RUNNERS:
-        raise RunnerError(f"unknown runner {name!r}; expected one of {', '.join(RUNNERS)}")
-    return RUNNERS[name]
+    spec = RunnerSpec.parse(runner) if isinstance(runner, str) else runner
+    if spec not in RUNNERS:
+        raise RunnerError(
+            f"unknown runner {str(spec)!r}; expected one of {', '.join(map(str, RUNNERS))}"
+        )
+    return spec
 
 
-def library_of(name: str) -> Library | None:
-    """The library whose plans runner `name` runs; None of a runner of graphs."""
-    runtime = name.partition(":")[0]
-    return next((library for library in LIBRARIES if library == runtime), None)
+def runtime_of(spec: RunnerSpec) -> Runtime:
+    """Return the runtime of a runner of the table."""
+    return RUNTIMES[spec.runtime]
 
 
-def runners_of(artifact: Artifact) -> list[str]:
-    """Names of the runners that can run `artifact`, had here or not."""
-    library = artifact.engine.library if artifact.engine else None
+def device_of(spec: RunnerSpec) -> Device:
+    """Return the device of any runner; PyTorch's on a GPU are called such as `eager-cuda`."""
+    if spec.runtime in RUNTIMES:
+        return RUNTIMES[spec.runtime].device
+    return "cuda" if spec.runtime.endswith("-cuda") else "cpu"
+
+
+def graph_of(spec: RunnerSpec) -> str:
+    """Return the precision of the graph behind a runner of the table."""
+    return RUNTIMES[spec.runtime].graphs[spec.precision]
+
+
+def runners_of(artifact: Artifact) -> list[RunnerSpec]:
+    """Return the runners that can run `artifact`, available here or not."""
     if artifact.kind == "torchscript":
         return []
-    names = [n for n, p in RUNNERS.items() if p == artifact.precision and library_of(n) == library]
-    if artifact.kind == "tree":
-        return [name for name in names if name.partition(":")[0] in TREE_RUNTIMES]
-    return names
+    library = artifact.engine.library if artifact.engine else None
+    return [
+        spec
+        for spec in RUNNERS
+        if graph_of(spec) == artifact.precision
+        and runtime_of(spec).library == library
+        and (artifact.graph != "prefix_tree" or runtime_of(spec).prefix_trees)
+    ]

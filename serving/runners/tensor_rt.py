@@ -24,7 +24,7 @@ from serving.bundles.engine_facts import MODULES, Engine, Library, Profile, mism
 from serving.bundles.manifest import Artifact, Tower
 from serving.errors import RunnerError
 from serving.runners.base import Batch, Embeddings, LoadedRunner
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RunnerSpec, graph_of, runtime_of
 from serving.util.extras import install_command
 from serving.util.nvidia import gpu
 
@@ -89,17 +89,19 @@ class TensorRtRunner(LoadedRunner):
 
     Args:
         bundle: holds the plan and, for stripped plans, the graph with the weights.
-        precision: `tf32`, `fp16` or `int8`.
+        spec: a runner of `tensorrt` or `tensorrt-rtx`.
         graphs: capture and replay CUDA graphs.
     """
 
     def __init__(
-        self, bundle: Bundle, tower: Tower, library: Library, precision: str, *, graphs: bool = True
+        self, bundle: Bundle, tower: Tower, spec: RunnerSpec, *, graphs: bool = True
     ) -> None:
-        self.name = f"{library}:{precision}"
+        library = runtime_of(spec).library
+        assert library is not None  # of a runtime that runs engines
+        self.spec = spec
         self.runtime_version = f"{library} {library_version(library)}"
         self._bundle, self._tower, self._library = bundle, tower, library
-        self._precision, self._graphs = RUNNERS[self.name], graphs
+        self._precision, self._graphs = graph_of(spec), graphs
 
     def _load(self) -> _Tower:
         library = load_library(self._library)

@@ -6,7 +6,6 @@ new and changed files are embedded (by size and time of change); the FAISS index
 from all embeddings, which costs seconds where embedding costs hours.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from serving.errors import ImageError, InputError
-from serving.search.faiss_index import Kind, library
+from serving.search.faiss_index import IndexKind, library
 from serving.search.index import SearchIndex
 from serving.search.resume import Pending, Unfinished
 from serving.search.storage import (
-    FORMAT,
+    INDEX_FORMAT,
     MANIFEST,
     Entry,
     IndexManifest,
@@ -26,11 +25,11 @@ from serving.search.storage import (
     amend,
     check_model,
     commit,
-    locked,
+    index_locked,
 )
 from serving.tasks.embedder import Embedder, Floats
-from serving.util.directories import find_pictures
-from serving.util.progress import Steps, silent
+from serving.util.directories import find_images
+from serving.util.progress import Progress, silent
 
 CHUNK = 256
 """Pictures a call of `embed_images`, and a file: so many are lost at most when it is killed."""
@@ -39,7 +38,7 @@ _BLOCK = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class IndexChange:
     """What a change of an index came to."""
 
     manifest: IndexManifest
@@ -57,11 +56,11 @@ def build(
     folder: Path,
     path: Path,
     embedder: Embedder,
-    kind: Kind | None = None,
+    kind: IndexKind | None = None,
     *,
     chunk: int = CHUNK,
-    progress: Steps = silent,
-) -> Outcome:
+    progress: Progress = silent,
+) -> IndexChange:
     """Make the index in `path` hold the pictures of `folder`, whatever of it is there already.
 
     Args:
@@ -76,13 +75,13 @@ def build(
     library()
     folder = folder.resolve()
     wanted, failed = _scan(folder)
-    with locked(path):
+    with index_locked(path):
         old = SearchIndex.open(path) if (path / MANIFEST).exists() else None
         if old is not None and old.manifest.folder != str(folder):
             raise InputError(
                 f"{path} holds the pictures of {old.manifest.folder}, not of {folder}; give "
                 "another folder for the index, or `search add` them to it, or, if they are the "
-                "same in another place, `search update --folder`"
+                "same in another place, `search update --directory`"
             )
         work = _Work(path, old, folder, embedder, chunk, progress)
         return work.bring(_with_outsiders(old, wanted), failed, kind)
@@ -94,8 +93,8 @@ def update(
     folder: Path | None = None,
     *,
     chunk: int = CHUNK,
-    progress: Steps = silent,
-) -> Outcome:
+    progress: Progress = silent,
+) -> IndexChange:
     """Follow the files: new and changed ones are embedded, those that are gone are removed.
 
     Args:
@@ -104,7 +103,7 @@ def update(
     Raises:
         InputError: see `build`; a folder without any picture is taken for a mistake.
     """
-    with locked(path):
+    with index_locked(path):
         old = SearchIndex.open(path)
         folder = Path(old.manifest.folder) if folder is None else folder.resolve()
         wanted, failed = _scan(folder)
@@ -118,14 +117,14 @@ def add(
     embedder: Embedder,
     *,
     chunk: int = CHUNK,
-    progress: Steps = silent,
-) -> Outcome:
+    progress: Progress = silent,
+) -> IndexChange:
     """Add files and folders of files; those that the index holds are embedded again if changed.
 
     Raises:
         InputError: see `build`; or there is no such file.
     """
-    with locked(path):
+    with index_locked(path):
         old = SearchIndex.open(path)
         root = Path(old.manifest.folder)
         files: list[Path] = []
@@ -133,7 +132,7 @@ def add(
             whole = picture.parent.resolve() / picture.name
             if not whole.exists():
                 raise InputError(f"{picture}: no such file or folder; give pictures to add")
-            files += find_pictures(whole.resolve()) if whole.is_dir() else [whole]
+            files += find_images(whole.resolve()) if whole.is_dir() else [whole]
         added, failed = _entries(files, root)
         tried = {entry.path for entry in added} | {item.path for item in failed}
         wanted = [entry for entry in old.entries if entry.path not in tried]
@@ -142,13 +141,13 @@ def add(
         return work.bring([*wanted, *added], failed, None)
 
 
-def remove(path: Path, globs: Sequence[str]) -> Outcome:
+def remove(path: Path, globs: Sequence[str]) -> IndexChange:
     """Take pictures out of the index, by path or glob (`*` also goes over `/`); files stay.
 
     Raises:
         InputError: one of them fits nothing, or nothing would be left.
     """
-    with locked(path):
+    with index_locked(path):
         old = SearchIndex.open(path)
         rows = {row for glob in globs for row in old.matching([glob]).tolist()}
         wanted = [entry for row, entry in enumerate(old.entries) if row not in rows]
@@ -170,7 +169,7 @@ class _Work:
         folder: Path,
         embedder: Embedder | None,
         chunk: int,
-        progress: Steps,
+        progress: Progress,
     ) -> None:
         self._path, self._old, self._folder = path, old, folder
         self._embedder, self._chunk, self._progress = embedder, chunk, progress
@@ -182,11 +181,13 @@ class _Work:
         if old is not None:
             check_model(path, old.manifest.model, self._model)
 
-    def bring(self, wanted: Sequence[Entry], failed: list[Skipped], kind: Kind | None) -> Outcome:
+    def bring(
+        self, wanted: Sequence[Entry], failed: list[Skipped], kind: IndexKind | None
+    ) -> IndexChange:
         """Make the index hold `wanted`, sorted by path, without what turns out to be unreadable."""
         old = self._old
         held = {entry: row for row, entry in enumerate(old.entries)} if old else {}
-        sign = Unfinished(format=FORMAT, model=self._model, folder=str(self._folder))
+        sign = Unfinished(format=INDEX_FORMAT, model=self._model, folder=str(self._folder))
         pending = Pending(self._path, sign, replaceable=old is not None)
         todo = [entry for entry in wanted if entry not in held and entry not in pending]
         resumed = sum(entry in pending and entry not in held for entry in wanted)
@@ -209,7 +210,7 @@ class _Work:
             manifest = self._commit(entries, failed, kind, held, pending)
         pending.drop()
         paths = {entry.path for entry in entries}
-        return Outcome(
+        return IndexChange(
             manifest=manifest,
             embedded=len(todo) - len(unreadable),
             resumed=resumed,
@@ -242,7 +243,9 @@ class _Work:
             try:
                 parts.append(self._embedder.embed_images([self._folder / e.path for e in rest]))
             except ImageError as error:
-                bad, reason = _blamed(error, [str(self._folder / e.path) for e in rest])
+                if error.index is None:
+                    raise  # no image of these: what embeds them does not work
+                bad, reason = error.index, error.reason
             else:
                 return embedded + rest, parts, failed
             before = self._embed_readable(rest[:bad])
@@ -255,7 +258,7 @@ class _Work:
         self,
         entries: Sequence[Entry],
         failed: Sequence[Skipped],
-        kind: Kind,
+        kind: IndexKind,
         held: dict[Entry, int],
         pending: Pending,
     ) -> IndexManifest:
@@ -283,24 +286,8 @@ class _Work:
         )
 
 
-def _blamed(error: ImageError, files: Sequence[str]) -> tuple[int, str]:
-    """Which of `files` an error is about, and what is wrong with it; see `errors.relocated`.
-
-    Raises:
-        ImageError: `error` itself, if it names none of several.
-    """
-    named = re.match(r"images\[(\d+)\]", str(error))
-    if named is None and len(files) > 1:
-        raise error
-    index = int(named[1]) if named else 0
-    reason = str(error)[named.end() :] if named else str(error)
-    return index, reason.removeprefix(f" ({files[index]})").removeprefix(": ").removeprefix(
-        f"{files[index]}: "
-    )
-
-
 def _scan(folder: Path) -> tuple[list[Entry], list[Skipped]]:
-    return _entries(find_pictures(folder), folder)
+    return _entries(find_images(folder), folder)
 
 
 def _entries(files: Iterable[Path], root: Path) -> tuple[list[Entry], list[Skipped]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from serving.tasks.embedder import Floats
 from serving.util.extras import require
 
-Kind = Literal["exact", "hnsw", "ivf"]
+IndexKind = Literal["exact", "hnsw", "ivf"]
 Index = Any  # faiss ships no stubs
 
 TARGET = 0.95
@@ -40,7 +40,7 @@ _TRAINING = 39
 class Layout:
     """Which index it is, how it is searched, and what it finds."""
 
-    kind: Kind
+    kind: IndexKind
     parameters: dict[str, int]
     """hnsw: `links`, `build_width`, `width`; ivf: `cells`, `probes`."""
     recall_at_10: float | None = None
@@ -59,7 +59,7 @@ def library() -> ModuleType:
     return importlib.import_module("faiss")
 
 
-def make(kind: Kind, embeddings: Floats) -> tuple[Index, Layout]:
+def make(kind: IndexKind, embeddings: Floats) -> tuple[Index, Layout]:
     """An index over float32 [n, dim] of unit length, n >= 1, by inner product; and its layout."""
     faiss = library()
     count, dim = embeddings.shape

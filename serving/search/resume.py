@@ -15,7 +15,7 @@ import numpy as np
 
 from serving.bundles.identity import ModelIdentity
 from serving.errors import InputError
-from serving.search.storage import FORMAT, PENDING, UNFINISHED, Entry, check_model
+from serving.search.storage import INDEX_FORMAT, PENDING, UNFINISHED, Entry, check_model
 from serving.tasks.embedder import Floats
 from serving.util.files import write_bytes, write_text
 from serving.util.typed_json import from_json
@@ -32,7 +32,7 @@ class Unfinished:
 
 
 class Pending:
-    """The finished chunks of an unfinished change. To be used in `search_folder.locked`.
+    """The finished chunks of an unfinished change. To be used in `storage.index_locked`.
 
     Args:
         path: the index's folder.
@@ -75,7 +75,7 @@ class Pending:
             found = from_json(Unfinished, document)
         except (OSError, ValueError):
             return None
-        return found if found.format == FORMAT else None
+        return found if found.format == INDEX_FORMAT else None
 
     def add(self, entries: Sequence[Entry], embeddings: Floats) -> None:
         """Keep a chunk: float32 [entries, dim]."""

@@ -4,23 +4,22 @@
       manifest.json             the model, the pictures' folder, the index's kind and recall, name
                                 and sha256 of each file below; what it does not name is ignored
       generation-3/
-        index.faiss             see `search_kinds.py`
+        index.faiss             see `serving.search.faiss_index`
         embeddings.npy          float32 [n, dim], unit length
         paths.jsonl             row by row the path, size and time of each picture's file
       unfinished.json           whose embeddings, and of which folder, lie in
-      pending/                  embeddings of a change that is not finished (`search_build.py`)
+      pending/                  embeddings of a change that is not finished (`serving.search.build`)
 
 A change writes the next generation beside the present one, then renames a new manifest over the old
 one: whenever it is killed, the index is the old one or the new one. The sha256 are there against
 damage and half a copy; they are no protection against someone who may write to the folder.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +31,13 @@ from serving.bundles.bundle import describe_file
 from serving.bundles.identity import ModelIdentity
 from serving.bundles.manifest import File
 from serving.errors import InputError
-from serving.search.faiss_index import Kind, Layout, library, make
+from serving.search.faiss_index import IndexKind, Layout, library, make
 from serving.tasks.embedder import Floats
 from serving.util.files import disk_errors, sha256_of, sync, write_text
+from serving.util.locks import locked
 from serving.util.typed_json import from_json
 
-FORMAT = "clip search index 1"
+INDEX_FORMAT = "clip search index 1"
 MANIFEST, UNFINISHED, PENDING = "manifest.json", "unfinished.json", "pending"
 _LOCK = ".lock"
 _GENERATION = "generation-"
@@ -110,20 +110,20 @@ def read_manifest(path: Path) -> IndexManifest:
     if not file.is_file():
         if (path / UNFINISHED).is_file():
             raise InputError(
-                f"{path} is the beginning of an index; the `python -m serving search build` that "
-                "made it goes on when it is called again"
+                f"{path} is the beginning of an index; the `clip-deploy search build` that made it "
+                "goes on when it is called again"
             )
         raise InputError(
             f"{path} is no search index: no {MANIFEST} in it; make one with "
-            f"`python -m serving search build DIR --index {path}`"
+            f"`clip-deploy search build DIR --output {path}`"
         )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         found = document.get("format") if isinstance(document, dict) else None
-        if found != FORMAT:
+        if found != INDEX_FORMAT:
             raise InputError(
-                f"{file}: format {found!r}, expected {FORMAT!r}; it is no search index, or one of "
-                "another version, which must be built again elsewhere"
+                f"{file}: format {found!r}, expected {INDEX_FORMAT!r}; it is no search index, or "
+                "one of another version, which must be built again elsewhere"
             )
         manifest = from_json(IndexManifest, document)
         names = [f"{_GENERATION}{manifest.generation}/{name}" for name in _FILES]
@@ -157,12 +157,12 @@ def _remedy(path: Path, manifest: IndexManifest | None = None) -> str:
     folder = manifest.folder if manifest else "DIR"
     return (
         f"restore {path} from a copy, or delete it and build it again: "
-        f"`python -m serving search build {folder} --index {path}`"
+        f"`clip-deploy search build {folder} --output {path}`"
     )
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def index_locked(path: Path) -> Iterator[None]:
     """The folder `path`, made if need be, for one writer at a time; freed when the process ends.
 
     Raises:
@@ -182,16 +182,17 @@ def locked(path: Path) -> Iterator[None]:
             )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            stack.enter_context(locked(path / _LOCK))
+        except BlockingIOError as error:
             raise InputError(
                 f"another process changes {path} at the moment; wait until it is done"
             ) from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error}") from error
         with disk_errors(path):
             yield
 
@@ -202,14 +203,14 @@ def commit(
     *,
     model: ModelIdentity,
     folder: Path,
-    kind: Kind,
+    kind: IndexKind,
     entries: Sequence[Entry],
     skipped: Sequence[Skipped],
     fill: Callable[[Floats], None],
 ) -> IndexManifest:
     """Write the next generation and make it the index; `fill` writes its embeddings [n, dim].
 
-    To be called in `locked`. Memory: what FAISS keeps, which is all embeddings.
+    To be called in `index_locked`. Memory: what FAISS keeps, which is all embeddings.
     """
     generation = path / f"{_GENERATION}{old.generation + 1 if old else 1}"
     _remove_generations(path, old)
@@ -227,7 +228,7 @@ def commit(
             library().write_index(index, library().PyCallbackIOWriter(out.write))
         sync(generation)
         manifest = IndexManifest(
-            format=FORMAT,
+            format=INDEX_FORMAT,
             created=_now(),
             model=model,
             folder=str(folder),
@@ -265,7 +266,7 @@ def amend(
 ) -> IndexManifest:
     """Change what the manifest says beside the generation, where anything is to change.
 
-    To be called in `locked`.
+    To be called in `index_locked`.
     """
     _remove_generations(path, manifest)
     changed = replace(manifest, folder=str(folder), skipped=tuple(skipped))

@@ -23,7 +23,8 @@ import numpy as np
 from serving.errors import ImageError, InputError, TextError
 from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
-from serving.tasks.zero_shot import Progress, embed_labels, softmax
+from serving.tasks.zero_shot import embed_labels, softmax
+from serving.util.progress import Progress, silent
 
 QUESTION_TEMPLATE = "{question} {answer}"
 THRESHOLD = 0.5
@@ -70,7 +71,7 @@ def rank(
     texts: Sequence[str],
     *,
     truncate: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[list[Score]]:
     """The scores of all `texts` for each of `images`, best first; of equals the earlier text.
 
@@ -138,7 +139,7 @@ def caption(
     *,
     threshold: float = THRESHOLD,
     separator: str = SEPARATOR,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Caption]:
     """The best word of each category for each picture, joined where its probability is enough.
 
@@ -229,10 +230,10 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
     try:
         return embed_labels(embedder, category.words, category.templates)
     except TextError as error:
-        raise TextError(f"category {category.name!r}: {error}") from error
+        raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress | None) -> Floats:
+def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress) -> Floats:
     """All pictures, float32 [n, dim], in chunks between which `progress` is told."""
     if isinstance(images, str | bytes | os.PathLike):
         raise ImageError(f"expected a sequence of pictures, got one {type(images).__name__}")
@@ -240,21 +241,12 @@ def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress | N
         raise ImageError("no pictures to rank for; give at least one")
     parts = []
     for start in range(0, len(images), _CHUNK):
-        if progress is not None:
-            progress(start, len(images))
+        progress("embedding images", start, len(images))
         try:
             parts.append(embedder.embed_images(images[start : start + _CHUNK]))
         except ImageError as error:
-            raise ImageError(_moved(str(error), start)) from error
+            raise error.shifted(start) from error
     return np.concatenate(parts)
-
-
-def _moved(message: str, start: int) -> str:
-    """A chunk's message with the picture's place among all; alone, it was not numbered."""
-    found = re.match(r"images\[(\d+)\]", message)
-    if found is None:
-        return f"images[{start}]: {message}" if start else message
-    return f"images[{start + int(found[1])}]{message[found.end() :]}"
 
 
 def _scores(

@@ -12,7 +12,6 @@ checkpoint's scale.
 import io
 import itertools
 import json
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
 from serving.util.directories import read_lines
 from serving.util.files import write_bytes
+from serving.util.progress import Progress, silent
 
 TEMPLATES = {
     "plain": ("a photo of a {}.",),
@@ -44,13 +44,10 @@ TEMPLATES = {
 """Prompts by name. `openai-7`: the seven that served best on ImageNet, from the notebook
 `Prompt_Engineering_for_ImageNet.ipynb` of openai/CLIP."""
 
-FORMAT = 1
-"""Of a saved classifier; a reader refuses any other."""
+CLASSIFIER_FORMAT = 1
+"""Version of a saved classifier; a reader refuses any other."""
 
 _GROUP = 8192  # texts embedded at a time: what their embeddings take stays small
-
-Progress = Callable[[int, int], None]
-"""Told how many texts are embedded, of how many."""
 
 
 def embed_labels(
@@ -58,7 +55,7 @@ def embed_labels(
     labels: Sequence[str],
     templates: Sequence[str] | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Floats:
     """One embedding a label, float32 [labels, dim], unit length.
 
@@ -73,23 +70,41 @@ def embed_labels(
     """
     wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
     order = wanted.by_template()
-    sums = np.zeros((len(wanted.labels), embedder.identity.embed_dim), np.float32)
+    classes = ClassEmbeddings(len(wanted.labels), len(wanted.templates))
     for start in range(0, len(wanted), _GROUP):
-        if progress is not None:
-            progress(start, len(wanted))
+        progress("embedding texts", start, len(wanted))
         some = order[start : start + _GROUP]
         try:
             embeddings = embedder.embed_texts(wanted.some(some))
         except TextError as error:
             raise wanted.blamed(error, some) from error
-        np.add.at(sums, np.array(some) // len(wanted.templates), embeddings)
-    return unit_length(sums)
+        classes.add(some, embeddings)
+    return classes.unit()
 
 
-def unit_length(rows: Floats) -> Floats:
-    """Rows of length 1."""
-    result: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return result
+class ClassEmbeddings:
+    """The embeddings of labels: the mean over their prompt templates, at unit length.
+
+    Args:
+        labels: their number.
+        templates: their number; text i is label i // templates in template i % templates.
+    """
+
+    def __init__(self, labels: int, templates: int) -> None:
+        self._labels, self._templates = labels, templates
+        self._sums: Floats | None = None
+
+    def add(self, texts: Sequence[int], embeddings: Floats) -> None:
+        """Add embeddings, float32 [n, dim], unit length, of the texts with these indices."""
+        if self._sums is None:
+            self._sums = np.zeros((self._labels, embeddings.shape[1]), np.float32)
+        np.add.at(self._sums, np.asarray(texts) // self._templates, embeddings)
+
+    def unit(self) -> Floats:
+        """Return float32 [labels, dim], unit length, once every text was added."""
+        assert self._sums is not None  # a label set has a text at least
+        result: Floats = self._sums / np.linalg.norm(self._sums, axis=1, keepdims=True)
+        return result
 
 
 def softmax(logits: Floats) -> Floats:
@@ -123,7 +138,7 @@ class ZeroShotClassifier:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
         *,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         self._embedder = embedder
         self.embeddings = embed_labels(embedder, labels, templates, progress=progress)
@@ -160,9 +175,7 @@ class ZeroShotClassifier:
             InputError: k < 1.
         """
         if k < 1:
-            raise InputError(
-                f"expected k, the number of labels a picture, to be 1 or more; got {k}"
-            )
+            raise InputError(f"expected k, the number of labels an image, to be 1 or more; got {k}")
         scores = self.classify(images)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [
@@ -173,7 +186,7 @@ class ZeroShotClassifier:
     def save(self, path: str | Path) -> None:
         """Write the labels' embeddings and whose they are to `path`, a NumPy .npz."""
         facts = {
-            "format": FORMAT,
+            "format": CLASSIFIER_FORMAT,
             "labels": self.labels,
             "templates": self.templates,
             "model": asdict(self._embedder.identity),
@@ -212,11 +225,7 @@ def in_batches(
         try:
             yield classify(batch)
         except ImageError as error:
-            if start == 0:
-                raise
-            place = re.match(r"images\[(\d+)\]", message := str(error))
-            index, rest = (int(place[1]), message[place.end() :]) if place else (0, f": {message}")
-            raise ImageError(f"images[{start + index}]{rest}") from error
+            raise error.shifted(start) from error
         start += len(batch)
 
 
@@ -224,10 +233,10 @@ def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, 
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             facts, embeddings = json.loads(str(file["facts"])), file["embeddings"]
-        if facts["format"] != FORMAT:
+        if facts["format"] != CLASSIFIER_FORMAT:
             raise InputError(
-                f"{path} is of format {facts['format']!r}, this version reads {FORMAT}; save the "
-                "classifier again"
+                f"{path} is of format {facts['format']!r}, this version reads {CLASSIFIER_FORMAT}; "
+                "save the classifier again"
             )
         model = ModelIdentity(**facts["model"])
         expected = (len(facts["labels"]), model.embed_dim)

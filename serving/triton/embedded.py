@@ -83,8 +83,8 @@ def find_wheel() -> Path:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            "the embedded Triton server comes with nvidia-pytriton, which is not installed: "
-            f"{install_command('embedded')}, or connect to a server that runs elsewhere"
+            "the embedded Triton server comes with nvidia-pytriton, which is not installed",
+            advice=f"{install_command('embedded')}, or connect to a server that runs elsewhere",
         )
     return Path(spec.origin).parent / "tritonserver"
 
@@ -94,7 +94,8 @@ def check_numpy(version: str) -> None:
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
             f"the embedded Triton server needs NumPy 1, found NumPy {version}, with which its "
-            f"Python backend dies of any text or image input: {install_command('embedded')}"
+            "Python backend dies of any text or image input",
+            advice=install_command("embedded"),
         )
 
 
@@ -106,7 +107,8 @@ def find_stub(root: Path, python: tuple[int, int]) -> Path:
         known = sorted((path.name for path in stubs.iterdir()), key=lambda v: int(v.split(".")[1]))
         raise ServerError(
             f"the embedded Triton server runs models with Python {', '.join(known)}; this is "
-            f"Python {python[0]}.{python[1]}: make the virtual environment with one of those"
+            f"Python {python[0]}.{python[1]}",
+            advice="make the virtual environment with one of those",
         )
     return stub
 
@@ -132,6 +134,7 @@ def find_libpython(python: tuple[int, int], directories: list[Path]) -> Path:
             return directory
     raise ServerError(
         f"the embedded Triton server needs {names[0]}, found in none of "
-        f"{', '.join(map(str, directories))}: install it (Debian, Ubuntu: apt-get install "
-        f"libpython{major}.{minor}), or use a Python built with --enable-shared"
+        f"{', '.join(map(str, directories))}",
+        advice=f"install it (Debian, Ubuntu: apt-get install libpython{major}.{minor}), or use a "
+        "Python built with --enable-shared",
     )

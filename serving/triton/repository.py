@@ -20,12 +20,12 @@ from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import SHORT_TEXT
 from serving.bundles.manifest import TOWERS, Artifact, Latency, Manifest, Tower
 from serving.errors import BundleError, InputError, RunnerError
-from serving.runners.autotune import passed, time_runners, tree_runner
-from serving.runners.spec import RUNNERS, graph_of, library_of
+from serving.runners.autotune import passed, prefix_tree_runner, time_runners
+from serving.runners.spec import RUNNERS, RunnerSpec, graph_of, known, runtime_of
 from serving.runners.tensor_rt import fitting_plan
 from serving.util.files import link_or_copy, new_directory
 from serving.util.machine import cpu_count
-from serving.util.progress import Steps, silent
+from serving.util.progress import Progress, silent
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
@@ -41,7 +41,7 @@ _SIGN = "image_tower/config.pbtxt"
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
-_TREE_TEXTS = 256  # a request for `text_tree`: a few batches of trees, and a set's turn
+_TREE_TEXTS = 256  # a request for `prefix_tree`: a few batches of trees, and a set's turn
 
 MAX_QUEUE = 512
 """Requests that wait for a model, at most: who is taken waits so many times as long as one request
@@ -57,9 +57,9 @@ def assemble(
     precision: str = "fp32",
     max_batch_size: int = 64,
     max_queue: int = MAX_QUEUE,
-    refused_too: bool = False,
+    allow_failed: bool = False,
     fallback: bool = False,
-    progress: Steps = silent,
+    progress: Progress = silent,
 ) -> Path:
     """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
 
@@ -74,70 +74,80 @@ def assemble(
             takes the fastest of each tower.
         precision: of the graphs that the other backends get.
         max_queue: requests that wait for a model, at most; the server refuses more.
-        refused_too: take what the parity gate refused.
+        allow_failed: also take artifacts that failed the parity gate.
         fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
 
     Raises:
-        BundleError: an artifact is missing, not the exported one, or was refused by the gate.
+        BundleError: an artifact is missing, not the exported one, or failed the parity gate.
         RunnerError: there is no such runner, or no plan fits this machine; with what differs.
         InputError: `target` holds something that is no model repository.
     """
     if backend == "tensorrt":
         try:
             return _assemble(
-                bundle, target, backend, _plans(precision), max_batch_size, max_queue, refused_too
+                bundle,
+                target,
+                backend,
+                _engines(precision),
+                max_batch_size,
+                max_queue,
+                allow_failed,
             )
         except (BundleError, RunnerError) as error:
             if not fallback:
                 raise
             progress(f"ONNX Runtime instead of TensorRT: {error}")
             backend = "onnxruntime"
-    chosen = dict.fromkeys(TOWERS, f"{backend}:{precision}")
+    chosen = dict.fromkeys(TOWERS, f"onnxruntime:{precision}")
     tree = None
     if backend == "python" and runner == "auto":
-        latencies = [_timed(bundle, tower, refused_too) for tower in TOWERS]
+        latencies = [_timed(bundle, tower, allow_failed) for tower in TOWERS]
         chosen = {timed[0].tower: timed[0].runner for timed in latencies}
         every = tuple(latency for timed in latencies for latency in timed)
         bundle = Bundle(bundle.path, replace(bundle.manifest, latencies=every))
     elif backend == "python":
         chosen = dict.fromkeys(TOWERS, runner)
+    runners = {tower: known(name) for tower, name in chosen.items()}
     if backend == "python":
-        tree = tree_runner(bundle, runner, chosen["text"])
-    return _assemble(bundle, target, backend, chosen, max_batch_size, max_queue, refused_too, tree)
+        tree = prefix_tree_runner(bundle, runner, runners["text"])
+    return _assemble(
+        bundle, target, backend, runners, max_batch_size, max_queue, allow_failed, tree
+    )
 
 
-def _plans(precision: str) -> dict[Tower, str]:
-    """The runners whose verdicts tell whether Triton may run plans of `precision`."""
-    return dict.fromkeys(TOWERS, f"tensorrt:{'tf32' if precision == 'fp32' else precision}")
+def _engines(precision: str) -> dict[Tower, RunnerSpec]:
+    """Return the runners whose verdicts decide whether Triton may run engines of `precision`."""
+    spec = known(RunnerSpec("tensorrt", "tf32" if precision == "fp32" else precision))
+    return dict.fromkeys(TOWERS, spec)
 
 
 def _assemble(
     bundle: Bundle,
     target: Path,
     backend: Backend,
-    chosen: dict[Tower, str],
+    chosen: dict[Tower, RunnerSpec],
     max_batch_size: int,
     max_queue: int,
-    refused_too: bool,
-    tree: str | None = None,
+    allow_failed: bool,
+    tree: RunnerSpec | None = None,
 ) -> Path:
     towers = {}
     for model, tower in _TOWERS.items():
-        artifact = _artifact(bundle, tower, name := chosen[tower], max_batch_size)
-        if not refused_too and not artifact.passed(name):
-            raise BundleError(_refusal(artifact, name))
-        towers[model] = artifact, name
+        artifact = _artifact(bundle, tower, spec := chosen[tower], max_batch_size)
+        if not allow_failed and not artifact.passed(spec):
+            raise _failed(artifact, spec)
+        towers[model] = artifact, spec
     if tree is not None:
-        towers["text_tree"] = bundle.artifact("text", graph_of(tree), "tree"), tree
+        towers["prefix_tree"] = bundle.artifact("prefix_tree", graph_of(tree)), tree
     with new_directory(target, _SIGN) as work:
         for source in sorted(path.parent for path in SOURCE.glob("*/config.pbtxt")):
-            if source.name == "text_tree" and tree is None:
+            if source.name == "prefix_tree" and tree is None:
                 continue
             version = work / source.name / "1"
             version.mkdir(parents=True)
             config = model_config(source.name, bundle.manifest, backend, max_batch_size, max_queue)
             if source.name == "clip_zero_shot" and tree is not None:
-                config.parameters["tree_chunk"].string_value = str(_TREE_TEXTS)
+                config.parameters["prefix_tree_chunk"].string_value = str(_TREE_TEXTS)
             if source.name in towers:
                 _add_tower(bundle, *towers[source.name], config, version)
             elif source.name in ("image_preprocess", *_WITH_TOKENIZER):
@@ -147,9 +157,9 @@ def _assemble(
     return target
 
 
-def _artifact(bundle: Bundle, tower: Tower, runner: str, max_batch_size: int) -> Artifact:
-    """What `runner` runs; of plans, the one that was built for this machine."""
-    library, precision = library_of(runner), graph_of(runner)
+def _artifact(bundle: Bundle, tower: Tower, runner: RunnerSpec, max_batch_size: int) -> Artifact:
+    """Return what `runner` runs; of engines, the one that was built for this machine."""
+    library, precision = runtime_of(runner).library, graph_of(runner)
     if library is None:
         return bundle.artifact(tower, precision)
     plan = fitting_plan(bundle, tower, precision, library)
@@ -164,18 +174,19 @@ def _artifact(bundle: Bundle, tower: Tower, runner: str, max_batch_size: int) ->
     if max_batch_size > most:
         raise BundleError(
             f"{plan.file} takes batches of up to {most}, asked for is {max_batch_size}; assemble "
-            f"with --max-batch-size {most}, or build it again: {again} --max-batch {max_batch_size}"
+            f"with --max-batch-size {most}, or build it again: {again} "
+            f"--max-batch-size {max_batch_size}"
         )
     return plan
 
 
 def check_assembled(repository: Path) -> None:
-    """Refuse a directory that `assemble` did not write.
+    """Refuse a directory that holds no model.
 
     Raises:
         InputError: it is missing, empty, or holds something else.
     """
-    if (repository / _SIGN).is_file():
+    if any(repository.glob("*/config.pbtxt")):
         return
     found = "does not exist"
     if repository.is_dir():
@@ -202,10 +213,10 @@ def assembled_backend(repository: Path) -> str:
     return str(config.backend)
 
 
-def _timed(bundle: Bundle, tower: Tower, refused_too: bool) -> list[Latency]:
-    has = {a.precision for a in bundle.manifest.artifacts if a.tower == tower}
-    every = [name for name in RUNNERS if graph_of(name) in has]
-    return time_runners(bundle, tower, every if refused_too else passed(bundle, tower))
+def _timed(bundle: Bundle, tower: Tower, allow_failed: bool) -> list[Latency]:
+    has = {a.precision for a in bundle.manifest.artifacts if a.graph == tower}
+    every = [spec for spec in RUNNERS if graph_of(spec) in has]
+    return time_runners(bundle, tower, every if allow_failed else passed(bundle, tower))
 
 
 def model_config(
@@ -221,7 +232,7 @@ def model_config(
     if name == "clip_zero_shot":  # which cuts what it is given into batches by itself
         config.parameters["chunk"].string_value = str(max_batch_size)
     else:
-        config.max_batch_size = _TREE_TEXTS if name == "text_tree" else max_batch_size
+        config.max_batch_size = _TREE_TEXTS if name == "prefix_tree" else max_batch_size
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":  # which has no queue, its steps have
         _set_facts(config, manifest)
@@ -237,12 +248,12 @@ def model_config(
 
 
 def _add_tower(
-    bundle: Bundle, artifact: Artifact, runner: str, config: ModelConfig, version: Path
+    bundle: Bundle, artifact: Artifact, runner: RunnerSpec, config: ModelConfig, version: Path
 ) -> None:
     bundle.verified(artifact)
     files = [bundle.path / file.name for file in artifact.files]
     if config.backend == "python":
-        config.parameters["runner"].string_value = runner
+        config.parameters["runner"].string_value = str(runner)
         _add_python_model(bundle, config.name, version, files)
         return
     link_or_copy(files[0], version / config.default_model_filename)
@@ -261,17 +272,18 @@ def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path
         link_or_copy(file, directory / file.name)
 
 
-def _refusal(artifact: Artifact, runner: str) -> str:
+def _failed(artifact: Artifact, runner: RunnerSpec) -> BundleError:
     measured = [
         f"minimum cosine {v.min_cosine:.6f}, largest difference {v.max_abs_difference:.1e}"
         + ("" if v.relative_accuracy is None else f", {v.relative_accuracy:.2%} of fp32's accuracy")
         for v in artifact.verdicts
-        if v.runner == runner
+        if v.runner == str(runner)
     ]
-    return (
-        f"the parity gate did not pass the {artifact.tower} tower by {runner} "
-        f"({measured[0] if measured else 'no verdict'}); look at `python -m export verify`, choose "
-        "another runner, or assemble with --refused-too to serve it anyway"
+    return BundleError(
+        f"the {artifact.tower} tower by {runner} did not pass the parity gate "
+        f"({measured[0] if measured else 'no verdict'})",
+        advice="look at `clip-deploy verify`, choose another runner, or assemble with "
+        "--allow-failed to serve it anyway",
     )
 
 

@@ -170,7 +170,7 @@ class TritonServer:
         if not self.repository.is_dir():
             raise ServerError(
                 f"expected a model repository, a directory; {self.repository} is none. "
-                "python -m serving assemble makes one"
+                "`clip-deploy assemble` makes one"
             )
         self._exposure.check()
         embedded = find_embedded()

@@ -40,5 +40,5 @@ class ImagePreprocess:
             try:
                 pixels[index] = preprocess(picture, self.spec)
             except ImageError as error:
-                raise ImageError(f"images[{index}]: {error}") from error
+                raise error.at("images", index) from error
         return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])

@@ -22,7 +22,7 @@ from serving.errors import TextError
 from serving.inputs.labels import LabelSet
 from serving.inputs.tokenizer import Tokenizer, batches_by_beginning, batches_by_length
 from serving.tasks.embedder import Floats
-from serving.tasks.zero_shot import unit_length
+from serving.tasks.zero_shot import ClassEmbeddings
 
 _TOKENIZED = 1024  # texts tokenized at a time, about as long as a tower takes for a chunk
 
@@ -195,15 +195,12 @@ def embedding_work(
         except TextError as error:
             raise labels.blamed(error, range(start, len(labels))) from error
         yield
-    sums: Floats | None = None
+    classes = ClassEmbeddings(len(labels.labels), len(labels.templates))
     for batch in (batches_by_beginning if trees else batches_by_length)(rows, chunk):
         length = tokenizer.bucket(max(len(rows[index]) for index in batch))
         ids = tokenizer.padded([rows[index] for index in batch], length)
         while (embeddings := embed(ids)) is None:
             yield
-        if sums is None:
-            sums = np.zeros((len(labels.labels), embeddings.shape[1]), np.float32)
-        np.add.at(sums, np.array(batch) // len(labels.templates), embeddings)
+        classes.add(batch, embeddings)
         yield
-    assert sums is not None  # there is a text at least
-    return unit_length(sums)
+    return classes.unit()

@@ -7,7 +7,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from serving.bundles.bundle import Bundle
-from serving.inputs.tokenizer import Tokenizer, decode_text
+from serving.inputs.tokenizer import Tokenizer, decode_text, each
 from serving.triton_models.admission import Ahead, Behind
 from serving.triton_models.responses import answered, full
 
@@ -38,6 +38,6 @@ class TextTokenize:
         """The token ids of one request; its first bad text raises."""
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
-        texts = [decode_text(data, f"texts[{index}]") for index, data in enumerate(raw)]
+        texts = each("texts", raw, decode_text)
         ids = self.tokenizer(texts, truncate=truncate)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])

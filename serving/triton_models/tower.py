@@ -11,11 +11,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import Graph, TextSpec, Tower
+from serving.bundles.manifest import TOWER_OF, Graph, TextSpec
 from serving.errors import TextError
 from serving.inputs.tokenizer import runs_by_length
 from serving.runners.base import Batch
-from serving.runners.prefix_tree import open_text_tree
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
 from serving.triton_models.admission import Behind
 from serving.triton_models.responses import full, refused
@@ -24,8 +24,7 @@ from serving.triton_models.responses import full, refused
 class TowerModel:
     """`pixels` or `input_ids` -> embeddings float32 [n, dim]."""
 
-    tower: ClassVar[Tower]
-    graph: ClassVar[Graph] = "onnx"
+    graph: ClassVar[Graph]
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly chose, and run every shape once before Triton is ready."""
@@ -33,14 +32,14 @@ class TowerModel:
         self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
-        self._text = bundle.manifest.text if self.tower == "text" else None
+        self._text = bundle.manifest.text if TOWER_OF[self.graph] == "text" else None
         name = config["parameters"]["runner"]["string_value"]
         self._most = int(config["parameters"]["max_queue"]["string_value"])
         self._queue = Behind(self._name, self._most)
-        if self.graph == "tree":
-            self._runner = open_text_tree(bundle, name).__enter__()
+        if self.graph == "prefix_tree":
+            self._runner = open_prefix_tree(bundle, name).__enter__()
         else:
-            self._runner = open_runner(bundle, self.tower, name).__enter__()
+            self._runner = open_runner(bundle, self.graph, name).__enter__()
         size = bundle.manifest.image.size
         for count in (1, min(8, config["max_batch_size"])):
             if self._text is None:

@@ -7,7 +7,6 @@ sets are kept in. (Response senders outside decoupled models: Triton 24.07 and l
 
 import json
 import math
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,21 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from serving.bundles.bundle import Bundle
-from serving.errors import ImageError, relocated
+from serving.errors import (
+    DeadlineError,
+    ImageError,
+    InputError,
+    OverloadedError,
+    UnavailableError,
+)
 from serving.inputs.labels import LabelSet, refuse_numbers
-from serving.inputs.tokenizer import Tokenizer, decode_text
+from serving.inputs.tokenizer import Tokenizer, decode_text, each
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
 from serving.tasks.zero_shot import softmax
 from serving.triton_models.admission import Behind
 from serving.triton_models.label_cache import Abandoned, Full, LabelSetCache, embedding_work, key_of
-from serving.triton_models.responses import may_be_told, refused, response
+from serving.triton_models.responses import refused
+from serving.util.wire import from_text, own_words, triton_fault
 
 Floats = NDArray[np.float32]
 
@@ -34,7 +40,6 @@ _UNDER_WAY = 32  # requests whose pictures are being embedded; more wait in Trit
 _WAITING = 512  # requests whose pictures are embedded, and whose labels are not; more are refused
 _LARGEST_SETS = 2  # label sets as large as they may be that are under way together
 _BUSY_S = 0.05  # until a tower is asked again that was busy
-_BUSY = re.compile("maximum queue size|timeout expired|is full")  # what is said then
 
 
 class ZeroShot:
@@ -47,7 +52,8 @@ class ZeroShot:
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        self.chunk, self.tree_chunk = settings["chunk"], settings["tree_chunk"]
+        self.chunk = settings["chunk"]
+        self.prefix_tree_chunk = settings["prefix_tree_chunk"]
         self.cache = LabelSetCache(
             settings["cache_bytes"],
             max_texts=_LARGEST_SETS * MAX_LABEL_TEXTS,
@@ -116,25 +122,21 @@ class ZeroShot:
             batch = pictures[start : start + self.chunk].reshape(-1, 1)
             try:
                 parts.append(infer("clip_image", "image", batch, "image_embeds", call.left()))
-            except Refusal as error:
-                # Its code does not tell (2.51: always internal), but a picture's error names it.
-                if not str(error).startswith("images["):
-                    raise
-                names = [""] * len(pictures)
-                raise ImageError(relocated(str(error), "images", start, names)) from error
+            except InputError as error:
+                raise error.shifted(start) from error
         return np.concatenate(parts)
 
     def work(self, labels: LabelSet) -> Any:
         """What embeds a label set; `clip_text` would cache every single text."""
         model, chunk = "text_tower", self.chunk
-        if self.tree_chunk:
-            model, chunk = "text_tree", self.tree_chunk
+        if self.prefix_tree_chunk:
+            model, chunk = "prefix_tree", self.prefix_tree_chunk
         return embedding_work(
             labels,
             self.tokenizer,
             lambda ids: embed_texts(model, ids),
             chunk,
-            trees=model == "text_tree",
+            trees=model == "prefix_tree",
         )
 
     def finalize(self) -> None:
@@ -179,21 +181,19 @@ class Call:
     def failed(self, error: Exception) -> None:
         """Answer with an error."""
         if isinstance(error, Abandoned):
-            message = "the client went away, or the server stops, before the labels were embedded"
-            if self.left() <= 0:
-                message = (
+            late = self.left() <= 0
+            error = UnavailableError(
+                "the client went away, or the server stops, before the labels were embedded"
+            )
+            if late:
+                error = DeadlineError(
                     f"the request's time of {self.seconds:g} s was over before its labels were "
-                    "embedded; give it more time, or fewer labels and templates"
+                    "embedded",
+                    advice="give it more time, or fewer labels and templates",
                 )
-            # CANCELLED is 400 over HTTP (2.51).
-            self.send(response(message, pb_utils.TritonError.UNAVAILABLE))
         elif isinstance(error, Full):
-            message = f"clip_zero_shot is full: {error}; try again later"
-            self.send(response(message, pb_utils.TritonError.UNAVAILABLE))
-        elif isinstance(error, Refusal) and may_be_told(str(error)):
-            self.send(response(str(error), error.code))
-        else:
-            self.send(refused("clip_zero_shot", error))
+            error = OverloadedError(f"clip_zero_shot is full: {error}", advice="try again later")
+        self.send(refused("clip_zero_shot", error))
 
     def send(self, answer: Any) -> None:
         """Send the one answer."""
@@ -203,22 +203,24 @@ class Call:
             pb_utils.Logger.log_error(f"clip_zero_shot: an answer could not be sent: {error}")
 
 
-class Refusal(Exception):  # noqa: N818  another model's error, with its code
-    """What another model of this server answered instead of a result.
+class ModelError(Exception):
+    """An error of another model of this server that is none of ours.
 
-    Triton (2.51) gives the code of an error on to us as internal, whatever it was.
+    Triton (2.51) passes the code of an error on as internal, whatever it was.
     """
-
-    def __init__(self, model: str, message: str, code: int) -> None:
-        self.busy = _BUSY.search(message) is not None
-        super().__init__(f"{model} has too much to do: {message}" if self.busy else message)
-        self.code = pb_utils.TritonError.UNAVAILABLE if self.busy else code
 
 
 def infer(
     model: str, source: str, data: NDArray[Any], target: str, seconds: float = math.inf
 ) -> Any:
-    """Ask another model; `image_preprocess` drops what waits for it longer than `seconds`."""
+    """Call another model; `image_preprocess` drops what waits for it longer than `seconds`.
+
+    Raises:
+        ClipDeployError: the error of one of our models, with its fields.
+        OverloadedError: Triton's queue for the model is full.
+        DeadlineError: the request waited for longer than `seconds`.
+        ModelError: it failed otherwise.
+    """
     response = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=[target],
@@ -227,8 +229,15 @@ def infer(
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     ).exec()
     if response.has_error():
-        message = re.sub(r"^in ensemble '\w+', ", "", response.error().message())
-        raise Refusal(model, message, response.error().code())
+        message = own_words(response.error().message())
+        if (error := from_text(message)) is not None:
+            raise error
+        fault = triton_fault(message)
+        if fault == "full":
+            raise OverloadedError(f"{model} has too much to do", advice="try again later")
+        if fault == "late":
+            raise DeadlineError(f"the request's time was over while it waited for {model}")
+        raise ModelError(f"{model}: {message}")
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 
@@ -236,9 +245,7 @@ def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
     """Embeddings by a model, or None, after a moment, while that has too much to do."""
     try:
         embeddings: Floats = infer(model, "input_ids", ids, "text_embeds")
-    except Refusal as error:
-        if not error.busy:
-            raise
+    except (OverloadedError, DeadlineError):
         time.sleep(_BUSY_S)
         return None
     return embeddings
@@ -252,4 +259,4 @@ def strings(request: Any, name: str) -> NDArray[np.object_] | None:
 
 def texts(encoded: NDArray[np.object_], kind: str) -> tuple[str, ...]:
     """UTF-8 strings, decoded."""
-    return tuple(decode_text(data, f"{kind}[{index}]") for index, data in enumerate(encoded))
+    return tuple(each(kind, encoded, decode_text))

@@ -1,32 +1,66 @@
-"""Folders of pictures and the text files beside them."""
+"""Directories of images, and the text files beside them."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from serving.errors import InputError, TextError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""Suffixes of image files, in lower case."""
 
 
-def find_pictures(folder: Path) -> list[Path]:
-    """Pictures of a folder and its folders, by name.
+def walk(root: Path, inside: str = "") -> Iterator[str]:
+    """Yield the files below a directory, in an order that depends on nothing but their names.
+
+    Regular files, links to them, and links that lead nowhere, which are to be reported; no pipes or
+    devices, which could block. Linked directories are not followed. The names of one directory at a
+    time are in memory.
+
+    Yields:
+        Paths relative to `root`, with `/`.
 
     Raises:
-        InputError: there is no such folder, or no picture in it.
+        InputError: a directory cannot be listed.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected a folder of pictures")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    try:
+        with os.scandir(root / inside) as entries:
+            listed = sorted((e.name, e.is_dir(follow_symlinks=False), _is_file(e)) for e in entries)
+    except OSError as error:
+        raise InputError(f"{root / inside} cannot be listed: {error}") from error
+    for name, is_directory, is_file in listed:
+        path = f"{inside}/{name}" if inside else name
+        if is_directory:
+            yield from walk(root, path)
+        elif is_file:
+            yield path
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file() or (entry.is_symlink() and not Path(entry).exists())
+
+
+def find_images(directory: Path) -> list[Path]:
+    """Return the images below a directory, sorted.
+
+    Raises:
+        InputError: there is no such directory, no image in it, or it cannot be listed.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; expected a directory of images")
+    names = (name for name in walk(directory) if Path(name).suffix.lower() in SUFFIXES)
+    found = sorted(directory / name for name in names)
     if not found:
-        raise InputError(f"no pictures in {folder}; expected files of {', '.join(SUFFIXES)}")
+        raise InputError(f"no images in {directory}; expected files of {', '.join(SUFFIXES)}")
     return found
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank, stripped.
+    """Return the lines of a UTF-8 text file that are not blank, stripped.
 
     Raises:
         InputError: it cannot be read.
-        TextError: it is not UTF-8; the message says in which line.
+        TextError: it is not UTF-8; the message names the line.
     """
     try:
         data = file.read_bytes()
@@ -37,13 +71,18 @@ def read_lines(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise TextError(
-            f"{file}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8"
+            f"not UTF-8 ({error.reason})",
+            name=f"{file}, line {line}",
+            advice="save the file as UTF-8",
         ) from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption, from the folder's `captions.txt` (`file, caption` a line) if any."""
-    file = folder / "captions.txt"
+def read_captions(directory: Path) -> dict[str, str]:
+    """Return file name -> caption of the directory's `captions.txt`, `file, caption` a line.
+
+    Empty if there is no such file.
+    """
+    file = directory / "captions.txt"
     pairs = (line.split(",", 1) for line in (read_lines(file) if file.exists() else ()))
     return {pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2}

@@ -6,7 +6,6 @@ after a power cut, an old file that was good would have given way to an empty on
 
 import ctypes
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -17,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from serving.errors import ClipDeployError, InputError, StorageError
+from serving.util.locks import locked
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What the system says of a full disk, or of a full share of one."""
@@ -74,7 +74,7 @@ def _scratch(target: Path, stack: ExitStack) -> Path:
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            stack.enter_context(_locked(scratch))
+            stack.enter_context(locked(scratch))
         except (FileNotFoundError, BlockingIOError):  # swept before it was locked
             continue
         except OSError:  # a file system that locks no directories, such as NFS: nobody sweeps
@@ -88,28 +88,13 @@ def _sweep(target: Path) -> None:
     for scratch in target.parent.glob(f".{glob.escape(target.name)}.????????"):  # mkdtemp's eight
         if scratch.is_symlink() or not scratch.is_dir():
             continue
-        with suppress(OSError), _locked(scratch):
+        with suppress(OSError), locked(scratch):
             inside = {item.name for item in scratch.iterdir()}
             if inside - {"new", "old"}:
                 continue
             if "old" in inside and not target.exists():
                 (scratch / "old").rename(target)
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory's lock, which ends with this process.
-
-    Raises:
-        OSError: another holds it (BlockingIOError), or the file system has no such locks.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,14 +1,25 @@
-"""How long work tells what it is doing; `serving.cli.console` shows it on a terminal."""
+"""How long work reports what it is doing; `serving.cli.console` shows it on a terminal."""
 
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
-class Steps(Protocol):
-    """Told what is being done, and, where that is known, how much of it is done."""
+class Progress(Protocol):
+    """Receives the current step, and how much of it is done where that is known."""
 
     def __call__(self, step: str, done: int = 0, total: int = 0) -> None:
-        """Show `step`."""
+        """Report `step`."""
 
 
 def silent(step: str, done: int = 0, total: int = 0) -> None:
-    """A `Steps` that shows nothing."""
+    """A `Progress` that shows nothing."""
+
+
+def tracked(progress: Progress, step: str, items: Iterable[T], total: int) -> Iterator[T]:
+    """Yield `items`, reporting each one as part of `step`."""
+    for done, item in enumerate(items):
+        progress(step, done, total)
+        yield item
+    progress(step, total, total)

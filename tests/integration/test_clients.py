@@ -273,7 +273,7 @@ def test_commands_against_the_server(server, tiny_bundle, tmp_path):
     done = serving("classify", str(tmp_path), *labels, "--url", server.http_url, "--json")
     assert done.returncode == 0, done.stderr
     served = json.loads(done.stdout.splitlines()[-1])
-    assert [Path(row["picture"]).name for row in served] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [Path(row["image"]).name for row in served] == ["0.jpg", "1.jpg", "2.jpg"]
     local = serving("classify", str(tmp_path), *labels, "--bundle", str(tiny_bundle.path))
     assert local.returncode == 0, local.stderr
     best = max(served[0]["probabilities"].items(), key=lambda item: item[1])
@@ -297,14 +297,14 @@ def test_commands_against_the_server(server, tiny_bundle, tmp_path):
         assert saved["embeddings"].shape == (4, 32)
         assert saved["names"][-1] == "a cat"
 
-    done = serving("up", "--url", server.grpc_url, "--json")
-    assert json.loads(done.stdout)["model"] == tiny_bundle.manifest.name
+    done = serving("status", "--url", server.grpc_url, "--json")
+    assert json.loads(done.stdout)["facts"]["model"] == tiny_bundle.manifest.name
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("classify", "x.jpg", "--label", "a"), "give either --url"),
+        (("classify", "x.jpg", "--label", "a"), "expected either --url"),
         (("embed", "--url", "grpc://127.0.0.1:1", "--text", "a"), "no Triton server answers"),
         (("embed", "--url", "grpc://127.0.0.1:1"), "nothing to embed"),
         (("assemble", "/nowhere"), "is not a bundle"),

@@ -29,7 +29,7 @@ from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
 from serving.util.directories import SUFFIXES
 from tests.support import hostile_inputs as hostile
-from tests.support.fuzzing import bmp_rle, encoded, picture_files
+from tests.support.fuzzing import bmp_rle, encoded, image_files
 
 SOAK = bool(os.environ.get("CLIP_SOAK"))  # the pictures of 64 megapixels too: minutes, 1.5 GB
 BATCH = 8
@@ -137,9 +137,9 @@ def test_exactly_five_formats():
     assert set(SUFFIXES) == {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
-@pytest.mark.parametrize("name", picture_files())
+@pytest.mark.parametrize("name", image_files())
 def test_what_is_cut_out_changes_no_pixel(name):
-    data = picture_files()[name]
+    data = image_files()[name]
     whole, cut = (Image.open(io.BytesIO(part)) for part in (data, pixel_parts(data)))
     assert whole.tobytes() == cut.tobytes()
     assert (whole.mode, whole.info.get("transparency")) == (cut.mode, cut.info.get("transparency"))
@@ -236,10 +236,10 @@ TEXTS = {
 def test_a_text_at_a_limit_is_taken_and_one_past_it_is_not(limit, tokenize):
     at, past, message = TEXTS[limit]
     assert tokenize([at], truncate=True).shape[0] == 1
-    with pytest.raises(TextError, match=rf"^the text .*{message}"):
-        tokenize([past], truncate=True)
-    with pytest.raises(TextError, match=rf"^texts\[1\] .*{message}"):
-        tokenize(["a", past], truncate=True)
+    for texts in ([past], ["a", past]):
+        with pytest.raises(TextError, match=rf": the text .*{message}") as refused:
+            tokenize(texts, truncate=True)
+        assert (refused.value.kind, refused.value.index) == ("texts", len(texts) - 1)
 
 
 def test_a_number_that_python_does_not_read_is_no_surprise(tokenize):
@@ -280,7 +280,7 @@ SETS = {
     "bytes of a text": (
         (("a", "b" * 8), ("{}" * 1024,)),
         (("a", "b" * 8), ("{}" * 1024 + "c",)),
-        r"labels\[1\], put into the template '\{\}.*: has 8193 bytes, more than the 8192 allowed",
+        r"labels\[1\]: put into the prompt template '\{\}.*, the label has 8193 bytes, more than",
     ),
     "bytes of all": (
         (LONG, ("{}",) * 8),
@@ -351,7 +351,7 @@ SERVED = {
         "clip_zero_shot",
         None,
         zero_shot({"LABELS": ["cat", "d" * (BYTES + 1)]}),
-        r"labels\[1\] has 8193 bytes, more than the 8192 allowed",
+        r"labels\[1\]: the text has 8193 bytes, more than the 8192 allowed",
     ),
     "pictures of a set": (
         "clip_zero_shot",

@@ -20,10 +20,11 @@ from serving.clients import local
 from serving.clients.endpoint import admin_headers
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
-from serving.errors import ServerError, TextError
-from serving.runners.autotune import passed, tree_runner
-from serving.runners.prefix_tree import open_text_tree
+from serving.errors import BundleError, ServerError, TextError
+from serving.runners.autotune import passed, prefix_tree_runner
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
 from serving.tasks import zero_shot
 from serving.tasks.zero_shot import ZeroShotClassifier, embed_labels
 from serving.triton.repository import assemble
@@ -40,9 +41,9 @@ def without_trees(bundle: Bundle, path: Path, *, verdicts_only: bool = False) ->
     """A copy of `bundle` without its tree graphs, or without their verdicts."""
     shutil.copytree(bundle.path, path)
     artifacts = tuple(
-        replace(a, verdicts=()) if a.kind == "tree" else a
+        replace(a, verdicts=()) if a.graph == "prefix_tree" else a
         for a in bundle.manifest.artifacts
-        if a.kind != "tree" or verdicts_only
+        if a.graph != "prefix_tree" or verdicts_only
     )
     manifest = replace(bundle.manifest, artifacts=artifacts)
     (path / "manifest.json").write_text(manifest.to_json())
@@ -109,14 +110,14 @@ def test_texts_of_all_kinds_keep_their_order(tree_bundle, plain):
 def test_groups_progress_and_errors(tree_bundle, expected, monkeypatch):
     monkeypatch.setattr(zero_shot, "_GROUP", 600)
     monkeypatch.setattr(local, "_TREE_TOKENS", 1000)
-    told: list[tuple[int, int]] = []
+    told: list[tuple[str, int, int]] = []
     with LocalClip(tree_bundle.path) as clip:
         got = embed_labels(clip, LABELS, TEMPLATES, progress=lambda *at: told.append(at))
         assert clip._tree is not None
-        with pytest.raises(TextError, match=r"labels\[32\], put into the template 'a good photo"):
+        with pytest.raises(TextError, match=r"labels\[32\]: put into the .* 'a good photo"):
             embed_labels(clip, [*LABELS, "word " * 75], TEMPLATES)
     np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert told == [(0, 640), (600, 640)]
+    assert told == [("embedding texts", done, 640) for done in (0, 600)]
 
 
 def test_the_classifier_and_its_file(tree_bundle, plain, pictures, tmp_path):
@@ -132,11 +133,11 @@ def test_the_classifier_and_its_file(tree_bundle, plain, pictures, tmp_path):
 
 def test_a_damaged_tree_is_not_run(tree_bundle, tmp_path):
     path = Path(shutil.copytree(tree_bundle.path, tmp_path / "bundle"))
-    with (path / "text.fp32.tree.onnx").open("ab") as file:
+    with (path / "prefix_tree.fp32.onnx").open("ab") as file:
         file.write(b"\0")
     with (
         LocalClip(path) as clip,
-        pytest.raises(Exception, match=r"text\.fp32\.tree\.onnx is not the file that was exported"),
+        pytest.raises(BundleError, match=r"prefix_tree\.fp32\.onnx is not the file that was expo"),
     ):
         embed_labels(clip, LABELS, TEMPLATES)
 
@@ -162,32 +163,36 @@ class Delayed:
         return self.runner.run(batch)
 
 
-def delay(monkeypatch, where: str, opened, *names: str) -> None:
+def delay(monkeypatch, where: str, opened, *slow_ones: RunnerSpec) -> None:
     def slow(bundle, *arguments):
         runner = opened(bundle, *arguments)
-        return Delayed(runner) if arguments[-1] in names else runner
+        return Delayed(runner) if arguments[-1] in slow_ones else runner
 
     monkeypatch.setattr(serving.runners.autotune, where, slow)
 
 
+FP32, FP16, INT8 = (RunnerSpec("onnxruntime", name) for name in ("fp32", "fp16", "int8"))
+
+
 def test_the_runner_that_is_asked_for_runs_trees_too(tree_bundle, plain, tiny_bundle):
-    for name in passed(tree_bundle, "text", tree=True):
-        assert tree_runner(tree_bundle, name, name) == name
-    assert tree_runner(tree_bundle, "onnxruntime:fp16", "onnxruntime:fp16") is None
+    for spec in passed(tree_bundle, "prefix_tree"):
+        assert prefix_tree_runner(tree_bundle, str(spec), spec) == spec
+    assert prefix_tree_runner(tree_bundle, "onnxruntime:fp16", FP16) is None
     for name in ("auto", "onnxruntime:fp32"):
-        assert tree_runner(tiny_bundle, name, "onnxruntime:fp32") is None
-        assert tree_runner(Bundle.open(plain), name, "onnxruntime:fp32") is None
+        assert prefix_tree_runner(tiny_bundle, name, FP32) is None
+        assert prefix_tree_runner(Bundle.open(plain), name, FP32) is None
 
 
 def test_auto_takes_the_fastest(tree_bundle, monkeypatch):
     """Whatever the tower itself runs by; and that, where it is faster."""
-    slow = [name for name in passed(tree_bundle, "text", tree=True) if name != "onnxruntime:int8"]
+    tower = RunnerSpec("openvino", "fp32")
+    slow = [spec for spec in passed(tree_bundle, "prefix_tree") if spec != INT8]
     assert slow
-    delay(monkeypatch, "open_text_tree", open_text_tree, *slow)
-    delay(monkeypatch, "open_runner", open_runner, "openvino:fp32")
-    assert tree_runner(tree_bundle, "auto", "openvino:fp32") == "onnxruntime:int8"
-    delay(monkeypatch, "open_text_tree", open_text_tree, *slow, "onnxruntime:int8")
-    assert tree_runner(tree_bundle, "auto", "onnxruntime:fp32") is None
+    delay(monkeypatch, "open_prefix_tree", open_prefix_tree, *slow)
+    delay(monkeypatch, "open_runner", open_runner, tower)
+    assert prefix_tree_runner(tree_bundle, "auto", tower) == INT8
+    delay(monkeypatch, "open_prefix_tree", open_prefix_tree, *slow, INT8)
+    assert prefix_tree_runner(tree_bundle, "auto", FP32) is None
 
 
 def test_auto_in_this_process(tree_bundle, expected):
@@ -221,15 +226,15 @@ def counted(server, model: str) -> int:
 
 
 def test_what_is_assembled(repository, tree_bundle, plain, tmp_path):
-    bundle = Bundle.open(repository / "text_tree" / "1" / "bundle")
+    bundle = Bundle.open(repository / "prefix_tree" / "1" / "bundle")
     names = {p.name for p in bundle.path.iterdir()}
-    assert names == {"manifest.json", "text.fp32.tree.onnx"}
+    assert names == {"manifest.json", "prefix_tree.fp32.onnx"}
     others = [
         assemble(Bundle.open(plain), tmp_path / "plain", runner="onnxruntime:fp32"),
         assemble(tree_bundle, tmp_path / "native", backend="onnxruntime"),
     ]
     for other in others:
-        assert not (other / "text_tree").exists()
+        assert not (other / "prefix_tree").exists()
         assert (other / "text_tower").exists()
 
 
@@ -238,10 +243,10 @@ def test_the_same_probabilities_as_without_trees(server, plain, pictures, protoc
     files, tower = sorted(pictures.iterdir()), counted(server, "text_tower")
     labels = [f"{label} by {protocol}" for label in LABELS]
     with ClipClient(getattr(server, protocol)) as client, LocalClip(plain) as other:
-        before = counted(server, "text_tree")
+        before = counted(server, "prefix_tree")
         served = client.classify(files, labels, TEMPLATES)
         np.testing.assert_allclose(served, other.classify(files, labels, TEMPLATES), atol=1e-5)
-        assert counted(server, "text_tree") == before + len(labels) * len(TEMPLATES)
+        assert counted(server, "prefix_tree") == before + len(labels) * len(TEMPLATES)
         np.testing.assert_array_equal(client.classify(files, labels, TEMPLATES), served)
         few = client.classify(files, *FEW)
         np.testing.assert_allclose(few, other.classify(files, *FEW), atol=1e-5)
@@ -252,7 +257,7 @@ def test_errors_on_a_server_name_the_label(server, pictures):
     files = sorted(pictures.iterdir())[:1]
     with (
         ClipClient(server.grpc_url) as client,
-        pytest.raises((TextError, ServerError), match=r"labels\[1\], put into the template"),
+        pytest.raises((TextError, ServerError), match=r"labels\[1\]: put into the prompt template"),
     ):
         client.classify(files, ["cat", "word " * 100], TEMPLATES)
 
@@ -267,7 +272,7 @@ MANY = [f"{word} {index}" for word in ("a", "the") for index in range(500)]
 
 def test_a_small_set_takes_its_turn(server, picture):
     templates = [f"{index} photos of {{}}" for index in range(30)]
-    before, ended = counted(server, "text_tree"), []
+    before, ended = counted(server, "prefix_tree"), []
 
     def large() -> np.ndarray:
         with ClipClient(server.http_url) as client:
@@ -277,7 +282,7 @@ def test_a_small_set_takes_its_turn(server, picture):
 
     with ThreadPoolExecutor(1) as pool, ClipClient(server.grpc_url) as client:
         waits = pool.submit(large)
-        while counted(server, "text_tree") < before + 512:
+        while counted(server, "prefix_tree") < before + 512:
             time.sleep(0.01)
         client.classify([picture], ["small", "and", "new"])
         ended.append("small")
@@ -288,7 +293,7 @@ def test_a_small_set_takes_its_turn(server, picture):
 def test_nobody_waits_nothing_is_computed(server, picture):
     """Of 60,000 texts a part is embedded when the client goes, and soon no more."""
     templates = [f"nobody waits {index} {{}}" for index in range(60)]
-    before = counted(server, "text_tree")
+    before = counted(server, "prefix_tree")
     done = threading.Event()
     address = server.grpc_url.partition("://")[2]
     with tritonclient.grpc.InferenceServerClient(address) as client:
@@ -301,14 +306,14 @@ def test_nobody_waits_nothing_is_computed(server, picture):
             given.append(tritonclient.grpc.InferInput(name, [len(values)], "BYTES"))
             given[-1].set_data_from_numpy(np.array(values, np.object_))
         call = client.async_infer("clip_zero_shot", given, lambda result, error: done.set())
-        while counted(server, "text_tree") == before:
+        while counted(server, "prefix_tree") == before:
             time.sleep(0.01)
         call.cancel()
         assert done.wait(10)
-    seen = [-1, counted(server, "text_tree")]
+    seen = [-1, counted(server, "prefix_tree")]
     while seen[-1] != seen[-2]:
         time.sleep(0.5)
-        seen.append(counted(server, "text_tree"))
+        seen.append(counted(server, "prefix_tree"))
     assert before < seen[-1] < before + 60_000
 
 
@@ -318,7 +323,7 @@ def test_the_tree_is_asked_by_others_too(server, tree_bundle):
     def asked(ids: np.ndarray) -> np.ndarray:
         tensor = tritonclient.grpc.InferInput("input_ids", list(ids.shape), "INT32")
         tensor.set_data_from_numpy(ids)
-        return client.infer("text_tree", [tensor]).as_numpy("text_embeds")
+        return client.infer("prefix_tree", [tensor]).as_numpy("text_embeds")
 
     end = tree_bundle.manifest.text.end_id
     address = server.grpc_url.partition("://")[2]
@@ -330,4 +335,4 @@ def test_the_tree_is_asked_by_others_too(server, tree_bundle):
 
 def test_the_settings_are_those_of_the_repository(repository):
     text = (repository / "clip_zero_shot" / "config.pbtxt").read_text()
-    assert json.dumps("256") in text[text.index("tree_chunk") :]
+    assert json.dumps("256") in text[text.index("prefix_tree_chunk") :]

@@ -15,8 +15,9 @@ from PIL import Image
 from serving.clients.retry import pauses, retried
 from serving.clients.triton import ClipClient
 from serving.errors import InputError, OverloadedError, ServerError, TextError, UnavailableError
+from serving.triton.network import choose_ports
 from serving.triton.repository import assemble
-from serving.triton.server import TritonServer, choose_ports
+from serving.triton.server import TritonServer
 
 PROTOCOLS = ("grpc", "http")
 

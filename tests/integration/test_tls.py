@@ -316,9 +316,9 @@ def test_the_commands(server, ours, client_files):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["shape"] == [1, 32]
     variables = {f"CLIP_{name.upper()}": str(file) for name, file in files.items()}
-    done = serving("up", "--url", server.grpc_url, "--json", **variables)
+    done = serving("status", "--url", server.grpc_url, "--json", **variables)
     assert done.returncode == 0, done.stderr
-    assert "weights_sha256" in json.loads(done.stdout)
+    assert "weights_sha256" in json.loads(done.stdout)["facts"]
     done = serving(*embed)
     assert done.returncode == 2
     assert "from an authority that is not trusted here" in done.stderr

@@ -368,16 +368,17 @@ BAD = {
     "no labels": ({"LABELS": []}, "no labels to choose from; give at least one"),
     "no pictures": ({"IMAGE": []}, "no images to classify; give at least one"),
     "twice": ({"LABELS": ["cat", "dog", "cat"]}, "label 'cat' is given more than once"),
-    "blank": ({"LABELS": ["cat", " "]}, r"labels\[1\] is empty or only whitespace: ' '"),
-    "nul": ({"LABELS": ["cat", "a\0b"]}, r"labels\[1\], .*NUL character"),
-    "bytes": ({"LABELS": [b"\xff\xfe"]}, r"labels\[0\] is not UTF-8"),
+    "blank": ({"LABELS": ["cat", " "]}, r"labels\[1\]: the label is empty or only whitespace: ' '"),
+    "nul": ({"LABELS": ["cat", "a\0b"]}, r"labels\[1\]: .*NUL character"),
+    "bytes": ({"LABELS": [b"\xff\xfe"]}, r"labels\[0\]: the text is not UTF-8"),
     "no braces": ({"TEMPLATES": ["a {}", "a photo"]}, r"template 'a photo' has no \{\}"),
     "no templates": ({"TEMPLATES": []}, "no templates to put labels into"),
     "long": (
         {"LABELS": ["cat", "word " * 100], "TEMPLATES": ["{}", "a {}"]},
-        r"labels\[1\], put into the template '\{\}': has 102 tokens.*more than the model's 77",
+        r"labels\[1\]: put into the prompt template '\{\}': the text has 102 tokens.* model's 77",
     ),
-    "alone too long": ({"LABELS": ["word " * 80]}, r"labels\[0\], put into .*more than the model"),
+    "long template": ({"TEMPLATES": ["{}" + " é" * 2700]}, r"labels\[0\]: put into .* 2703 tokens"),
+    "alone too long": ({"LABELS": ["word " * 80]}, r"labels\[0\]: put into .*more than the model"),
     "picture": ({"IMAGE": [b"nothing like it"]}, r"images\[0\]: expected one of JPEG, PNG"),
     "too many": (
         {"LABELS": MANY, "TEMPLATES": [f"{index} {{}}" for index in range(201)]},
@@ -406,9 +407,9 @@ def test_the_client_says_what_is_wrong(client, files, tmp_path):
     bad.write_bytes(b"nothing like it")
     with pytest.raises(ImageError, match=r"images\[24\] \(.*bad\.jpg\): expected one of JPEG"):
         client.classify([*files, *files, *files, bad], ["cat", "dog"])
-    with pytest.raises(TextError, match=r"^labels\[1\], put into the template 'a photo of a \{\}"):
+    with pytest.raises(TextError, match=r"^labels\[1\]: put into the prompt template 'a photo of"):
         client.classify(files * 3, ["cat", "word " * 100])
-    with pytest.raises(TextError, match=r"labels\[1\] holds a lone surrogate"):
+    with pytest.raises(TextError, match=r"labels\[1\]: the text has a lone surrogate"):
         client.classify(files, ["cat", "\ud800"])
     with pytest.raises(TextError, match="no labels to choose from"):
         client.classify(files, [])
@@ -427,7 +428,7 @@ def test_a_server_without_the_model_says_so(repository, tmp_path, files):
         for protocol in PROTOCOLS:
             with (
                 ClipClient(url(running, protocol)) as client,
-                pytest.raises(ServerError, match="serves no model clip_zero_shot; assemble"),
+                pytest.raises(ServerError, match=r"not serve .*'clip_zero_shot'.*; assemble"),
             ):
                 client.classify(files, ["cat"])
 
@@ -450,7 +451,8 @@ def test_the_command_by_server_and_by_bundle(server, tiny_bundle, pictures, tmp_
     templates.write_text("a {} here\nno {} there\n")
     common = [pictures, "--label", "tree", "--labels", labels, "--json"]
     answers = []
-    for where in (["--url", server.grpc_url], ["--bundle", tiny_bundle.path]):
+    own_runner = ["--bundle", tiny_bundle.path, "--runner", "onnxruntime:fp32"]
+    for where in (["--url", server.grpc_url], own_runner):
         for prompts in (["--templates", templates], ["--template", "a {} here"], []):
             done = serving("classify", *common, *where, *prompts)
             assert done.returncode == 0, done.stderr
@@ -460,12 +462,12 @@ def test_the_command_by_server_and_by_bundle(server, tiny_bundle, pictures, tmp_
     by_server, by_bundle = answers[:3], answers[3:]
     assert by_server[0] != by_server[1] != by_server[2]
     for served, own in zip(by_server, by_bundle, strict=True):
-        assert [row["picture"] for row in served] == [row["picture"] for row in own]
+        assert [row["image"] for row in served] == [row["image"] for row in own]
         values = [[list(row["probabilities"].values()) for row in rows] for rows in (served, own)]
         np.testing.assert_allclose(*values, atol=1e-5)
     done = serving("classify", pictures, "--labels", labels, "--bundle", tiny_bundle.path)
     assert "cat" in done.stdout
-    assert "embedding labels" in done.stderr
+    assert "embedding texts" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from serving.bundles.bundle import Bundle
+from serving.clients.triton import ClipClient
+from serving.errors import ServerError
 from serving.triton.server import TritonServer
 from tests.support.paths import CHECKOUT
 from tests.support.requests import ANY, PROTOCOLS, ask_http, raw, tiny_repository
@@ -64,6 +66,11 @@ def test_clients_are_told_nothing_of_the_shared_memory(server, repository):
 
 BREAK_PREPROCESS = '''
 
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+
 class TritonPythonModel(TritonPythonModel):
     """Broken by a test: it looks for a file that is not there any more."""
 
@@ -76,6 +83,9 @@ class TritonPythonModel(TritonPythonModel):
 
 
 BREAK_TOKENIZE = '''
+
+import triton_python_backend_utils as pb_utils
+
 
 class TritonPythonModel(TritonPythonModel):
     """Broken by a test."""
@@ -137,7 +147,7 @@ FAILURES = {
 
 def logged(server, message):
     """The line of the log that has the id of an error message, after looking at the message."""
-    found = re.search(r"internal error ([0-9a-f]{8}); the server's log has it$", message)
+    found = re.search(r"internal error ([0-9a-f]{8}); the server's log has it$", message, re.M)
     assert found, message
     assert "/" not in message
     assert "clip-deploy" not in message
@@ -161,7 +171,7 @@ def internal_error(server, picture, where, protocol):
         client.infer(model, strings(module, shape, **inputs))
     assert failure.value.status() in ("500", "StatusCode.INTERNAL")
     assert cause in logged(server, failure.value.message())
-    return failure.value.message()
+    return failure.value.message().partition("\n")[0]
 
 
 def test_an_internal_error_is_an_id(broken, picture, figure):
@@ -172,6 +182,15 @@ def test_an_internal_error_is_an_id(broken, picture, figure):
     }
     assert len(told) == 2 * len(FAILURES)  # no id comes twice
     figure("errors", f"{len(told)} of {len(told)} without inside, such as {sorted(told)[0]!r}")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_our_client_says_the_id_without_the_fields_behind_it(broken, protocol):
+    with (
+        ClipClient(getattr(broken, f"{protocol}_url")) as client,
+        pytest.raises(ServerError, match=r"internal error [0-9a-f]{8}; the server's log has it$"),
+    ):
+        client.embed_texts(["break"])
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

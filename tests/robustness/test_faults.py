@@ -32,9 +32,10 @@ from serving.cli.up import Restarts, keep_up
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.triton import server as server_module
+from serving.triton.network import Ports
 from serving.triton.processes import stubs_of
 from serving.triton.repository import assemble
-from serving.triton.server import EXIT_TIMEOUT_S, Ports, TritonServer
+from serving.triton.server import EXIT_TIMEOUT_S, TritonServer
 from tests.support.paths import CHECKOUT
 
 if importlib.util.find_spec("pytriton") is None:
@@ -295,7 +296,7 @@ def test_up_without_restart_ends_with_a_reason(repository, tmp_path, figure):
         assert running.process.wait(30) == 2
     told = running.errors.read_text()
     assert "error: Triton ended by itself (status 137)" in told
-    assert "Start it again, or give --restart" in told
+    assert "start it again, or give --restart" in told
     assert "Traceback" not in told
     figure("killed server", f"the client's call fails after {seconds:.1f} s of its deadline of 5 s")
 
@@ -359,7 +360,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, c
             log=tmp_path / "log",
         )
 
-    with pytest.raises(ServerError, match="once more than 2 times in 600 s; it is not started aga"):
+    with pytest.raises(ServerError, match="once more than 2 times in 600 s; it is not restarted"):
         keep_up(server, Ports(0, 0, 0), started.append, restart=True)
     assert len(started) == 1
     told = " ".join(capsys.readouterr().err.split())

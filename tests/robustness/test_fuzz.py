@@ -43,7 +43,7 @@ SOAK = bool(os.environ.get("CLIP_SOAK"))
 BODIES = 10_000 if SOAK else 500  # of pictures, and of texts
 REQUESTS = 2_000 if SOAK else 200  # of each protocol
 DEADLINE_S = 30.0  # a mutated header may announce 64 megapixels, on a machine that is busy
-FILES = fuzzing.picture_files()
+FILES = fuzzing.image_files()
 SIZE = 32
 
 IDENTITY = """
@@ -181,7 +181,7 @@ def as_openai(text):
 
 
 def tokenized(text, tokenize):
-    text = decode_text(text, "the text") if isinstance(text, bytes) else text
+    text = decode_text(text) if isinstance(text, bytes) else text
     return tokenize([text], truncate=True)
 
 

@@ -19,10 +19,11 @@ import tritonclient.http.aio
 from PIL import Image
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.registry import missing, open_runner
-from serving.tasks.zero_shot import LabelSet, softmax
+from serving.tasks.zero_shot import softmax
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer
 from serving.triton_models.label_cache import embedding_work
@@ -126,7 +127,7 @@ def texts(towers, tiny_bundle, tokenizer):
             found[place] = values
     bad = [
         ("word " * 500, "502 tokens.*more than the model's 77"),
-        (b"caf\xe9", r"texts\[0\] is not UTF-8"),
+        (b"caf\xe9", r"texts\[0\]: the text is not UTF-8"),
         (" \n", "empty"),
         ("a\0b", "NUL"),
     ]
@@ -168,7 +169,7 @@ def labels(towers, tiny_bundle, tokenizer):
     picture, two = good[0], {"LABELS": strings("cat", "dog")}
     bad = [
         ({**picture, "LABELS": strings("cat", "cat")}, "more than once"),
-        ({**picture, "LABELS": strings(b"\xff", "cat")}, r"labels\[0\] is not UTF-8"),
+        ({**picture, "LABELS": strings(b"\xff", "cat")}, r"labels\[0\]: the text is not UTF-8"),
         ({**picture, "LABELS": strings("cat", "word " * 500)}, "more than the model's 77"),
         ({**picture, **two, "TEMPLATES": strings("a photo")}, r"template 'a photo' has no \{\}"),
         ({**two, "IMAGE": strings(BAD_PICTURES["truncated"][0])}, r"images\[0\]: .*truncated"),

@@ -13,7 +13,7 @@ from export.int8.ranges import activation_ranges
 from export.int8.sensitivity import activations
 from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import Engine
-from serving.bundles.manifest import Manifest
+from serving.bundles.manifest import Manifest, Tower
 from serving.util.files import sha256_of
 from serving.util.progress import silent
 
@@ -40,11 +40,11 @@ class Graph(NamedTuple):
     """What a plan is built of."""
 
     path: Path
-    tower: str
+    tower: Tower
     manifest: Manifest
 
 
-def graph_of(bundle: Bundle, tower: str, precision: str) -> Graph:
+def graph_of(bundle: Bundle, tower: Tower, precision: str) -> Graph:
     return Graph(bundle.verified(bundle.artifact(tower, precision)), tower, bundle.manifest)
 
 

@@ -71,7 +71,7 @@ def with_plan(bundle: Bundle, path: Path, *engines: Engine, content=b"no plan at
         files = (describe_file(file, copy.path), describe_file(sidecar, copy.path))
         engine = replace(engine, onnx_sha256=graph.files[0].sha256)
         artifacts.append(
-            Artifact(tower="image", kind="plan", precision="fp16", files=files, engine=engine)
+            Artifact(graph="image", kind="engine", precision="fp16", files=files, engine=engine)
         )
     manifest = replace(copy.manifest, artifacts=tuple(artifacts))
     (copy.path / "manifest.json").unlink()  # and with it the link

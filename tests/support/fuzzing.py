@@ -36,7 +36,7 @@ def bmp_rle(width=64, height=48):
     return struct.pack("<2sIII", b"BM", start + len(pixels), 0, start) + header + palette + pixels
 
 
-def picture_files():
+def image_files():
     """Small files of every format, in the modes and with the metadata that real ones have."""
     rng = np.random.default_rng(7)
     grid = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))

@@ -23,6 +23,7 @@ from pathlib import Path
 from export.checkpoints.load import load_checkpoint
 from export.pipeline import Options, build
 from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import TOWERS
 from serving.triton.repository import assemble
 from serving.util.progress import silent
 from tests.support.killed_changes import OPERATIONS, die_at, forked
@@ -49,9 +50,9 @@ def check_bundle(path):
 def check_repository(path):
     models = {config.parent.name for config in path.glob("*/config.pbtxt")}
     assert len(models) == 7, models
-    for name in ("image_tower", "text_tower"):
-        bundle = Bundle.open(path / name / "1" / "bundle")
-        bundle.verified(bundle.artifact(name.partition("_")[0], "fp32"))
+    for tower in TOWERS:
+        bundle = Bundle.open(path / f"{tower}_tower" / "1" / "bundle")
+        bundle.verified(bundle.artifact(tower, "fp32"))
     for name in ("text_tokenize", "clip_zero_shot"):
         assert Bundle.open(path / name / "1" / "bundle").tokenizer.is_file()
 
@@ -131,7 +132,7 @@ def assembled(bundle, work, count):
 def exported(source, bundle, work, count):
     checkpoint, target, rng = load_checkpoint(str(source)), work / "target", random.Random(0)
     shutil.copytree(bundle, target)
-    change = functools.partial(build, checkpoint, target, silent, Options(kinds=()))
+    change = functools.partial(build, checkpoint, target, silent, Options(precisions=()))
     _, seconds = counted(change)
     kills = [
         functools.partial(killed_after, rng.uniform(0, 0.9 * seconds), change) for _ in range(count)

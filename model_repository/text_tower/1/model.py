@@ -1,4 +1,4 @@
-"""The text tower when the server has only the Python backend; other backends take a file."""
+"""Loaded by Triton's Python backend: the text tower."""
 
 from serving.triton_models.tower import TowerModel
 
@@ -6,4 +6,4 @@ from serving.triton_models.tower import TowerModel
 class TritonPythonModel(TowerModel):
     """See `TowerModel`."""
 
-    tower = "text"
+    graph = "text"

@@ -14,7 +14,9 @@ import pytest
 from export.__main__ import app
 from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS
 from serving.bundles.bundle import Bundle
+from serving.bundles.manifest import Manifest
 from serving.cli.console import run
+from serving.util.typed_json import from_json
 from tests.support.paths import CHECKOUT
 
 
@@ -50,9 +52,10 @@ def test_a_checkpoint_becomes_a_bundle(tiny_checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     made = Bundle.open(tmp_path / "artifacts" / "tiny-clip")
-    assert document.pop("path") == "artifacts/tiny-clip"
-    assert document == json.loads(made.manifest.to_json())
-    assert all(v["passed"] for a in document["artifacts"] for v in a["verdicts"])
+    assert document.keys() == {"path", "manifest"}
+    assert document["path"] == "artifacts/tiny-clip"
+    assert from_json(Manifest, document["manifest"]) == made.manifest
+    assert all(v["passed"] for a in document["manifest"]["artifacts"] for v in a["verdicts"])
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr
     assert [p.name for p in (tmp_path / "artifacts").iterdir()] == ["tiny-clip"]
@@ -64,7 +67,7 @@ def test_a_table_of_verdicts(command, fp32_bundle):
     assert "image.fp32.onnx" in out
     assert "onnxruntime:fp32" in out
     assert "passed" in out
-    assert "refused" not in out
+    assert "failed" not in out
 
 
 def test_verify_as_json(command, fp32_bundle):
@@ -72,8 +75,9 @@ def test_verify_as_json(command, fp32_bundle):
     assert code == 0
     document = json.loads(out)
     assert document["path"] == str(fp32_bundle.path)
-    assert {a["tower"] for a in document["artifacts"]} == {"image", "text"}
-    assert all(a["verdicts"] for a in document["artifacts"])
+    artifacts = document["manifest"]["artifacts"]
+    assert {a["graph"] for a in artifacts} == {"image", "text"}
+    assert all(a["verdicts"] for a in artifacts)
 
 
 def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
@@ -88,7 +92,7 @@ def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
     assert "Traceback" not in err
 
 
-def test_verify_when_the_gate_refuses(command, fp32_bundle, monkeypatch):
+def test_verify_when_the_gate_fails_a_graph(command, fp32_bundle, monkeypatch):
     """The numbers are shown all the same, and scripts see exit code 1."""
     from serving.bundles import manifest
 
@@ -97,10 +101,9 @@ def test_verify_when_the_gate_refuses(command, fp32_bundle, monkeypatch):
         monkeypatch.setitem(manifest.TOLERANCES, precision, strict)
     code, out, err = command("verify", fp32_bundle.path, "--json")
     assert code == 1
-    verdicts = [v for a in json.loads(out)["artifacts"] for v in a["verdicts"]]
+    verdicts = [v for a in json.loads(out)["manifest"]["artifacts"] for v in a["verdicts"]]
     assert not any(v["passed"] for v in verdicts)
-    assert "the gate refused" in err
-    assert "image.fp32.onnx" in err
+    assert "the parity gate failed image.fp32.onnx by onnxruntime:fp32" in err
 
 
 def test_verify_of_something_else(command, tmp_path):

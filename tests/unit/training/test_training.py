@@ -21,7 +21,7 @@ from serving.errors import CheckpointError, ImageError, InputError
 from tests.support.paths import CHECKOUT
 from training import contrastive, dataset, demo, shapes
 from training.__main__ import app
-from training.batches import Kind, MixedBatches, Pairs
+from training.batches import MixedBatches, PairKind, Pairs
 from training.contrastive import Settings
 from training.demo import IMAGE, TEMPLATES
 from training.folder import Sizes, train_folder
@@ -72,8 +72,8 @@ def tiny_pairs(count: int = 40) -> Pairs:
         input_ids=ids,
         picture_of=torch.arange(count),
         kinds={
-            "one": Kind(torch.arange(count // 2)[:, None], 0.5),
-            "two": Kind(torch.arange(count // 2, count).view(-1, 2), 0.5),
+            "one": PairKind(torch.arange(count // 2)[:, None], 0.5),
+            "two": PairKind(torch.arange(count // 2, count).view(-1, 2), 0.5),
         },
     )
 
@@ -153,7 +153,7 @@ def test_batches_mix_kinds_and_visit_every_pair_once_an_epoch() -> None:
     assert torch.cat(epoch).sort().values.tolist() == list(range(40))
     assert torch.equal(MixedBatches(kinds, 8, seed=3)(7), batches(7))
     assert not torch.equal(MixedBatches(kinds, 8, seed=4)(7), batches(7))
-    late = {"one": kinds["one"], "two": Kind(kinds["two"].groups, 0.5, from_step=1)}
+    late = {"one": kinds["one"], "two": PairKind(kinds["two"].groups, 0.5, from_step=1)}
     assert (MixedBatches(late, 8, seed=3)(0) < 20).all()
     assert torch.equal(MixedBatches(late, 8, seed=3)(1), batches(1))
     with pytest.raises(InputError, match=r"a batch of 100 takes 50 groups of kind 'one'.* 20"):
@@ -188,6 +188,21 @@ def test_resuming_needs_a_run_with_the_same_settings(tmp_path) -> None:
     other = settings(learning_rate=2e-3)
     with pytest.raises(CheckpointError, match=r"learning_rate 0\.001 \(now 0\.002\)"):
         contrastive.train(tiny_clip(), tiny_pairs(), other, tmp_path / "s", resume=True)
+
+
+def test_training_reports_its_first_and_last_step(tmp_path) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def progress(step: str, done: int = 0, total: int = 0) -> None:
+        seen.append((step, done, total))
+
+    losses = contrastive.train(
+        tiny_clip(), tiny_pairs(), settings(), tmp_path / "s", progress=progress
+    )
+    assert [(done, total) for _, done, total in seen] == [(1, 6), (6, 6)]
+    for (step, _, _), loss in zip(seen, (losses[0], losses[-1]), strict=True):
+        assert step.startswith(f"training, loss {loss:.3f}, ")
+        assert step.endswith(" pairs/s")
 
 
 @pytest.mark.parametrize("resnet", [False, True])
@@ -252,7 +267,7 @@ def write_pairs(folder: Path, header: bool = False) -> Path:
 def test_a_folder_becomes_a_checkpoint(tmp_path, sizes) -> None:
     folder = write_pairs(tmp_path / "pairs", header=True)
     report = train_folder(folder, tmp_path / "out", tmp_path / "s", settings(steps=8), sizes)
-    assert (report.pictures, report.captions) == (12, 12)
+    assert (report.images, report.captions) == (12, 12)
     assert report.last_loss < report.first_loss
     assert not (tmp_path / "s").exists()
     with Image.open(tmp_path / "out" / "loss.png") as curve:
@@ -364,7 +379,7 @@ def test_a_folder_of_pictures_is_drawn_with_its_labels(tmp_path) -> None:
     drawn = typer.testing.CliRunner().invoke(
         app, ["pictures", str(tmp_path / "drawn"), "--count", "5", "--size", "32", "--json"]
     )
-    assert json.loads(drawn.stdout)["pictures"] == 5
+    assert json.loads(drawn.stdout)["images"] == 5
     assert len(dataset.read_folder(tmp_path / "drawn")) == 5
     labels = (tmp_path / "drawn" / "labels.txt").read_text().splitlines()
     assert labels == [shapes.label(pair) for pair in shapes.PAIRS]

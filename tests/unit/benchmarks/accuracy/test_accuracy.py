@@ -18,7 +18,7 @@ from benchmarks.accuracy.labelled import read_folder
 from benchmarks.accuracy.measure import METHODS, accuracy
 from benchmarks.report.tables import accuracy_remarks, accuracy_table
 from serving.bundles.bundle import Bundle
-from serving.errors import InputError, RunnerError, TextError
+from serving.errors import InputError, RunnerError, TextError, TextTooLongError
 from serving.util.progress import silent
 from serving.util.results import Results
 
@@ -351,7 +351,7 @@ def test_class_names_that_cannot_be_used(tmp_path, classnames, shown):
     ("files", "shown"),
     [
         ({"x.png": None}, r"no folders of them; expected .*/LABEL/\*\.jpg, or captions\.txt"),
-        ({"a/x.txt": "no picture"}, "no pictures in"),
+        ({"a/x.txt": "no image"}, "no images in"),
         ({"x.png": None, "captions.txt": "y.png, cat\n"}, "no picture has one of its 1 labels"),
         (
             {"x.png": None, "captions.txt": "x.png, cat\n", "labels.txt": "cat\ndog\ncat\n"},
@@ -383,8 +383,8 @@ def test_a_folder_of_unreadable_pictures(fp32_bundle, tmp_path):
         ({"templates": ["a photo"]}, TextError, r"template 'a photo' has no \{\} for the label"),
         (
             {"templates": ["word " * 90 + "{}"]},
-            TextError,
-            r"labels\[0\], put into the template 'word .* more than the model's 77",
+            TextTooLongError,
+            r"labels\[0\]: put into the prompt template 'word .* more than the model's 77",
         ),
         ({"patterns": ["openvino:fp7"]}, RunnerError, "no runner of .* is like 'openvino:fp7'; "),
     ],
@@ -451,5 +451,5 @@ def test_the_command_writes_one_document(fp32_bundle, folder, tmp_path):
 def test_the_command_shows_errors_without_a_traceback(fp32_bundle, tmp_path):
     done = command(fp32_bundle.path, tmp_path)
     assert done.returncode == 2
-    assert "no pictures in" in done.stderr
+    assert "no images in" in done.stderr
     assert "Traceback" not in done.stderr

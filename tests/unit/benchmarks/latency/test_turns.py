@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from benchmarks.latency.turns import Turns, timing_of
+from benchmarks.latency.turns import Turns
+from benchmarks.machine.timing import timing_of
 
 
 def test_turns_alternate():

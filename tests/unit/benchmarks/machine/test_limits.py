@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import benchmarks.machine.limits
-from benchmarks.machine.limits import count_flops, measure_limits, require, timed
+import benchmarks.machine.timing
+from benchmarks.machine.limits import count_flops, measure_limits, require
+from benchmarks.machine.timing import timed
 from export.checkpoints.load import load_checkpoint
 from serving.errors import RunnerError
 from serving.util.nvidia import Gpu
@@ -23,8 +25,8 @@ def clip(tiny_checkpoint):
 @pytest.fixture(scope="module", autouse=True)
 def _short_rounds():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmarks.machine.limits, "_WARM_UP_SECONDS", 0.01)
-        patch.setattr(benchmarks.machine.limits, "_ROUND_SECONDS", 0.005)
+        patch.setattr(benchmarks.machine.timing, "_WARM_UP_SECONDS", 0.01)
+        patch.setattr(benchmarks.machine.timing, "_ROUND_SECONDS", 0.005)
         yield
 
 

@@ -61,7 +61,7 @@ def test_an_unknown_name_suggests_others(name, close):
     assert f"unknown checkpoint {name!r}" in message
     assert "did you mean" in message
     assert close in message
-    assert "`python -m export list`" in message
+    assert "`clip-deploy list`" in message
 
 
 def test_an_unknown_name_with_a_slash_suggests_others(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from export.doctor import installed
 from export.doctor import report as doctor
 from export.doctor.installed import Software, packages, programs
 from export.doctor.report import Machine, memory_limit
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RUNNERS, RunnerSpec
 from serving.triton import embedded
 from serving.util.nvidia import Gpu
 from tests.support.paths import CHECKOUT
@@ -127,7 +127,7 @@ def test_export_is_possible_where_the_tests_run(report):
 def test_runners(report):
     """All of them; those that the other tests run on this machine are possible."""
     runners = by_name(report["runners"])
-    assert list(runners) == list(RUNNERS)
+    assert list(runners) == list(map(str, RUNNERS))
     assert runners["onnxruntime:fp32"]["possible"]
     bf16 = runners["openvino:bf16"]
     assert bf16["possible"] == (runners["openvino:fp32"]["possible"] and report["machine"]["bf16"])
@@ -195,7 +195,7 @@ def test_tables(bare_python):
         assert title in printed
     for words in (EXPORT, EMBEDDED, GPU, RTX, "not installed: torch, onnx", "memory", "bfloat16"):
         assert words in printed
-    for runtime in {name.partition(":")[0] for name in RUNNERS}:
+    for runtime in {spec.runtime for spec in RUNNERS}:
         assert len(re.findall(rf"^│ {runtime}: ", printed, re.MULTILINE)) == 1
 
 
@@ -377,6 +377,9 @@ def test_what_keeps_a_library_from_the_gpu(machine, why, mend):
 
 def test_bfloat16_by_a_cpu_without_it():
     cpu = Software(name="openvino", purpose="", state="works", facts={"cpu": ["FP32", "INT8"]})
-    no_bf16 = doctor._obstacles_of("openvino:bf16", MACHINE, {"openvino": cpu})
-    assert "this CPU has no bfloat16 (avx512_bf16, amx_bf16)" in no_bf16
-    assert "bfloat16" not in str(doctor._obstacles_of("openvino:int8", MACHINE, {"openvino": cpu}))
+    bf16, int8 = (
+        doctor._obstacles_of(RunnerSpec("openvino", precision), MACHINE, {"openvino": cpu})
+        for precision in ("bf16", "int8")
+    )
+    assert "this CPU has no bfloat16 (avx512_bf16, amx_bf16)" in bf16
+    assert "bfloat16" not in str(int8)

@@ -43,7 +43,7 @@ def every_bundle(tiny_bundle, tmp_path_factory) -> Bundle:
         target = path / f"{tower}.int8-fp16.onnx"
         write_int8(path / f"{tower}.fp16.onnx", target, manifest)
         files = (describe_file(target),)
-        more.append(Artifact(tower=tower, kind="onnx", precision="int8-fp16", files=files))
+        more.append(Artifact(graph=tower, kind="onnx", precision="int8-fp16", files=files))
     manifest = replace(manifest, artifacts=(*manifest.artifacts, *more))
     (path / "manifest.json").unlink()  # and with it the link
     (path / "manifest.json").write_text(manifest.to_json())

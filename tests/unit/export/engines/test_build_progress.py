@@ -96,8 +96,12 @@ def test_no_timing_cache(config):
 def test_a_timing_cache_that_cannot_be_written(config, tmp_path):
     """The plan is kept: it took longer."""
     (tmp_path / "file").write_text("no folder")
-    file, said = tmp_path / "file" / "kernels.timing", []
-    _write_cache(_read_cache(config, file), file, said.append)
+    file, said = tmp_path / "file" / "kernels.timing", list[str]()
+
+    def progress(step: str, done: int = 0, total: int = 0) -> None:
+        said.append(step)
+
+    _write_cache(_read_cache(config, file), file, progress)
     assert said == [f"kernel times are not kept: {file}: File exists"]
 
 

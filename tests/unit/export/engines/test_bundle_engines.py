@@ -15,11 +15,12 @@ from export.engines.bundle_engines import add_engines
 from export.gate.parity import Expected
 from export.gate.verify import judged
 from serving.bundles.bundle import Bundle
-from serving.bundles.manifest import TOWERS, Artifact
+from serving.bundles.manifest import TOWERS, Artifact, Manifest
 from serving.errors import BundleError
 from serving.runners.registry import missing
 from serving.util.nvidia import gpu
 from serving.util.progress import silent
+from serving.util.typed_json import from_json
 from tests.support.engine_bundles import (
     ENGINE,
     RTX,
@@ -33,7 +34,7 @@ from tests.support.paths import CHECKOUT
 
 
 def plans_of(bundle: Bundle) -> list[Artifact]:
-    return [a for a in bundle.manifest.artifacts if a.kind == "plan"]
+    return [a for a in bundle.manifest.artifacts if a.kind == "engine"]
 
 
 def files_in(path: Path) -> set[str]:
@@ -53,12 +54,13 @@ def planned(tiny_bundle, tmp_path_factory) -> Bundle:
 def test_plans_by_command(command, tiny_bundle, tmp_path):
     """As a user does it: fp16 and INT8 of both towers, in the manifest, each with its sidecar."""
     before = copied(tiny_bundle, tmp_path / "bundle")
-    code, out, err = command(before.path, "--engine", "tensorrt-rtx", "--max-batch", 8, "--json")
+    options = ("--engine", "tensorrt-rtx", "--max-batch-size", 8)
+    code, out, err = command(before.path, *options, "--json")
     assert code == 0, err
     made = Bundle.open(before.path)
     document = json.loads(out)
-    assert document.pop("path") == str(made.path)
-    assert document == json.loads(made.manifest.to_json())
+    assert document["path"] == str(made.path)
+    assert from_json(Manifest, document["manifest"]) == made.manifest
 
     plans = plans_of(made)
     assert [(p.precision, p.tower) for p in plans] == [
@@ -284,8 +286,8 @@ def test_after_a_kill_it_is_built_again(killed, planned, tmp_path, kind, moment)
         ),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--precision", "int8-dynamic"],
-            ["plans are built of fp32, fp16, int8 and int8-fp16 graphs, not of int8-dynamic"],
-            id="a graph that no plan is built of",
+            ["engines are built from fp32, fp16, int8 and int8-fp16 graphs, not from int8-dynamic"],
+            id="a graph that no engine is built from",
         ),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--timing-cache", "/"],

@@ -12,6 +12,7 @@ from serving.bundles.engine_facts import mismatches
 from serving.bundles.manifest import TOWERS
 from serving.errors import BundleError, RunnerError
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
 from serving.runners.tensor_rt import (
     TensorRtRunner,
     fitting_plan,
@@ -52,6 +53,9 @@ COMPATIBLE = replace(ENGINE, version_compatible=True)
 
 
 AMPERE = replace(ENGINE, hardware_compatible=True)
+
+
+RTX_FP16 = RunnerSpec("tensorrt-rtx", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_a_manifest_with_broken_facts_of_a_plan(tiny_bundle, tmp_path, fact, val
 def test_a_bundle_without_plans_says_what_builds_them(tiny_bundle, library):
     with pytest.raises(BundleError) as refused:
         tiny_bundle.plans("text", "int8", library)
-    command = f"python -m export engine {tiny_bundle.path} --engine {library} --precision int8"
+    command = f"clip-deploy engine {tiny_bundle.path} --engine {library} --precision int8"
     assert str(refused.value) == (
         f"{tiny_bundle.path} has no int8 text plan of {library}; build it where it is to run: "
         + command
@@ -286,7 +290,7 @@ def test_no_plan_fits(tiny_bundle, tmp_path):
     old = replace(RTX_ENGINE, version="1.6.0.1")
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", old, replace(old, version="2.0.0.1"))
     with pytest.raises(RunnerError) as refused:
-        TensorRtRunner(bundle, "image", "tensorrt-rtx", "fp16").__enter__()
+        TensorRtRunner(bundle, "image", RTX_FP16).__enter__()
     lines = str(refused.value).splitlines()
     no_gpu = "" if gpu() else "; this machine has no NVIDIA GPU"
     assert lines == [
@@ -295,8 +299,7 @@ def test_no_plan_fits(tiny_bundle, tmp_path):
         + f"{RTX}{no_gpu}",
         "engines/1/image.fp16.plan: version: built by tensorrt-rtx 2.0.0.1, this machine has "
         + f"{RTX}{no_gpu}",
-        f"Build it here: python -m export engine {bundle.path} --engine tensorrt-rtx "
-        "--precision fp16",
+        f"Build it here: clip-deploy engine {bundle.path} --engine tensorrt-rtx --precision fp16",
     ]
 
 
@@ -340,7 +343,7 @@ def test_what_was_tampered_with_is_never_deserialised(
     monkeypatch.setattr("serving.runners.tensor_rt.deserialize", lambda *_: pytest.fail("loaded"))
     said = "is missing" if damage.startswith("no ") else "is not the file that was exported"
     with pytest.raises(BundleError, match=f"{file.name} {said}"):
-        TensorRtRunner(bundle, "image", "tensorrt-rtx", "fp16").__enter__()
+        TensorRtRunner(bundle, "image", RTX_FP16).__enter__()
 
 
 @needs_rtx
@@ -348,7 +351,7 @@ def test_a_plan_that_the_library_refuses(tiny_bundle, tmp_path, h200):
     """With its reason: on a machine without a GPU that one, else that this is no plan."""
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", replace(RTX_ENGINE, version=RTX))
     with pytest.raises(RunnerError) as refused:
-        TensorRtRunner(bundle, "image", "tensorrt-rtx", "fp16").__enter__()
+        TensorRtRunner(bundle, "image", RTX_FP16).__enter__()
     start, _, reason = str(refused.value).partition("image.fp16.plan: ")
     assert start == f"tensorrt-rtx {RTX} cannot load {bundle.path}/engines/0/"
     assert len(reason) > 20

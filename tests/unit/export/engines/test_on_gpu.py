@@ -20,6 +20,7 @@ from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOWERS
 from serving.errors import RunnerError
 from serving.runners.registry import missing, open_runner
+from serving.runners.spec import RunnerSpec
 from serving.runners.tensor_rt import TensorRtRunner
 from tests.support.engine_builds import PRECISIONS
 from tests.support.references import some_ids, some_pixels
@@ -118,8 +119,8 @@ def test_a_replayed_graph_equals_plain_execution(gpu_bundle, tower, precision):
     order = [*range(len(BATCHES[tower]))] * 5
     random.Random(0).shuffle(order)
     with (
-        TensorRtRunner(bundle, tower, library, precision, graphs=False) as plain,
-        TensorRtRunner(bundle, tower, library, precision, graphs=True) as replayed,
+        TensorRtRunner(bundle, tower, RunnerSpec(library, precision), graphs=False) as plain,
+        TensorRtRunner(bundle, tower, RunnerSpec(library, precision), graphs=True) as replayed,
     ):
         for turn, number in enumerate(order):
             batch = other_contents(BATCHES[tower][number], turn)
@@ -139,7 +140,7 @@ def test_a_replayed_graph_equals_plain_execution(gpu_bundle, tower, precision):
 @pytest.mark.parametrize("tower", TOWERS)
 def test_shapes_that_were_dropped_come_back(gpu_bundle, tower, monkeypatch):
     library, bundle = gpu_bundle
-    with TensorRtRunner(bundle, tower, library, "fp16") as runner:
+    with TensorRtRunner(bundle, tower, RunnerSpec(library, "fp16")) as runner:
         want = [runner.run(batch) for batch in BATCHES[tower]]
         monkeypatch.setattr("serving.runners.tensor_rt.MOST_SHAPES", 2)
         for _ in range(3):
@@ -151,7 +152,7 @@ def test_shapes_that_were_dropped_come_back(gpu_bundle, tower, monkeypatch):
 @pytest.mark.gpu
 def test_a_results_memory_is_its_own(gpu_bundle):
     library, bundle = gpu_bundle
-    with TensorRtRunner(bundle, "text", library, "fp16") as runner:
+    with TensorRtRunner(bundle, "text", RunnerSpec(library, "fp16")) as runner:
         batch = BATCHES["text"][3]
         for _ in range(3):
             first = runner.run(batch)
@@ -164,7 +165,7 @@ def test_a_results_memory_is_its_own(gpu_bundle):
 @pytest.mark.gpu
 def test_a_batch_that_the_plan_does_not_take(gpu_bundle):
     library, bundle = gpu_bundle
-    with TensorRtRunner(bundle, "text", library, "fp16") as runner:
+    with TensorRtRunner(bundle, "text", RunnerSpec(library, "fp16")) as runner:
         with pytest.raises(RunnerError, match=r"cannot run int32 \[1, 78\]: the plan takes shapes"):
             runner.run(np.ones((1, 78), np.int32))
         with pytest.raises(RunnerError, match="expected int32, got int64"):
@@ -181,7 +182,7 @@ def test_a_closed_runner_holds_no_memory(gpu_bundle):
     library, bundle = gpu_bundle
     free = []
     for _ in range(4):
-        with TensorRtRunner(bundle, "image", library, "fp16") as runner:
+        with TensorRtRunner(bundle, "image", RunnerSpec(library, "fp16")) as runner:
             for batch in BATCHES["image"]:
                 for _ in range(3):
                     runner.run(batch)
@@ -201,12 +202,12 @@ def test_a_plan_from_elsewhere_is_refused(gpu_bundle, fact):
     artifacts = tuple(edited if a is plan else a for a in bundle.manifest.artifacts)
     elsewhere = Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
     with pytest.raises(RunnerError) as refused:
-        TensorRtRunner(elsewhere, "image", library, "fp16").__enter__()
+        TensorRtRunner(elsewhere, "image", RunnerSpec(library, "fp16")).__enter__()
     said = str(refused.value)
     label = {"compute_capability": "device", "onnx_sha256": "graph"}.get(fact, fact)
     assert f"{plan.file}: {label}: " in said
     assert value in said
-    command = f"python -m export engine {bundle.path} --engine {library} --precision fp16"
+    command = f"clip-deploy engine {bundle.path} --engine {library} --precision fp16"
     assert said.endswith(f"Build it here: {command}")
 
 

@@ -12,7 +12,7 @@ from serving.bundles.bundle import Bundle
 from serving.errors import InputError, TextError
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
-from serving.util.directories import find_pictures, read_captions, read_lines
+from serving.util.directories import find_images, read_captions, read_lines
 
 TEMPLATES = ("a photo of a {}.", "the {}")
 
@@ -80,12 +80,12 @@ def test_unreadable_pictures_are_named_and_the_rest_is_used(tiny_bundle, tokeniz
     (folder / "empty.png").write_bytes(b"")
     (folder / "half.jpg").write_bytes((folder / "wide.jpg").read_bytes()[:300])
     (folder / "notes.md").write_text("not looked at")
-    (folder / "a-folder.png").mkdir()
+    (folder / "a-folder.png").mkdir()  # no file, so no image either
     data = load(tiny_bundle, tokenizer, pictures=folder)
     assert sum(map(len, data.calibration["image"])) == 8
     assert data.source == "8 pictures of folder"
     named = [re.match(r"([\w.-]+): \S", reason)[1] for reason in data.skipped]
-    assert named == ["a-folder.png", "aaa.jpg", "empty.png", "half.jpg"]
+    assert named == ["aaa.jpg", "empty.png", "half.jpg"]
 
 
 def test_a_build_says_how_many_pictures_it_skipped(tiny_bundle, tiny_checkpoint, folder, tmp_path):
@@ -116,7 +116,7 @@ def test_a_folder_of_nothing_but_unreadable_pictures(tiny_bundle, tokenizer, tmp
 
 def test_an_empty_folder(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(InputError, match=r"no pictures in .*; expected files of \.jpg, "):
+    with pytest.raises(InputError, match=r"no images in .*; expected files of \.jpg, "):
         load(tiny_bundle, tokenizer, pictures=tmp_path)
 
 
@@ -124,7 +124,8 @@ def test_a_folder_that_is_not_there_or_a_file(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "file.jpg").write_bytes(b"")
     for path in (tmp_path / "missing", tmp_path / "file.jpg"):
         for what in ("pictures", "labelled"):
-            with pytest.raises(InputError, match=rf"{path.name}.* (is no folder|cannot be read)"):
+            shown = rf"{path.name}.* (is not a directory|cannot be read)"
+            with pytest.raises(InputError, match=shown):
                 load(tiny_bundle, tokenizer, **{what: path})
 
 
@@ -244,10 +245,10 @@ def test_folders_without_captions_have_none(folder):
     assert read_captions(folder) == {}
 
 
-def test_find_pictures_is_sorted_and_looks_into_folders(folder):
+def test_find_images_is_sorted_and_looks_into_folders(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "wide.jpg").rename(folder / "deep" / "er" / "wide.JPeG")
-    found = [path.relative_to(folder).as_posix() for path in find_pictures(folder)]
+    found = [path.relative_to(folder).as_posix() for path in find_images(folder)]
     assert found == sorted(found)
     assert "deep/er/wide.JPeG" in found
     assert len(found) == 8

@@ -17,22 +17,20 @@ from export.gate.datasets import load_data
 from export.gate.parity import Expected, judge
 from export.gate.torch_runners import CompiledRunner, EagerRunner, TorchScriptRunner
 from export.gate.verify import judged, references, verify
-from export.kinds import Kind
 from export.pipeline import Options, build
+from export.precisions import Precision
 from export.towers.clip import ImageTower, VisionTransformerConfig
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError, InputError, RunnerError
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
+from serving.util.progress import silent
 from tests.support.references import MEAN, STD, some_ids, some_pixels, unit
 
 NOUNS = [f"number {n}" for n in range(60)]
 ROLLED = 3  # how many of the eight pictures get a wrong label
-
-
-def nothing(*_: object) -> None:
-    """Shows no progress."""
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +103,10 @@ def folder(chosen, labels, pictures, tmp_path_factory) -> Path:
 def bundle(tiny_checkpoint, quick_build, folder, tmp_path_factory) -> Bundle:
     """The kinds that the tiny bundle has not, judged on labelled pictures."""
     output = tmp_path_factory.mktemp("gate") / "bundle"
-    kinds = (Kind.INT8_DYNAMIC, Kind.TORCHSCRIPT)
-    return quick_build(tiny_checkpoint, output, kinds=kinds, labelled=folder)
+    precisions = (Precision.INT8_DYNAMIC,)
+    return quick_build(
+        tiny_checkpoint, output, precisions=precisions, torchscript=True, labelled=folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def expected(checkpoint, folder, bundle) -> dict[str, Expected]:
         checkpoint.templates,
         checkpoint.text,
         labelled=folder,
-        progress=nothing,
+        progress=silent,
     )
-    return references(checkpoint, data, nothing)
+    return references(checkpoint, data, silent)
 
 
 def verdicts(bundle: Bundle):
@@ -151,7 +151,7 @@ def test_every_verdict_has_its_accuracy(bundle, chosen):
 class Wrong:
     """A runner under a true one's name, whose embeddings somebody has changed."""
 
-    name = "onnxruntime:int8"
+    spec, name = RunnerSpec("onnxruntime", "int8"), "onnxruntime:int8"
     runtime_version = "of no use 1.0"
 
     def __init__(self, inner, change) -> None:
@@ -232,7 +232,7 @@ def test_a_labelled_folder_that_cannot_be_used(checkpoint, tmp_path, pictures):
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "captions.txt").write_text("nothing.jpg, dog")
     with pytest.raises(InputError, match="no picture has one of its 1 labels as caption"):
-        build(checkpoint, tmp_path / "bundle", nothing, Options(labelled=folder))
+        build(checkpoint, tmp_path / "bundle", silent, Options(labelled=folder))
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
@@ -279,7 +279,7 @@ def test_how_a_graph_was_quantised_survives_the_manifest(tiny_bundle):
 
 
 def test_verify_measures_every_kind_again(bundle, folder):
-    again = verify(bundle, None, folder, nothing)
+    again = verify(bundle, None, folder, silent)
     before, after = verdicts(bundle), verdicts(again)
     assert [v.runner for _, v in after] == [v.runner for _, v in before]
     for (_, old), (_, new) in zip(before, after, strict=True):

@@ -17,12 +17,14 @@ from export.gate.datasets import probe_images, probe_texts, probes
 from export.gate.parity import expect, judge
 from export.gate.torch_runners import EagerRunner
 from export.gate.verify import verify
-from export.kinds import Kind
 from export.pipeline import Options, build
+from export.precisions import Precision
 from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
+from serving.util.progress import silent
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def damaged(bundle: Bundle, tmp_path: Path, tower: str, change) -> Bundle:
 
 
 def measured(bundle: Bundle, source: str | None = None) -> Bundle:
-    return verify(bundle, source, None, lambda _: None)
+    return verify(bundle, source, None, silent)
 
 
 def verdict(bundle: Bundle, tower: str):
@@ -185,8 +187,10 @@ def test_a_refusal_does_not_stop_the_build_and_stands_in_the_manifest(
         return files
 
     monkeypatch.setattr(export.pipeline, "export_onnx", spoil)
-    monkeypatch.setattr(export.gate.verify, "runners_of", lambda _: ["onnxruntime:fp32"])
-    bundle = build(checkpoint, tmp_path / "bundle", lambda _: None, Options(kinds=(Kind.FP32,)))
+    only = [RunnerSpec("onnxruntime", "fp32")]
+    monkeypatch.setattr(export.gate.verify, "runners_of", lambda _: only)
+    options = Options(precisions=(Precision.FP32,))
+    bundle = build(checkpoint, tmp_path / "bundle", silent, options)
     assert verdict(bundle, "image").passed
     assert not verdict(bundle, "text").passed
     assert verdict(bundle, "text").min_cosine < -0.99

@@ -322,6 +322,6 @@ def test_a_build_lints_what_it_made(tiny_checkpoint, tmp_path, monkeypatch, kept
             checkpoint,
             tmp_path / "bundle",
             lambda step, done=0, total=0: None,
-            export.pipeline.Options(kinds=()),
+            export.pipeline.Options(precisions=()),
         )
     assert not (tmp_path / "bundle").exists()

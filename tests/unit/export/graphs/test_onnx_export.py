@@ -19,12 +19,14 @@ from export.checkpoints.configs import config_from_openai
 from export.checkpoints.load import load_checkpoint
 from export.checkpoints.weight_names import load_state
 from export.graphs.onnx_export import example_batch, export_onnx
-from export.kinds import Kind
 from export.pipeline import Options, build
+from export.precisions import Precision
 from export.towers.clip import Clip
 from serving.bundles.bundle import Bundle
 from serving.errors import BundleError
 from serving.runners.registry import open_runner
+from serving.runners.spec import RunnerSpec
+from serving.util.progress import silent
 from tests.support.paths import CHECKOUT
 from tests.support.references import MEAN, STD, openai_clip, some_ids, some_pixels
 
@@ -157,10 +159,11 @@ def external(tiny_checkpoint, tmp_path_factory) -> Bundle:
     """A bundle whose graphs are "too large" for one file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.graphs.onnx_export, "PROTOBUF_LIMIT", 100_000)
-        patch.setattr(export.gate.verify, "runners_of", lambda _: ["onnxruntime:fp32"])
+        only = [RunnerSpec("onnxruntime", "fp32")]
+        patch.setattr(export.gate.verify, "runners_of", lambda _: only)
         output = tmp_path_factory.mktemp("external") / "bundle"
-        options = Options(kinds=(Kind.FP32,))
-        return build(load_checkpoint(str(tiny_checkpoint)), output, lambda _: None, options)
+        options = Options(precisions=(Precision.FP32,))
+        return build(load_checkpoint(str(tiny_checkpoint)), output, silent, options)
 
 
 def test_large_weights_stand_beside_the_graph(external, tiny_bundle):

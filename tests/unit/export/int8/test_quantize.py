@@ -18,8 +18,8 @@ from export.graphs.onnx_export import export_onnx
 from export.int8.qdq import layers, quantise
 from export.int8.quantize import write_int8
 from export.int8.sensitivity import activations, fewest, sensitivity
-from export.kinds import Kind
 from export.pipeline import Options, build
+from export.precisions import Precision
 from export.towers.clip import (
     Clip,
     for_inference,
@@ -29,9 +29,9 @@ from serving.bundles.manifest import TOLERANCES, Artifact, LayerCost, Quantisati
 from serving.errors import BundleError, InputError
 from serving.runners.registry import open_runner
 from serving.triton.repository import assemble
+from serving.util.progress import silent
 from tests.support.int8_graphs import (
     METHODS,
-    nothing,
     ranges,
     run_onnx_runtime,
 )
@@ -103,7 +103,7 @@ class Gate:
 
     def __call__(self, quantisation: Quantisation) -> Artifact:
         artifact = Artifact(
-            tower="image",
+            graph="image",
             kind="onnx",
             precision="int8",
             files=(describe_file(self.target),),
@@ -122,7 +122,7 @@ def search(outliers, places, bundle, folder, method="minmax") -> list[Artifact]:
     """Every attempt at INT8, the last being the result."""
     bad, graph = outliers[places]
     gate = Gate(bad, bundle, folder / "image.int8.onnx")
-    result = write_int8(graph, gate.target, calibration(bad), "probes", method, gate, nothing)
+    result = write_int8(graph, gate.target, calibration(bad), "probes", method, gate, silent)
     assert result == gate.artifacts[-1]
     return gate.artifacts
 
@@ -241,10 +241,10 @@ def test_a_single_tensor_has_no_half():
 def built(checkpoint, tmp_path_factory) -> Bundle:
     """The bundle of a hostile image tower, INT8 by MinMax, everything real."""
     output = tmp_path_factory.mktemp("hostile") / "bundle"
-    options = Options(kinds=(Kind.INT8,), method="minmax")
+    options = Options(precisions=(Precision.INT8,), method="minmax")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.pipeline, "TOWERS", ("image",))
-        return build(hostile(checkpoint, "0.up", "1.up"), output, nothing, options)
+        return build(hostile(checkpoint, "0.up", "1.up"), output, silent, options)
 
 
 def test_a_build_falls_back_and_records_it(built):
@@ -264,28 +264,29 @@ def test_a_build_reports_what_it_cannot_mend(checkpoint, tmp_path, monkeypatch):
     """Refused in the manifest with its numbers; assembly obeys."""
     monkeypatch.setattr(export.pipeline, "TOWERS", ("image",))
     bad = hostile(checkpoint, "0.up", "0.qkv", "1.up", "1.qkv")
-    bundle = build(bad, tmp_path / "bundle", nothing, Options(kinds=(Kind.INT8,), method="minmax"))
+    options = Options(precisions=(Precision.INT8,), method="minmax")
+    bundle = build(bad, tmp_path / "bundle", silent, options)
     artifact = bundle.artifact("image", "int8")
     assert not artifact.passed("onnxruntime:int8")
     assert min(v.min_cosine for v in artifact.verdicts) < TOLERANCES["int8"].min_cosine
     assert artifact.quantisation.excluded
     assert bundle.artifact("image", "fp32").passed("onnxruntime:fp32")
-    with pytest.raises(BundleError, match=r"did not pass the image tower by onnxruntime:int8 "):
+    with pytest.raises(BundleError, match=r"the image tower by onnxruntime:int8 did not pass"):
         assemble(bundle, tmp_path / "repository", runner="onnxruntime:int8")
 
 
 def test_a_tower_too_large_for_int8_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export.pipeline, "PROTOBUF_LIMIT", 100_000)
     with pytest.raises(InputError, match=r"image tower of .* GB of weights; .*--precision fp16"):
-        build(checkpoint, tmp_path / "bundle", nothing, Options(kinds=(Kind.INT8,)))
+        build(checkpoint, tmp_path / "bundle", silent, Options(precisions=(Precision.INT8,)))
     assert not (tmp_path / "bundle").exists()
 
 
 def test_int8_over_float16(checkpoint, tmp_path, monkeypatch):
     """INT8 products, and all else in half precision: what GPUs want."""
     monkeypatch.setattr(export.pipeline, "TOWERS", ("text",))
-    options = Options(kinds=(Kind.INT8_FP16,), method="minmax")
-    bundle = build(checkpoint, tmp_path / "bundle", nothing, options)
+    options = Options(precisions=(Precision.INT8_FP16,), method="minmax")
+    bundle = build(checkpoint, tmp_path / "bundle", silent, options)
     artifact = bundle.artifact("text", "int8-fp16")
     assert [v.runner for v in artifact.verdicts] == ["onnxruntime:int8-fp16"]
     assert artifact.passed("onnxruntime:int8-fp16")

@@ -14,16 +14,16 @@ from export.checkpoints.load import load_checkpoint
 from export.gate.datasets import load_data, probe_prompts
 from export.gate.verify import judged, references, verify
 from export.graphs.lint import lint
-from export.towers.prefix_tree import TextTreeTower, in_trees
+from export.towers.prefix_tree import PrefixTreeTower, in_trees
 from serving.bundles.bundle import Bundle, describe_file
-from serving.bundles.manifest import Artifact
+from serving.bundles.manifest import Artifact, Graph
 from serving.errors import BundleError, RunnerError
 from serving.inputs.prefix_tree import trees
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.autotune import passed
-from serving.runners.prefix_tree import open_text_tree
+from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
-from serving.runners.spec import runners_of
+from serving.runners.spec import RunnerSpec, runners_of
 from serving.util.progress import silent
 from tests.support.references import some_ids, unit
 
@@ -41,7 +41,7 @@ def bundle(tree_bundle) -> Bundle:
 
 
 def artifact(bundle: Bundle, precision: str) -> Artifact:
-    return bundle.artifact("text", precision, "tree")
+    return bundle.artifact("prefix_tree", precision)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def cosines(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 
 
 def test_the_tower_in_pytorch(checkpoint, texts, theirs):
-    tower = TextTreeTower(checkpoint.clip.text).eval()
+    tower = PrefixTreeTower(checkpoint.clip.text).eval()
     seen = []
     for batch in trees(texts, checkpoint.text.end_id):
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_the_tower_in_pytorch(checkpoint, texts, theirs):
 
 @pytest.mark.parametrize("name", RUNNERS)
 def test_every_runner_equals_transformers(bundle, texts, theirs, name):
-    with open_text_tree(bundle, name) as runner:
+    with open_prefix_tree(bundle, name) as runner:
         assert runner.name == name
         got = runner.run(texts)
         assert (got.dtype, got.shape) == (np.float32, theirs.shape)
@@ -97,7 +97,7 @@ def test_every_runner_equals_transformers(bundle, texts, theirs, name):
 
 def test_the_plain_tower_and_the_tree_agree_in_int8(bundle, texts):
     with (
-        open_text_tree(bundle, "onnxruntime:int8") as tree,
+        open_prefix_tree(bundle, "onnxruntime:int8") as tree,
         open_runner(bundle, "text", "onnxruntime:int8") as plain,
     ):
         assert cosines(tree.run(texts), plain.run(texts)).min() >= 0.98
@@ -107,18 +107,18 @@ def test_the_plain_tower_and_the_tree_agree_in_int8(bundle, texts):
 
 
 def test_what_an_export_makes(bundle, tiny_bundle):
-    made = [a for a in bundle.manifest.artifacts if a.kind == "tree"]
+    made = [a for a in bundle.manifest.artifacts if a.graph == "prefix_tree"]
     assert [(a.tower, a.precision, a.file) for a in made] == [
-        ("text", "fp32", "text.fp32.tree.onnx"),
-        ("text", "int8", "text.int8.tree.onnx"),
+        ("text", "fp32", "prefix_tree.fp32.onnx"),
+        ("text", "int8", "prefix_tree.int8.onnx"),
     ]
-    assert not any(a.kind == "tree" for a in tiny_bundle.manifest.artifacts)
+    assert not any(a.graph == "prefix_tree" for a in tiny_bundle.manifest.artifacts)
     fp32, int8 = made
     assert fp32.files == (describe_file(bundle.path / fp32.file),)
     assert {v.runner for v in fp32.verdicts} >= {"onnxruntime:fp32", "openvino:fp32"}
     assert {v.runner for v in int8.verdicts} == {"onnxruntime:int8", "openvino:int8"}
     for runner in RUNNERS:
-        assert artifact(bundle, runner.partition(":")[2]).passed(runner)
+        assert artifact(bundle, RunnerSpec.parse(runner).precision).passed(runner)
     assert int8.quantisation is not None
     plain = bundle.artifact("text", "int8").quantisation
     assert int8.quantisation.layers == plain.layers == 12
@@ -130,7 +130,7 @@ def test_what_an_export_makes(bundle, tiny_bundle):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_the_graph_is_clean(bundle, precision):
     path = bundle.verified(artifact(bundle, precision))
-    assert lint(path, "tree") == []
+    assert lint(path, "prefix_tree") == []
     onnx.checker.check_model(path, full_check=True)
     graph = onnx.load(path).graph
     (given,), (made,) = graph.input, graph.output
@@ -144,46 +144,46 @@ def test_the_graph_is_clean(bundle, precision):
 
 
 def test_lint_knows_the_tree(bundle, tmp_path):
-    path = tmp_path / "text.fp32.tree.onnx"
+    path = tmp_path / "prefix_tree.fp32.onnx"
     model = onnx.load(bundle.path / path.name)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 9
     model.graph.node.append(onnx.helper.make_node("NonZero", ["trees"], ["other"]))
     onnx.save(model, path)
-    assert lint(path, "tree") == [
-        "text.fp32.tree.onnx: trees has shape ['rows', 2, 9]; of 3 axes 0 and 2 must be dynamic",
-        "text.fp32.tree.onnx: 2 NonZero nodes; expected the one that finds the end-of-text token",
+    assert lint(path, "prefix_tree") == [
+        "prefix_tree.fp32.onnx: trees has shape ['rows', 2, 9]; of 3 axes 0 and 2 must be dynamic",
+        "prefix_tree.fp32.onnx: 2 NonZero nodes; expected the one that finds the end-of-text token",
     ]
 
 
 def test_which_runners_run_it(bundle):
-    assert runners_of(artifact(bundle, "fp32")) == [
+    assert [str(spec) for spec in runners_of(artifact(bundle, "fp32"))] == [
         "onnxruntime:fp32",
         "openvino:fp32",
         "openvino:bf16",
     ]
-    assert {"onnxruntime:fp32", "onnxruntime:int8"} <= set(passed(bundle, "text", tree=True))
-    assert passed(bundle, "image", tree=True) == []
+    assert {"onnxruntime:fp32", "onnxruntime:int8"} <= set(map(str, passed(bundle, "prefix_tree")))
 
 
 def test_a_verdict_on_one_form_is_none_on_the_other(bundle):
     """The plain graph was refused, or the tree's was: neither runner is offered for it."""
 
-    def refused(kind: str) -> Bundle:
+    def refused(graph: Graph) -> Bundle:
         artifacts = tuple(
-            replace(a, verdicts=()) if (a.tower, a.kind) == ("text", kind) else a
-            for a in bundle.manifest.artifacts
+            replace(a, verdicts=()) if a.graph == graph else a for a in bundle.manifest.artifacts
         )
         return Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
 
-    assert passed(refused("onnx"), "text") == []
-    assert passed(refused("onnx"), "text", tree=True) == passed(bundle, "text", tree=True)
-    assert passed(refused("tree"), "text", tree=True) == []
-    assert passed(refused("tree"), "text") == passed(bundle, "text")
+    assert passed(refused("text"), "text") == []
+    assert passed(refused("text"), "prefix_tree") == passed(bundle, "prefix_tree")
+    assert passed(refused("prefix_tree"), "prefix_tree") == []
+    assert passed(refused("prefix_tree"), "text") == passed(bundle, "text")
 
 
 def test_verify_judges_trees_again(bundle):
     again = verify(bundle, None, None, silent)
-    before, after = ([a for a in b.manifest.artifacts if a.kind == "tree"] for b in (bundle, again))
+    before, after = (
+        [a for a in b.manifest.artifacts if a.graph == "prefix_tree"] for b in (bundle, again)
+    )
     assert [[(v.runner, v.passed) for v in a.verdicts] for a in after] == [
         [(v.runner, v.passed) for v in a.verdicts] for a in before
     ]
@@ -217,11 +217,11 @@ def test_the_gate_refuses_trees_that_are_not_kept_apart(bundle, checkpoint, tmp_
 
 def test_a_tree_graph_that_is_not_the_one_exported(bundle, tmp_path):
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    with (path / "text.fp32.tree.onnx").open("r+b") as file:
+    with (path / "prefix_tree.fp32.onnx").open("r+b") as file:
         file.seek(100_000)
         file.write(b"\1\2\3\4")
-    with pytest.raises(BundleError, match=r"text\.fp32\.tree\.onnx is not the file that was exp"):
-        open_text_tree(Bundle.open(path), "onnxruntime:fp32").__enter__()
+    with pytest.raises(BundleError, match=r"prefix_tree\.fp32\.onnx is not the file that was exp"):
+        open_prefix_tree(Bundle.open(path), "onnxruntime:fp32").__enter__()
 
 
 @pytest.mark.parametrize(
@@ -230,24 +230,24 @@ def test_a_tree_graph_that_is_not_the_one_exported(bundle, tmp_path):
         (
             "onnxruntime:fp16",
             BundleError,
-            r"no fp16 text tree graph, only fp32, int8; export .*"
-            r"again with --text-tree --precision fp16",
+            r"no fp16 prefix_tree graph, only fp32, int8; export .*"
+            r"again with --prefix-tree --precision fp16",
         ),
         ("onnxruntime:int3", RunnerError, "unknown runner 'onnxruntime:int3'"),
     ],
 )
 def test_trees_that_cannot_be_had(bundle, name, error, shown):
     with pytest.raises(error, match=shown):
-        open_text_tree(bundle, name)
+        open_prefix_tree(bundle, name)
 
 
 def test_a_bundle_without_trees(tiny_bundle):
-    with pytest.raises(BundleError, match="no fp32 text tree graph, only none; export the check"):
-        open_text_tree(tiny_bundle, "onnxruntime:fp32")
+    with pytest.raises(BundleError, match="no fp32 prefix_tree graph, only none; export the check"):
+        open_prefix_tree(tiny_bundle, "onnxruntime:fp32")
 
 
 def test_texts_that_cannot_be_put_into_trees(bundle, texts):
-    with open_text_tree(bundle, "onnxruntime:fp32") as runner:
+    with open_prefix_tree(bundle, "onnxruntime:fp32") as runner:
         with pytest.raises(RunnerError, match=r"int32 \[1, 5\] as trees: .* the end-of-text token"):
             runner.run(np.ones((1, 5), np.int32))
         outside = texts[:1].copy()

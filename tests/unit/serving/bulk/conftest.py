@@ -1,6 +1,7 @@
 """A Ray cluster, images, and a finished job."""
 
 import faulthandler
+import logging
 import os
 from pathlib import Path
 
@@ -11,10 +12,7 @@ from PIL import Image
 
 from serving.bulk.ray_pool import Resources
 from serving.clients.local import LocalClip
-from tests.support.bulk_data import (
-    RUNNER,
-    run,
-)
+from tests.support.bulk_data import RUNNER, run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,7 @@ def cluster(request):
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         object_store_memory=128 << 20,
     )
     yield
@@ -39,7 +37,7 @@ def cluster(request):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """300 small pictures in nested folders."""
+    """300 small images in nested directories."""
     root = tmp_path_factory.mktemp("many") / "pictures"
     rng = np.random.default_rng(1)
     for index in range(300):

@@ -40,7 +40,7 @@ BAD = {
 
 
 def test_a_folder(finished, many, local):
-    assert_complete(finished.out, many, local)
+    assert_complete(finished.output, many, local)
     assert (finished.rows, finished.ok, finished.errors) == (300, 300, 0)
     assert (finished.shards, finished.skipped_shards, finished.workers) == (5, 0, 2)
     assert finished.embedded_rows == 300
@@ -48,11 +48,11 @@ def test_a_folder(finished, many, local):
 
 
 def test_the_schema_and_the_manifest(finished, fp32_bundle, many):
-    schema = pq.read_schema(Path(finished.out) / "shard-00000.parquet")
+    schema = pq.read_schema(Path(finished.output) / "shard-00000.parquet")
     assert schema.field("path").type == pa.string()
     assert schema.field("embedding").type == pa.list_(pa.float32(), 32)
     assert schema.field("status").type == schema.field("error").type == pa.string()
-    manifest = json.loads((Path(finished.out) / "manifest.json").read_text())
+    manifest = json.loads((Path(finished.output) / "manifest.json").read_text())
     assert manifest["source"] == {
         "location": str(many),
         "kind": "pictures",
@@ -74,7 +74,7 @@ def test_hugging_face_parquet_and_auto(cluster, fp32_bundle, pictures, local, tm
     outcome = run(tmp_path, tmp_path.parent / "hf", fp32_bundle, runner="auto", shard_size=3)
     assert outcome.runner in {"onnxruntime:fp32", "openvino:fp32", "openvino:bf16"}
     assert (outcome.rows, outcome.errors, outcome.shards) == (len(files), 0, 3)
-    rows = rows_of(outcome.out)
+    rows = rows_of(outcome.output)
     assert [row["path"] for row in rows] == [file.name for file in files]
     cosines = (embeddings_of(rows) * local.embed_images(files)).sum(axis=1)
     assert cosines.min() > 0.995
@@ -101,7 +101,7 @@ def test_parquet_by_columns_with_damage(cluster, fp32_bundle, pictures, local, t
         path_column="url",
         shard_size=100,
     )
-    rows = rows_of(outcome.out)
+    rows = rows_of(outcome.output)
     assert (outcome.rows, outcome.ok, outcome.errors) == (17, 10, 7)
     assert [row["path"] for row in rows[:8]] == columns["url"]
     expected = local.embed_images(files)
@@ -156,7 +156,7 @@ def test_bad_pictures_are_told_of(cluster, fp32_bundle, pictures, local, tmp_pat
     (root / os.fsdecode(b"caf\xe9.jpg")).write_bytes(good[0].read_bytes())
     os.mkfifo(root / "pipe.jpg")  # would be waited for, for ever
     outcome = run(root, tmp_path / "out", fp32_bundle)
-    rows = {row["path"]: row for row in rows_of(outcome.out)}
+    rows = {row["path"]: row for row in rows_of(outcome.output)}
     assert len(rows) == len(good) + len(BAD) + 3 == outcome.rows
     assert outcome.errors == len(BAD) + 2 == len(outcome.first_errors)
     for name, (_, reason) in BAD.items():
@@ -200,7 +200,7 @@ def test_a_killed_worker(cluster, fp32_bundle, many, local, tmp_path):
     outcome = run(many, tmp_path / "out", fp32_bundle, resources=crew, shard_size=8, progress=kill)
     assert killed
     assert (outcome.rows, outcome.errors, outcome.shards) == (300, 0, 38)
-    assert_complete(outcome.out, many, local)
+    assert_complete(outcome.output, many, local)
 
 
 def alive(pids) -> list[int]:
@@ -210,7 +210,7 @@ def alive(pids) -> list[int]:
 def test_a_killed_job_goes_on(fp32_bundle, many, local, tmp_path):
     """By the command, which starts and stops Ray itself."""
     out = tmp_path / "out"
-    arguments = ("--out", out, "--bundle", fp32_bundle.path, "--runner", RUNNER)
+    arguments = ("--output", out, "--bundle", fp32_bundle.path, "--runner", RUNNER)
     line = command(many, *arguments, "--shard-size", 3, "--json")
     with subprocess.Popen(
         line, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -248,7 +248,7 @@ def test_a_picture_that_kills_its_worker(finished, fp32_bundle, many, tmp_path):
     """Each process dies of picture 5; what comes after it is embedded all the same."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "shards.jsonl").write_text((Path(finished.out) / "shards.jsonl").read_text())
+    (out / "shards.jsonl").write_text((Path(finished.output) / "shards.jsonl").read_text())
     code = f"""
 import os, sys
 import numpy as np
@@ -262,7 +262,7 @@ def deadly(picture, spec):
     return real(picture, spec)
 worker.preprocess = deadly
 source, _ = find_source({str(many)!r})
-job = worker.Job(source=source, out=Path({str(out)!r}), bundle=Path({str(fp32_bundle.path)!r}),
+job = worker.Job(source=source, output=Path({str(out)!r}), bundle=Path({str(fp32_bundle.path)!r}),
                  runner={RUNNER!r}, threads=1, batch_size=8)
 answer = worker.Worker(job)({{"shard": np.array([0]), "offset": np.array([0])}})
 assert answer["rows"] == [64] and answer["failure"] == [""], answer
@@ -276,7 +276,7 @@ assert answer["rows"] == [64] and answer["failure"] == [""], answer
     assert Counter(row["status"] for row in rows) == {"ok": 63, "error": 1}
     assert rows[5]["path"] == "0/deep/035.jpg"
     assert "the process died of this picture" in rows[5]["error"]
-    alike = rows_of(finished.out)[:64]
+    alike = rows_of(finished.output)[:64]
     assert [row["path"] for row in rows] == [row["path"] for row in alike]
 
 
@@ -293,7 +293,7 @@ def test_as_a_task_of_the_cluster(cluster, fp32_bundle, many, local, tmp_path):
         progress=lambda step, done=0, total=0: told.append((step, done, total)),
     )
     assert (outcome.rows, outcome.shards) == (300, 5)
-    assert_complete(outcome.out, many, local)
+    assert_complete(outcome.output, many, local)
     assert told[0] == ("cutting the source into shards", 0, 0)
     assert [done for _, done, total in told if total == 5] == [0, 1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="is inside of SOURCE"):

@@ -25,7 +25,7 @@ pytestmark = [
 
 def test_a_finished_job_needs_no_ray(finished, fp32_bundle, many):
     """And says so; a shard that was damaged since is made again."""
-    again = run(many, Path(finished.out), fp32_bundle, runner="auto")
+    again = run(many, Path(finished.output), fp32_bundle, runner="auto")
     assert (again.rows, again.skipped_shards, again.embedded_rows) == (300, 5, 0)
     assert (again.workers, again.rows_per_s, again.source_changed) == (0, 0.0, False)
 
@@ -33,7 +33,7 @@ def test_a_finished_job_needs_no_ray(finished, fp32_bundle, many):
 def test_a_damaged_shard_is_made_again(finished, fp32_bundle, many, local, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for path in Path(finished.out).iterdir():
+    for path in Path(finished.output).iterdir():
         (out / path.name).write_bytes(path.read_bytes())
     (out / "shard-00003.parquet").write_bytes(b"PAR1")
     again = run(many, out, fp32_bundle)
@@ -45,7 +45,7 @@ def test_a_changed_source_is_told_of(finished, fp32_bundle, many):
     new = many / "new.jpg"
     new.hardlink_to(many / "0" / "deep" / "000.jpg")
     try:
-        again = run(many, Path(finished.out), fp32_bundle)
+        again = run(many, Path(finished.output), fp32_bundle)
     finally:
         new.unlink()
     assert again.source_changed
@@ -61,12 +61,12 @@ def test_a_changed_source_is_told_of(finished, fp32_bundle, many):
 )
 def test_another_job_is_refused(finished, fp32_bundle, many, options, message):
     with pytest.raises(InputError, match=message):
-        run(many, Path(finished.out), fp32_bundle, **options)
+        run(many, Path(finished.output), fp32_bundle, **options)
 
 
 def test_another_source_is_refused(finished, fp32_bundle, pictures):
-    with pytest.raises(InputError, match=r"its source is .*, not .*; give another --out"):
-        run(pictures, Path(finished.out), fp32_bundle)
+    with pytest.raises(InputError, match=r"its source is .*, not .*; give another --output"):
+        run(pictures, Path(finished.output), fp32_bundle)
 
 
 def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
@@ -78,7 +78,7 @@ def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
     text = replace(manifest, name="other", provenance=provenance).to_json()
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(InputError, match="its model is tiny-clip, not other; its sha256 of"):
-        run(many, Path(finished.out), Bundle.open(tmp_path))
+        run(many, Path(finished.output), Bundle.open(tmp_path))
 
 
 def test_a_folder_of_something_else_is_refused(fp32_bundle, many, tmp_path):
@@ -163,8 +163,9 @@ def test_a_failure_on_a_worker_ends_the_job(cluster, fp32_bundle, many, tmp_path
         run(many, tmp_path / "out", Bundle.open(broken))
 
 
+@pytest.mark.wording
 def test_no_cluster_at_the_address(fp32_bundle, many, tmp_path):
-    line = command(many, "--out", tmp_path / "o", "--bundle", fp32_bundle.path)
+    line = command(many, "--output", tmp_path / "o", "--bundle", fp32_bundle.path)
     line += ["--address", "127.0.0.1:1"]
     done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -184,6 +185,7 @@ def test_shards_follow_row_groups(tmp_path):
     assert names == [f"{file}.parquet#{row}" for file in "ab" for row in range(25)]
 
 
+@pytest.mark.wording
 def test_a_tar_without_its_end_is_told_of(tmp_path):
     """`tarfile` itself takes it for whole."""
     path = tar_of(tmp_path / "a.tar", {"a.jpg": b"x" * 100, "b.jpg": b"y" * 100})

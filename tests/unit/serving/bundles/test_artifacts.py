@@ -73,7 +73,7 @@ def described(path: Path, *names: str):
     ]
 
     def change(document):
-        (artifact,) = (a for a in document["artifacts"] if a["tower"] == "image")
+        (artifact,) = (a for a in document["artifacts"] if a["graph"] == "image")
         artifact["files"] = files
 
     return change
@@ -292,7 +292,7 @@ def test_a_plan_that_is_not_the_one_built(copy):
     (copy / "image.plan").write_bytes(b"plan")
     bundle = Bundle.open(copy)
     plan = replace(
-        bundle.artifact("image", "fp32"), kind="plan", files=(describe_file(copy / "image.plan"),)
+        bundle.artifact("image", "fp32"), kind="engine", files=(describe_file(copy / "image.plan"),)
     )
     assert bundle.verified(plan) == copy / "image.plan"
     (copy / "image.plan").write_bytes(b"plam")

@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from serving.bundles.bundle import Bundle, describe_file
-from serving.bundles.manifest import FORMAT, TOWERS
+from serving.bundles.manifest import MANIFEST_FORMAT, TOWERS
 from serving.errors import BundleError, InputError
 from serving.inputs.tokenizer import Tokenizer
 from serving.util.files import link_or_copy, new_directory, sha256_of, write_text
@@ -53,7 +53,7 @@ def test_a_bundle_vouches_for_every_file_in_it(tiny_bundle):
 def test_the_manifest_is_read_as_it_was_written(tiny_bundle):
     text = (tiny_bundle.path / "manifest.json").read_text()
     assert Bundle.open(tiny_bundle.path).manifest.to_json() == text
-    assert json.loads(text)["format"] == FORMAT
+    assert json.loads(text)["format"] == MANIFEST_FORMAT
 
 
 @pytest.mark.parametrize("file", ["image.fp32.onnx", "text.fp32.onnx", "tokenizer.json"])
@@ -93,19 +93,19 @@ def test_a_precision_that_was_not_exported(tiny_bundle):
 def test_not_a_bundle(tmp_path):
     message = refused(tmp_path)
     assert f"{tmp_path} is not a bundle: no manifest.json in it" in message
-    assert "`python -m export CHECKPOINT`" in message
+    assert "`clip-deploy export CHECKPOINT`" in message
     assert "is not a bundle" in refused(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("version", [0, FORMAT + 1, None, str(FORMAT)])
+@pytest.mark.parametrize("version", [0, MANIFEST_FORMAT + 1, None, str(MANIFEST_FORMAT)])
 def test_another_format(copy, version):
     edit(copy, lambda d: d.update(format=version))
-    assert f"manifest format {version!r}, this version reads {FORMAT}" in refused(copy)
+    assert f"manifest format {version!r}, this version reads {MANIFEST_FORMAT}" in refused(copy)
 
 
 def test_a_manifest_that_is_no_object(copy):
     (copy / "manifest.json").write_text("[1]")
-    assert f"manifest format None, this version reads {FORMAT}" in refused(copy)
+    assert f"manifest format None, this version reads {MANIFEST_FORMAT}" in refused(copy)
 
 
 def test_broken_json(copy):

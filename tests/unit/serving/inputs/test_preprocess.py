@@ -357,12 +357,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     empty.touch()
     text = tmp_path / "notes.jpg"
     text.write_text("not a picture")
-    with pytest.raises(ImageError, match=r"missing\.jpg: no such file"):
+    with pytest.raises(ImageError, match=r"missing\.jpg: no such file; give the path"):
         read_picture(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match="is a directory"):
         read_picture(tmp_path)
-    with pytest.raises(ImageError, match=r"empty\.jpg is empty \(0 bytes\)"):
+    with pytest.raises(ImageError, match=r"empty\.jpg: is empty \(0 bytes\); copy") as caught:
         read_picture(empty)
+    assert caught.value.name == str(empty)
     with pytest.raises(ImageError, match="cannot be read"):
         read_picture("a\0b.jpg")
     with pytest.raises(ImageError, match=r"notes\.jpg: expected one of JPEG"):

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from export.checkpoints.vocabulary import openai_tokenizer
 from serving.bundles.manifest import TextSpec
-from serving.errors import BundleError, CheckpointError, TextError
+from serving.errors import BundleError, CheckpointError, TextError, TextTooLongError
 from serving.inputs.tokenizer import END, START, Tokenizer, clean, runs_by_length
 
 SPEC = TextSpec(context_length=77, vocab_size=49408, start_id=49406, end_id=49407, pad_id=0)
@@ -218,10 +218,13 @@ def test_a_literal_special_token_is_only_text(tokenize):
 
 def test_too_long_a_text_is_refused_or_truncated_on_demand(tokenize, openai):
     text = "cat " * 80
-    with pytest.raises(TextError, match=r"the text has 82 tokens.* 77: 'cat cat.*truncate=True"):
+    with pytest.raises(
+        TextTooLongError, match=r"the text has 82 tokens.* 77: 'cat cat.*; .*pass truncate=True$"
+    ):
         tokenize([text])
-    with pytest.raises(TextError, match=r"^texts\[1\] has 78 tokens"):
+    with pytest.raises(TextTooLongError, match=r"^texts\[1\]: the text has 78 tokens") as caught:
         tokenize(["cat", "cat " * 76])
+    assert (caught.value.kind, caught.value.index) == ("texts", 1)
     ids = tokenize([text, "cat"], truncate=True)
     assert ids.shape == (2, 77)
     assert ids[0].tolist() == [49406, *openai.encode(text)[:75], 49407]
@@ -237,18 +240,17 @@ def test_too_long_a_text_is_refused_or_truncated_on_demand(tokenize, openai):
         ("ab\0c", "NUL character at position 2"),
         ("abc\ud800", r"half a surrogate pair, '\\ud800', at position 3"),
         ("\udc00\ud800", r"half a surrogate pair, '\\udc00', at position 0"),
-        (b"cat", "expected the text to be a str, got bytes"),
-        (None, "expected the text to be a str, got NoneType"),
+        (b"cat", "expected a str, got bytes"),
+        (None, "expected a str, got NoneType"),
     ],
     ids=ascii,
 )
 def test_a_bad_text_is_refused(text, message, tokenize):
-    with pytest.raises(TextError, match=message):
-        tokenize([text])
-    several = message.replace("the text", r"texts\[2\]")
-    with pytest.raises(TextError, match=several) as caught:
-        tokenize(["cat", "dog", text])
-    assert "texts[2]" in str(caught.value)
+    for before in ([], ["cat", "dog"]):
+        with pytest.raises(TextError, match=message) as caught:
+            tokenize([*before, text])
+        assert (caught.value.kind, caught.value.index) == ("texts", len(before))
+        assert str(caught.value).startswith(f"texts[{len(before)}]: ")
 
 
 def test_no_texts_and_a_bare_string_are_refused(tokenize):
@@ -277,7 +279,7 @@ def test_a_small_vocabulary_works_in_its_own_words(small_path):
 
 def test_what_a_small_vocabulary_cannot_spell_is_named_and_never_ends_the_text(small_path):
     tokenize = Tokenizer(small_path, small_spec(small_path))
-    with pytest.raises(TextError, match=r"texts\[1\] has characters outside .*: 'x', 'z'; leave"):
+    with pytest.raises(TextError, match=r"^texts\[1\]: .* outside .*: 'x', 'z'; leave"):
         tokenize(["a red circle", "a red zx circle"])
     with pytest.raises(TextError, match="outside this model's vocabulary"):
         tokenize(["猫"])

@@ -15,13 +15,17 @@ from serving.bundles.manifest import Artifact
 from serving.errors import BundleError, RunnerError
 from serving.runners.autotune import BATCH, passed, time_runners
 from serving.runners.registry import open_runner
-from serving.runners.spec import RUNNERS
+from serving.runners.spec import RUNNERS, RunnerSpec
 from serving.util.machine import describe
 
 
 def with_artifacts(bundle: Bundle, change: Callable[[Artifact], Artifact]) -> Bundle:
     artifacts = tuple(change(artifact) for artifact in bundle.manifest.artifacts)
     return Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
+
+
+def specs(*names: str) -> list[RunnerSpec]:
+    return [RunnerSpec.parse(name) for name in names]
 
 
 def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
@@ -55,9 +59,9 @@ class Slow:
 
 
 def slow_down(monkeypatch, waits: dict[str, Iterator[float]]) -> None:
-    def opened(bundle, tower, name):
-        runner = open_runner(bundle, tower, name)
-        return Slow(runner, waits[name]) if name in waits else runner
+    def opened(bundle, tower, spec):
+        runner = open_runner(bundle, tower, spec)
+        return Slow(runner, waits[str(spec)]) if str(spec) in waits else runner
 
     monkeypatch.setattr(serving.runners.autotune, "open_runner", opened)
 
@@ -69,15 +73,15 @@ def test_what_passed(tiny_bundle, tower):
         v.runner for a in tiny_bundle.manifest.artifacts if a.tower == tower for v in a.verdicts
     }
     assert {"onnxruntime:fp32", "onnxruntime:int8", "openvino:int8"} <= judged
-    names = passed(tiny_bundle, tower)
-    assert set(names) == judged
-    assert names == [name for name in RUNNERS if name in judged]
-    assert "onnxruntime:int8-dynamic" not in names
+    found = passed(tiny_bundle, tower)
+    assert set(map(str, found)) == judged
+    assert found == [spec for spec in RUNNERS if str(spec) in judged]
+    assert RunnerSpec("onnxruntime", "int8-dynamic") not in found
 
 
 def test_what_was_refused_is_not_among_them(tiny_bundle):
     bundle = verdicts(tiny_bundle, "image", "onnxruntime:fp16", "openvino:fp32")
-    assert passed(bundle, "image") == ["onnxruntime:fp16", "openvino:fp32"]
+    assert passed(bundle, "image") == specs("onnxruntime:fp16", "openvino:fp32")
     assert passed(bundle, "text") == passed(tiny_bundle, "text")
     none = with_artifacts(tiny_bundle, lambda a: replace(a, verdicts=()))
     assert passed(none, "image") == passed(none, "text") == []
@@ -92,9 +96,9 @@ def test_what_this_environment_has_not_is_not_among_them(tiny_bundle, monkeypatc
     monkeypatch.setattr(
         serving.runners.autotune,
         "missing",
-        lambda name: "no" if name.startswith("openvino") else None,
+        lambda spec: RunnerError("no") if spec.runtime == "openvino" else None,
     )
-    runtimes = [name.partition(":")[0] for name in passed(tiny_bundle, "text")]
+    runtimes = [spec.runtime for spec in passed(tiny_bundle, "text")]
     assert runtimes == ["onnxruntime"] * 3
 
 
@@ -102,7 +106,7 @@ def test_what_this_environment_has_not_is_not_among_them(tiny_bundle, monkeypatc
 def test_the_fastest_is_first(tiny_bundle, monkeypatch, tower):
     names = ["onnxruntime:fp32", "openvino:fp32", "openvino:int8"]
     slow_down(monkeypatch, {name: repeat(ms) for name, ms in zip(names, (60, 0, 30), strict=True)})
-    timed = time_runners(tiny_bundle, tower, names)
+    timed = time_runners(tiny_bundle, tower, specs(*names))
     assert [latency.runner for latency in timed] == [names[1], names[2], names[0]]
     assert 0 < timed[0].milliseconds < 30 <= timed[1].milliseconds < 60 <= timed[2].milliseconds
     assert {(t.tower, t.batch, t.machine) for t in timed} == {(tower, BATCH, describe())}
@@ -117,7 +121,7 @@ def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
     counted = chain.from_iterable((0, wait) for wait in (150, 20, 20, 150, 20, 20, 150))
     waits = chain([140] * LOOKS, counted)
     slow_down(monkeypatch, {"onnxruntime:fp32": waits})
-    (latency,) = time_runners(tiny_bundle, "image", ["onnxruntime:fp32"])
+    (latency,) = time_runners(tiny_bundle, "image", specs("onnxruntime:fp32"))
     assert 20 <= latency.milliseconds < 100
 
 
@@ -126,7 +130,7 @@ def test_a_busy_second_does_not_decide(tiny_bundle, monkeypatch):
     names = ["onnxruntime:fp32", "openvino:fp32"]
     waits = {names[0]: repeat(60), names[1]: chain([75] * LOOKS, repeat(30))}
     slow_down(monkeypatch, waits)
-    timed = time_runners(tiny_bundle, "image", names)
+    timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == [names[1], names[0]]
     assert 30 <= timed[0].milliseconds < 60 <= timed[1].milliseconds
 
@@ -139,7 +143,7 @@ def test_turns_that_are_busy_alike(tiny_bundle, monkeypatch):
         names[1]: chain([55] * LOOKS, busy, repeat(55)),
     }
     slow_down(monkeypatch, waits)
-    timed = time_runners(tiny_bundle, "image", names)
+    timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == names
     assert timed[1].milliseconds < 110
 
@@ -150,7 +154,7 @@ def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
     for order in (names, names[::-1]):
         waits = {names[0]: repeat(30), names[1]: repeat(50), names[2]: repeat(120, LOOKS)}
         slow_down(monkeypatch, waits)
-        timed = time_runners(tiny_bundle, "image", order)
+        timed = time_runners(tiny_bundle, "image", specs(*order))
         assert [latency.runner for latency in timed] == names
 
 
@@ -159,7 +163,7 @@ def test_a_look_makes_no_one_the_first(tiny_bundle, monkeypatch):
     names = ["openvino:int8", "onnxruntime:int8"]
     waits = {names[0]: chain([10] * LOOKS, repeat(120)), names[1]: repeat(60, LOOKS)}
     slow_down(monkeypatch, waits)
-    timed = time_runners(tiny_bundle, "image", names)
+    timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == names
     assert 60 <= timed[1].milliseconds < 120 <= timed[0].milliseconds
 
@@ -177,8 +181,8 @@ def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundl
 
 def test_a_runner_that_cannot_run_here_is_left_out(tiny_bundle, tmp_path, unloadable_graph):
     bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
-    names = ["openvino:int8", "onnxruntime:fp32", "onnxruntime:int8"]
-    assert [t.runner for t in time_runners(bundle, "text", names)] == ["onnxruntime:fp32"]
+    runners = specs("openvino:int8", "onnxruntime:fp32", "onnxruntime:int8")
+    assert [t.runner for t in time_runners(bundle, "text", runners)] == ["onnxruntime:fp32"]
 
 
 def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
@@ -188,11 +192,11 @@ def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
         r"onnxruntime:int8: ONNX Runtime cannot load "
     )
     with pytest.raises(BundleError, match=f"(?s){expected}"):
-        time_runners(bundle, "text", ["openvino:int8", "onnxruntime:int8"])
+        time_runners(bundle, "text", specs("openvino:int8", "onnxruntime:int8"))
 
 
 def test_none_that_passed(tiny_bundle):
-    expected = r"no runner for the image tower: the gate let none through"
+    expected = r"no runner for the image tower: none passed the parity gate"
     with pytest.raises(BundleError, match=expected):
         time_runners(tiny_bundle, "image", [])
 
@@ -202,7 +206,9 @@ def test_a_tampered_graph_is_an_error_and_not_merely_left_out(tiny_bundle, tmp_p
     (path / "text.int8.onnx").write_bytes(b"tampered")
     with pytest.raises(BundleError, match="is not the file that was exported"):
         time_runners(
-            Bundle(path, tiny_bundle.manifest), "text", ["onnxruntime:fp32", "onnxruntime:int8"]
+            Bundle(path, tiny_bundle.manifest),
+            "text",
+            specs("onnxruntime:fp32", "onnxruntime:int8"),
         )
 
 
@@ -210,11 +216,11 @@ def test_a_short_context_can_be_timed(tiny_bundle):
     """Its only bucket is the context itself; the graph takes any length up to 77."""
     text = replace(tiny_bundle.manifest.text, context_length=6)
     bundle = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, text=text))
-    (latency,) = time_runners(bundle, "text", ["onnxruntime:fp32"])
+    (latency,) = time_runners(bundle, "text", specs("onnxruntime:fp32"))
     assert latency.milliseconds > 0
 
 
 def test_an_unknown_runner_cannot_run(tiny_bundle):
     with pytest.raises(BundleError, match="unknown runner 'openvino:int7'") as raised:
-        time_runners(tiny_bundle, "text", ["openvino:int7"])
+        time_runners(tiny_bundle, "text", specs("openvino:int7"))
     assert not isinstance(raised.value, RunnerError)

@@ -13,13 +13,13 @@ import torch
 
 from export.checkpoints.load import load_checkpoint
 from export.gate.torch_runners import EagerRunner
-from export.kinds import Kind
+from export.precisions import Precision
 from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.manifest import TOLERANCES
 from serving.errors import BundleError, RunnerError
 from serving.runners.onnx_runtime import OnnxRuntimeRunner
 from serving.runners.registry import missing, open_runner
-from serving.runners.spec import PROVIDERS, RUNNERS, runners_of
+from serving.runners.spec import RUNNERS, RUNTIMES, RunnerSpec, graph_of, runners_of
 from serving.util.machine import cpu_count
 from serving.util.nvidia import gpu
 from tests.support.references import some_ids, some_pixels
@@ -28,6 +28,9 @@ BATCHES = {
     "image": [some_pixels(1, 32), some_pixels(7, 32, seed=1)],
     "text": [some_ids([1], 2), some_ids([1, 5, 7], 8), some_ids([3, 30, 76, 9], 77)],
 }
+
+
+FP32 = RunnerSpec("onnxruntime", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def test_onnx_runtime_equals_eager(tiny_bundle, clip, tower):
         open_runner(tiny_bundle, tower, "onnxruntime:fp32") as runner,
         EagerRunner(module) as eager,
     ):
-        assert runner.name == "onnxruntime:fp32"
+        assert (runner.name, runner.spec) == ("onnxruntime:fp32", FP32)
         assert runner.runtime_version == f"onnxruntime {onnxruntime.__version__}"
         assert (eager.name, eager.runtime_version) == ("eager:fp32", f"torch {torch.__version__}")
         for batch in BATCHES[tower]:
@@ -76,12 +79,21 @@ def test_a_runner_opens_again(tiny_bundle):
     assert np.array_equal(*results)
 
 
-@pytest.mark.parametrize(
-    "name", ["tensorflow:fp32", "onnxruntime", "onnxruntime:int7", ":fp32", "", "fp32"]
-)
+@pytest.mark.parametrize("name", ["tensorflow:fp32", "onnxruntime:int7"])
 def test_an_unknown_runner_lists_the_known_ones(tiny_bundle, name):
     with pytest.raises(RunnerError, match=f"unknown runner '{name}'; expected .*onnxruntime:fp32"):
         open_runner(tiny_bundle, "image", name)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime:", ":fp32", "", "fp32", "a:b:c"])
+def test_what_names_no_runner_says_how_one_is_named(tiny_bundle, name):
+    with pytest.raises(RunnerError, match=f"^'{name}' does not name a runner; give one such as "):
+        open_runner(tiny_bundle, "image", name)
+
+
+def test_runners_are_written_as_they_are_read():
+    assert [RunnerSpec.parse(str(spec)) for spec in RUNNERS] == list(RUNNERS)
+    assert str(RunnerSpec("openvino", "int8")) == "openvino:int8"
 
 
 def test_a_precision_that_the_bundle_has_not(tiny_bundle):
@@ -116,7 +128,7 @@ def test_a_graph_that_cannot_be_loaded(tiny_bundle, tmp_path):
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (3, 3), (None, cpu_count())])
 def test_threads_are_explicit(tiny_bundle, threads, expected):
-    with OnnxRuntimeRunner(tiny_bundle, "image", "fp32", threads=threads) as runner:
+    with OnnxRuntimeRunner(tiny_bundle, "image", FP32, threads=threads) as runner:
         options = runner._loaded.get_session_options()
         assert options.intra_op_num_threads == expected
         assert options.inter_op_num_threads == 1
@@ -126,7 +138,7 @@ def test_threads_are_explicit(tiny_bundle, threads, expected):
 def test_threads_do_not_go_on_spinning(tiny_bundle):
     """ONNX Runtime's own default takes 45 ms of another CPU's time after a run."""
     pixels, after = some_pixels(8, 32), []
-    with OnnxRuntimeRunner(tiny_bundle, "image", "fp32", threads=2) as runner:
+    with OnnxRuntimeRunner(tiny_bundle, "image", FP32, threads=2) as runner:
         for _ in range(3):
             runner.run(pixels)
             start = time.process_time()
@@ -147,25 +159,29 @@ def test_without_a_gpu_its_runners_say_so(tiny_bundle, name):
 @pytest.mark.parametrize("runtime", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
 def test_the_cpu_instead_of_the_gpu_is_refused(tiny_bundle, runtime):
     """ONNX Runtime itself would go on without a word."""
-    if PROVIDERS[runtime] in onnxruntime.get_available_providers():
-        pytest.skip(f"this ONNX Runtime has {PROVIDERS[runtime]}")
-    runner = OnnxRuntimeRunner(tiny_bundle, "image", "fp32", runtime)
-    expected = rf"{runtime}:fp32: asked ONNX Runtime for {PROVIDERS[runtime]}, got \['CPU"
+    provider = RUNTIMES[runtime].provider
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    runner = OnnxRuntimeRunner(tiny_bundle, "image", RunnerSpec(runtime, "fp16"))
+    expected = rf"{runtime}:fp16: asked ONNX Runtime for {provider}, got \['CPU"
     with pytest.raises(RunnerError, match=expected):
         runner.__enter__()
 
 
 def test_every_runner_is_of_a_known_runtime_and_precision():
-    for name, precision in RUNNERS.items():
-        assert name.partition(":")[2] in TOLERANCES
-        assert precision in {kind.value for kind in Kind}
-        assert missing(name) is None or "pip install" in missing(name) or "GPU" in missing(name)
+    for spec in RUNNERS:
+        assert spec.precision in TOLERANCES
+        assert graph_of(spec) in {precision.value for precision in Precision}
+        error = missing(spec)
+        assert error is None or "pip install" in error.advice or "GPU" in error.reason
 
 
 def test_runners_of_an_artifact(tiny_bundle):
     graph = tiny_bundle.artifact("image", "int8")
-    assert runners_of(graph) == [
+    assert list(map(str, runners_of(graph))) == [
         *("onnxruntime:int8", "onnxruntime-cuda:int8", "onnxruntime-tensorrt:int8"),
         "openvino:int8",
     ]
+    prefix_tree = replace(graph, graph="prefix_tree")
+    assert list(map(str, runners_of(prefix_tree))) == ["onnxruntime:int8", "openvino:int8"]
     assert runners_of(replace(graph, kind="torchscript")) == []

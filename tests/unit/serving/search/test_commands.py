@@ -34,11 +34,11 @@ def run(*arguments: object) -> str:
 def test_the_commands(photos, tmp_path, fp32_bundle, clip):
     path, bundle = tmp_path / "photos.index", bundle_of(fp32_bundle)
     (photos / "bad.jpg").write_bytes(b"no picture")
-    told = json.loads(run("build", photos, "--index", path, *bundle, "--json").splitlines()[-1])
-    assert (told["pictures"], told["embedded"], told["layout"]["kind"]) == (40, 40, "exact")
+    told = json.loads(run("build", photos, "--output", path, *bundle, "--json").splitlines()[-1])
+    assert (told["images"], told["embedded"], told["layout"]["kind"]) == (40, 40, "exact")
     assert [item["path"] for item in told["skipped"]] == ["bad.jpg"]
-    told = run("build", photos, "--index", path, "--kind", "hnsw", *bundle)
-    assert re.search(r"40 pictures, hnsw with links 32.*recall@10 1\.000 by 20 queries", told)
+    told = run("build", photos, "--output", path, "--kind", "hnsw", *bundle)
+    assert re.search(r"40 images, hnsw with links 32.*recall@10 1\.000 by 20 queries", told)
 
     sheet, image = tmp_path / "sheet.png", photos / "002.jpg"
     query = ("query", path, "a cat", "red", "--image", image, "--not", "a dog", *bundle)
@@ -84,10 +84,10 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
 
     fill(photos, 2, 60)
     told = run("add", path, photos / "animals" / "061.png", *bundle)
-    assert "41 pictures" in told
+    assert "41 images" in told
     assert "(1 embedded, 40 kept, 1 skipped)" in told
     assert "(1 embedded, 41 kept, 1 skipped)" in run("update", path, *bundle)
-    assert "32 pictures" in run("remove", path, "zoo/*")
+    assert "32 images" in run("remove", path, "zoo/*")
     told = json.loads(run("info", path, "--json"))
     assert told["count"] == len(paths(path))
     assert told["model"]["weights_sha256"] == fp32_bundle.manifest.provenance.weights_sha256
@@ -98,14 +98,15 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
     ("arguments", "message"),
     [
         (("query", "INDEX", "word " * 500), "502 tokens.*77.*shorten it or give --truncate"),
-        (("query", "INDEX"), "nothing to look for; give a text, such as 'a red circle', or --im"),
-        (("query", "INDEX", "--not", "a cat"), "nothing to look for"),
+        (("query", "INDEX"), "nothing to search for; give a text, such as 'a red circle', or --im"),
+        (("query", "INDEX", "--not", "a cat"), "nothing to search for"),
         (("query", "INDEX", "a cat", "--top", "41"), "asked for 41 hits, .* holds 40 pictures"),
         (("query", "INDEX", "a", "b", "--weight", "1"), "1 weights for 2 terms; give one --weight"),
         (("query", "nowhere", "a cat"), "nowhere is no search index"),
         (("info", "nowhere"), "nowhere is no search index"),
     ],
 )
+@pytest.mark.wording
 def test_command_errors_are_one_message(built, fp32_bundle, arguments, message):
     arguments = [str(built) if a == "INDEX" else a for a in arguments]
     bundle = [] if arguments[0] == "info" else bundle_of(fp32_bundle)
@@ -116,6 +117,7 @@ def test_command_errors_are_one_message(built, fp32_bundle, arguments, message):
     assert contents(built) == before
 
 
+@pytest.mark.wording
 def test_an_error_of_a_command_is_one_line(built, fp32_bundle):
     command = (*SERVING, "query", str(built), "a", "--top", "41", *bundle_of(fp32_bundle))
     done = subprocess.run(command, capture_output=True, text=True)
@@ -123,10 +125,11 @@ def test_an_error_of_a_command_is_one_line(built, fp32_bundle):
     assert re.fullmatch(r"error: asked for 41 hits, .* ask for 1 to 40\n", done.stderr)
 
 
+@pytest.mark.wording
 def test_a_few_pictures_and_files_that_are_gone(tmp_path, fp32_bundle):
     photos, path = fill(tmp_path / "photos", 3), tmp_path / "few.index"
     bundle, sheet = bundle_of(fp32_bundle), tmp_path / "sheet.png"
-    run("build", photos, "--index", path, *bundle)
+    run("build", photos, "--output", path, *bundle)
     assert len(re.findall(r"│ +\d+ │", run("query", path, "a cat", *bundle))) == 3  # not 10
     (photos / "002.jpg").unlink()
     title = "a very long query about something that is told in many words"

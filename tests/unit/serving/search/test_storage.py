@@ -9,7 +9,8 @@ import faiss
 import numpy as np
 import pytest
 
-from serving.errors import ImageError, InputError, MissingPackageError, TextError
+from serving.bundles.manifest import MANIFEST_FORMAT
+from serving.errors import ImageError, InputError, MissingPackageError, TextError, TextTooLongError
 from serving.search.build import add, build, remove, update
 from serving.search.index import SearchIndex
 from serving.search.query import Term
@@ -64,7 +65,7 @@ def test_damaged_files_are_named_before_they_are_read(
     monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("read before it was checked"))
     before = contents(index)
     state = "missing" if damage == "missing" else r"damaged: \d+ bytes with sha256 [0-9a-f]{16}"
-    told = rf"generation-1/{name} is {state}.*restore .* or delete it .*search build {folder} --in"
+    told = rf"generation-1/{name} is {state}.*restore .* or delete it .*search build {folder} --ou"
     for use in (
         lambda: SearchIndex.open(index),
         lambda: build(folder, index, clip),
@@ -116,7 +117,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, folder, clip
     for path, message in (
         (holiday, "holds other things, such as .*, which are left alone; give another folder"),
         (half, "holds other things, such as pending"),
-        (fp32_bundle.path, "format 2, expected 'clip search index 1'; it is no search index"),
+        (
+            fp32_bundle.path,
+            f"format {MANIFEST_FORMAT}, expected 'clip search index 1'; it is no search index",
+        ),
         (file, "is a file; expected the name of a folder"),
     ):
         before = contents(path)
@@ -133,7 +137,7 @@ def test_folders_without_a_readable_picture(tmp_path, index, clip):
     (tmp_path / "bad" / "a.jpg").write_bytes(b"no picture")
     before = contents(index)
     for path in (tmp_path / "new", index):
-        with pytest.raises(InputError, match=r"no pictures in .*empty; expected files of .jpg"):
+        with pytest.raises(InputError, match=r"no images in .*empty; expected files of .jpg"):
             build(tmp_path / "empty", path, clip)
     assert not (tmp_path / "new").exists()
     with pytest.raises(
@@ -141,7 +145,7 @@ def test_folders_without_a_readable_picture(tmp_path, index, clip):
     ):
         build(tmp_path / "bad", tmp_path / "new", clip)
     for nothing in (tmp_path / "empty", tmp_path / "bad"):
-        with pytest.raises(InputError, match=r"no pictures in|none of the 1 pictures can be read"):
+        with pytest.raises(InputError, match=r"no images in|none of the 1 pictures can be read"):
             update(index, clip, nothing)
     assert contents(index) == before
 
@@ -172,9 +176,19 @@ def test_queries_that_cannot_be_used(built, folder, clip):
         ([Term()], 5, InputError, "either a text or a picture"),
         ([Term(text="a", picture=file)], 5, InputError, "either a text or a picture"),
         ([Term(text="a"), Term(text="a", weight=-1)], 5, InputError, "cancel each other out"),
-        ([Term(text="word " * 500)], 5, TextError, "502 tokens, .* more than the model's 77"),
+        (
+            [Term(text="word " * 500)],
+            5,
+            TextTooLongError,
+            "502 tokens, .* more than the model's 77",
+        ),
         ([Term(text=" ")], 5, TextError, "empty or only whitespace"),
-        ([Term(picture=folder / "no.jpg")], 5, ImageError, r"no\.jpg: no such file"),
+        (
+            [Term(picture=folder / "no.jpg")],
+            5,
+            ImageError,
+            r"^images\[0\] \(.*no\.jpg\): no such file",
+        ),
         ([Term(text="a")], 41, InputError, "asked for 41 hits, .* holds 40 pictures; ask for 1 t"),
         ([Term(text="a")], 0, InputError, "asked for 0 hits"),
     ):

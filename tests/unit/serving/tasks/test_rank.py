@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
-from serving.errors import ImageError, InputError, TextError
+from serving.errors import ImageError, InputError, TextError, TextTooLongError
 from serving.tasks.rank import Category, answer, caption, rank, read_vocabulary
 from serving.tasks.zero_shot import TEMPLATES
 from serving.triton.repository import assemble
@@ -67,7 +67,7 @@ def shapes_bundle(tmp_path_factory):
     from serving.util.progress import silent
 
     output = tmp_path_factory.mktemp("rank") / "shapes-clip"
-    return build(load_checkpoint(str(CHECKPOINT)), output, silent, Options(kinds=[]))
+    return build(load_checkpoint(str(CHECKPOINT)), output, silent, Options(precisions=[]))
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def test_more_pictures_than_a_chunk_keep_their_order(local):
     rng = np.random.default_rng(0)
     many = [rng.integers(0, 256, (33, 40, 3), np.uint8) for _ in range(70)]
     told = []
-    ranked = rank(local, many, TEXTS, progress=lambda *count: told.append(count))
-    assert told == [(0, 70), (64, 70)]
+    ranked = rank(local, many, TEXTS, progress=lambda *step: told.append(step))
+    assert told == [("embedding images", 0, 70), ("embedding images", 64, 70)]
     for index in (0, 63, 64, 69):
         (alone,) = rank(local, [many[index]], TEXTS)
         assert [score.text for score in ranked[index]] == [score.text for score in alone]
@@ -163,7 +163,7 @@ def test_one_text_is_certain(local, files):
 
 def test_long_texts_are_cut_only_when_asked(local, files):
     long = "word " * 100
-    with pytest.raises(TextError, match="more than the model's 77"):
+    with pytest.raises(TextTooLongError, match="more than the model's 77"):
         rank(local, files[:1], ["a cat", long])
     assert len(rank(local, files[:1], ["a cat", long], truncate=True)[0]) == 2
 
@@ -173,9 +173,9 @@ def test_long_texts_are_cut_only_when_asked(local, files):
     [
         ([], "no texts to choose from; give at least one"),
         (["a cat", "a dog", "a cat"], "'a cat' is given more than once; texts must differ"),
-        (["a cat", ""], r"texts\[1\] is empty or only whitespace"),
+        (["a cat", ""], r"^texts\[1\]: the text is empty or only whitespace"),
         ("a cat", "expected a list of texts, got one str"),
-        (["a cat", "half \ud800"], r"texts\[1\] has half a surrogate pair"),
+        (["a cat", "half \ud800"], r"^texts\[1\]: the text has half a surrogate pair"),
     ],
 )
 def test_texts_that_cannot_be_ranked(local, files, texts, shown):
@@ -190,8 +190,10 @@ def test_pictures_that_cannot_be_used(local, files, tmp_path):
         rank(local, str(files[0]), ["a cat"])
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"images\[66\].*broken\.jpg"):
+    with pytest.raises(ImageError) as caught:
         rank(local, [*[files[0]] * 66, broken, files[0]], ["a cat"])
+    assert (caught.value.kind, caught.value.index) == ("images", 66)
+    assert caught.value.name == str(broken)
     with pytest.raises(ImageError, match=r"^images\[64\]: expected one of JPEG"):
         rank(local, [*[files[0]] * 64, b"no picture"], ["a cat"])
 
@@ -235,7 +237,7 @@ def test_answers_about_drawn_pictures_are_right(shapes, drawn):
         ("what?", ["a", " "], "{question} {answer}", "a candidate is empty or only whitespace"),
         (" ", ["a", "b"], "{question} {answer}", "the question is empty; give one, or a template"),
         ("what?", ["a", "b"], "{question}", r"has no \{answer\} for the candidate to go"),
-        ("word " * 80, ["a", "b"], "{question} {answer}", r"texts\[0\] has .* the model's 77"),
+        ("word " * 80, ["a", "b"], "{question} {answer}", r"^texts\[0\]: .* the model's 77"),
     ],
 )
 def test_questions_that_cannot_be_answered(local, files, question, candidates, template, shown):
@@ -320,8 +322,8 @@ def test_nothing_is_said_where_nothing_is_certain(local, files):
         ([("a", ["x"]), ("a", ["y"])], "'a' is given more than once; categories must differ"),
         ([("a", ["x"]), ("b", [])], "category 'b': no labels to choose from"),
         ([("a", ["x", "x"])], "category 'a': label 'x' is given more than once"),
-        ([("a", ["x", ""])], r"category 'a': .*\[1\] is empty or only whitespace"),
-        ([("a", ["word " * 100])], "category 'a': .* the model's 77"),
+        ([("a", ["x", ""])], r"^labels\[1\] \(category 'a'\): .*empty or only whitespace"),
+        ([("a", ["word " * 100])], r"^labels\[0\] \(category 'a'\): .* the model's 77"),
         ([("a", ["x"], "no place")], r"category 'a': template 'no place' has no \{\}"),
     ],
 )
@@ -414,7 +416,7 @@ def test_rank_by_command(fp32_bundle, local, files, tmp_path):
     done = command("rank", *files[:2], "--texts", listing, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert [row["picture"] for row in rows] == [str(file) for file in files[:2]]
+    assert [row["image"] for row in rows] == [str(file) for file in files[:2]]
     for row, scores in zip(rows, rank(local, files[:2], TEXTS), strict=True):
         for got, score in zip(row["texts"], scores, strict=True):
             assert got["text"] == score.text
@@ -432,7 +434,7 @@ def test_answer_by_command(fp32_bundle, files):
     done = command("answer", files[0], *options, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
-    assert (document["picture"], document["question"]) == (str(files[0]), "it is")
+    assert (document["image"], document["question"]) == (str(files[0]), "it is")
     assert {score["text"] for score in document["answers"]} == {"[a] cat", "a dog"}
     assert sum(score["probability"] for score in document["answers"]) == pytest.approx(1)
     shown = command("answer", files[0], *options, bundle=fp32_bundle)
@@ -440,11 +442,11 @@ def test_answer_by_command(fp32_bundle, files):
 
 
 def test_caption_by_command(fp32_bundle, files, shapes_toml):
-    options = ["--vocabulary", shapes_toml, "--threshold", "0", "--separator", " / "]
+    options = ["--categories", shapes_toml, "--threshold", "0", "--separator", " / "]
     done = command("caption", *files, *options, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert [row["picture"] for row in rows] == [str(file) for file in files]
+    assert [row["image"] for row in rows] == [str(file) for file in files]
     for row in rows:
         assert row["caption"] == f"{row['best']['colour']['text']} / {row['best']['shape']['text']}"
     options[3] = "1"
@@ -459,9 +461,10 @@ def test_caption_by_command(fp32_bundle, files, shapes_toml):
     [
         (["rank", "x.jpg", "--text", "a", "--texts", "b"], "either by --text or by --texts FILE"),
         (["rank", "x.jpg", "--text", "a", "--text", "a"], "'a' is given more than once"),
-        (["caption", "x.jpg", "--vocabulary", "none.json"], "none.json cannot be read"),
+        (["caption", "x.jpg", "--categories", "none.json"], "none.json cannot be read"),
     ],
 )
+@pytest.mark.wording
 def test_commands_show_errors_without_a_traceback(fp32_bundle, arguments, shown):
     done = command(*arguments, bundle=fp32_bundle)
     assert done.returncode == 2

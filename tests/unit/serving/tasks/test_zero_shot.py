@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from serving.clients.local import LocalClip
-from serving.errors import ImageError, InputError, TextError
+from serving.errors import ImageError, InputError, TextError, TextTooLongError
+from serving.inputs.labels import LabelSet
 from serving.inputs.tokenizer import Tokenizer, clean
 from serving.runners.registry import open_runner
 from serving.search.query import nearest
@@ -22,7 +23,6 @@ from serving.tasks.zero_shot import (
     TEMPLATES as BUILT_IN,
 )
 from serving.tasks.zero_shot import (
-    LabelSet,
     ZeroShotClassifier,
     embed_labels,
     probabilities,
@@ -110,21 +110,22 @@ def test_braces_in_a_label_are_text(local):
         ((), None, "no labels to choose from; give at least one"),
         (("cat", "dog", "cat"), None, "label 'cat' is given more than once"),
         (("cat",), ("a photo of a {}", "a photo"), r"template 'a photo' has no \{\} for the label"),
-        (("cat", ""), ("a {}",), r"labels\[1\] is empty or only whitespace: ''"),
+        (("cat", ""), ("a {}",), r"^labels\[1\]: the label is empty or only whitespace: ''"),
         (("cat",), (), "no templates to put labels into"),
         ("cat", None, "expected lists of labels and of templates, got one str"),
         (("cat", 3), None, "expected labels and templates to be str, got 3"),
         (
             ("cat", "word " * 100),
             ("{}", "a {}"),
-            r"labels\[1\], put into the template '\{\}': has 102 tokens.*more than the model's 77",
+            r"^labels\[1\]: put into the prompt template '\{\}': the text has 102 tokens.*than the "
+            "model's 77",
         ),
         (
             ("word " * 100,),
             None,
-            r"labels\[0\], put into the template 'a photo of a \{\}\.': has 107",
+            r"^labels\[0\]: put into the prompt template 'a photo of a \{\}\.': the text has 107",
         ),
-        (("cat", "dog", "a\0b"), ("{}",), r"labels\[2\], put into .*: has a NUL character"),
+        (("cat", "dog", "a\0b"), ("{}",), r"^labels\[2\]: put into .*: the text has a NUL char"),
     ],
 )
 def test_labels_and_templates_that_cannot_be_used(local, labels, templates, shown):
@@ -157,19 +158,23 @@ def test_texts_of_any_length_in_any_order(local, tiny_bundle):
 
 
 def test_a_bad_text_among_many_is_named(local):
-    with pytest.raises(TextError, match=r"texts\[70\] is empty"):
+    with pytest.raises(TextError, match="the text is empty") as caught:
         local.embed_texts([*["a cat"] * 70, " ", "a dog"])
+    assert (caught.value.kind, caught.value.index) == ("texts", 70)
 
 
 def test_many_texts_are_embedded_in_groups_of_labels(local, monkeypatch):
     labels = [f"thing {index}" for index in range(10)]
     whole, told = embed_labels(local, labels, TEMPLATES), []
     monkeypatch.setattr(zero_shot, "_GROUP", 7)  # not even a template
-    grouped = embed_labels(local, labels, TEMPLATES, progress=lambda *at: told.append(at))
+    grouped = embed_labels(local, labels, TEMPLATES, progress=lambda *step: told.append(step))
     np.testing.assert_allclose(grouped, whole, atol=1e-6)
-    assert told == [(0, 30), (7, 30), (14, 30), (21, 30), (28, 30)]
-    with pytest.raises(TextError, match=r"labels\[9\], put into the template 'a photo of a \{\}"):
+    assert told == [("embedding texts", done, 30) for done in (0, 7, 14, 21, 28)]
+    with pytest.raises(
+        TextTooLongError, match=r"put into the prompt template 'a photo of"
+    ) as caught:
         embed_labels(local, [*labels[:9], "word " * 75], TEMPLATES)
+    assert (caught.value.kind, caught.value.index) == ("labels", 9)
 
 
 def test_texts_of_a_set_are_labels_by_templates():
@@ -179,8 +184,11 @@ def test_texts_of_a_set_are_labels_by_templates():
     assert labels.texts(4, 99) == ["a z", "z b"]
     assert len(labels) == 6
     assert labels.some(labels.by_template()) == ["a x", "a y", "a z", "x b", "y b", "z b"]
-    error = TextError("texts[1] is bad")
-    assert "labels[2], put into the template '{} b': is bad" in str(labels.blamed(error, [0, 5]))
+    error = TextTooLongError("is bad", kind="texts", index=1, advice="mend it")
+    blamed = labels.blamed(error, [0, 5])
+    assert type(blamed) is TextTooLongError
+    assert (blamed.kind, blamed.index, blamed.advice) == ("labels", 2, "mend it")
+    assert blamed.reason == "put into the prompt template '{} b': is bad"
 
 
 def test_plain_ascii_is_cleaned_as_ftfy_would():
@@ -215,10 +223,11 @@ def test_a_classifier_says_what_classify_does(classifier, local, files):
 def test_batches_count_all_pictures(classifier, files, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"nothing like it")
-    with pytest.raises(ImageError, match=r"^images\[4\]: .*bad\.jpg: expected one of"):
-        list(classifier.batches([*files[:4], bad, files[0]], 3))
-    with pytest.raises(ImageError, match=r"^images\[3\]: .*bad\.jpg: expected one of"):
-        list(classifier.batches([*files[:3], bad], 3))
+    for before, after in ((4, files[:1]), (3, [])):  # with others in its batch, and alone
+        with pytest.raises(ImageError, match=r"bad\.jpg\): expected one of") as caught:
+            list(classifier.batches([*files[:before], bad, *after], 3))
+        assert (caught.value.kind, caught.value.index) == ("images", before)
+        assert caught.value.name == str(bad)
 
 
 def test_top_k(classifier, files):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -12,6 +13,7 @@ from tritonclient.grpc import model_config_pb2
 from serving.bundles.bundle import Bundle, describe_file
 from serving.bundles.engine_facts import Engine, Profile
 from serving.bundles.integrity import sealed, unsealed
+from serving.bundles.manifest import Tower
 from serving.errors import BundleError, ClipDeployError, RunnerError
 from serving.runners import tensor_rt
 from serving.triton.repository import (
@@ -32,7 +34,7 @@ MODELS = {
     "text_tokenize",
     "text_tower",
 }
-OPTIONAL = {"text_tree"}  # tests/integration/test_prefix_trees.py assembles it
+OPTIONAL = {"prefix_tree"}  # tests/integration/test_prefix_trees.py assembles it
 
 
 def read(path: Path):
@@ -51,10 +53,10 @@ def bundle_with(tiny_bundle: Bundle, tmp_path: Path, change) -> Bundle:
     return Bundle.open(path)
 
 
-def refused(manifest: dict) -> dict:
+def failed(manifest: dict) -> dict:
     for artifact in manifest["artifacts"]:
         for verdict in artifact["verdicts"]:
-            verdict["passed"] = artifact["tower"] != "text"
+            verdict["passed"] = artifact["graph"] != "text"
             verdict["min_cosine"] = 0.5
     return manifest
 
@@ -153,9 +155,13 @@ def with_plans(bundle: Bundle, path: Path, **changes) -> Bundle:
     """A copy with a plan of each fp16 tower: the facts are made up, and nothing runs the bytes."""
     copy = bundle_with(bundle, path, lambda manifest: manifest)
     artifacts = list(copy.manifest.artifacts)
-    for tower, ends in (("image", [(3, 32, 32)] * 2), ("text", [(2,), (77,)])):
+    ends_of: dict[Tower, list[tuple[int, ...]]] = {
+        "image": [(3, 32, 32)] * 2,
+        "text": [(2,), (77,)],
+    }
+    for tower, ends in ends_of.items():
         graph = copy.artifact(tower, "fp16")
-        facts = {
+        facts: dict[str, Any] = {
             "library": "tensorrt",
             "version": "10.16.1.11",
             "device": "NVIDIA H200",
@@ -176,7 +182,7 @@ def with_plans(bundle: Bundle, path: Path, **changes) -> Bundle:
         verdict = replace(graph.verdicts[0], runner="tensorrt:fp16")
         engine = Engine(**(facts | changes))
         artifacts.append(
-            replace(graph, kind="plan", files=files, engine=engine, verdicts=(verdict,))
+            replace(graph, kind="engine", files=files, engine=engine, verdicts=(verdict,))
         )
     return Bundle(copy.path, replace(copy.manifest, artifacts=tuple(artifacts)))
 
@@ -220,7 +226,7 @@ def test_plans_become_a_tensorrt_repository(tiny_bundle, tmp_path, h200):
         ({"version": "10.13.3"}, {}, r"version: built by tensorrt 10\.13\.3, .* 10\.16\.1\.11"),
         ({"onnx_sha256": "0" * 64}, {}, r"graph: the plan was built from .*0000\.\.\., the bundle"),
         ({"weights_stripped": True}, {}, r"stripped of its weights, which Triton cannot put in"),
-        ({}, {"max_batch_size": 64}, r"batches of up to 32, asked for is 64; .*--max-batch 64"),
+        ({}, {"max_batch_size": 64}, r"batches of up to 32, asked for is 64; .*-batch-size 64"),
         ({}, {"precision": "int8"}, r"has no int8 image plan of tensorrt"),
     ],
 )
@@ -233,11 +239,15 @@ def test_a_plan_that_does_not_fit_is_refused(
     target = tmp_path / "repository"
     with pytest.raises(ClipDeployError, match=message) as caught:
         assemble(bundle, target, backend="tensorrt", **options)
-    command = f"python -m export engine {bundle.path} --engine tensorrt --precision "
+    command = f"clip-deploy engine {bundle.path} --engine tensorrt --precision "
     assert command + options["precision"] in str(caught.value)
     assert not target.exists()
-    said = []
-    assemble(bundle, target, backend="tensorrt", fallback=True, progress=said.append, **options)
+    said: list[str] = []
+
+    def note(step: str, done: int = 0, total: int = 0) -> None:
+        said.append(step)
+
+    assemble(bundle, target, backend="tensorrt", fallback=True, progress=note, **options)
     assert assembled_backend(target) == "onnxruntime"
     assert "ONNX Runtime instead of TensorRT" in said[0]
 
@@ -257,10 +267,12 @@ def test_here_no_plan_fits(tiny_bundle, tmp_path):
 def test_a_plan_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
     bundle = with_plans(tiny_bundle, tmp_path)
     artifacts = tuple(
-        replace(a, verdicts=()) if a.kind == "plan" else a for a in bundle.manifest.artifacts
+        replace(a, verdicts=()) if a.kind == "engine" else a for a in bundle.manifest.artifacts
     )
     bundle = Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
-    with pytest.raises(BundleError, match=r"image tower by tensorrt:fp16 \(no verdict\)"):
+    with pytest.raises(
+        BundleError, match=r"image tower by tensorrt:fp16 did not pass .*\(no verdict\)"
+    ):
         assemble(
             bundle,
             tmp_path / "repository",
@@ -270,16 +282,16 @@ def test_a_plan_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
         )
 
 
-def test_what_the_gate_refused_is_not_assembled(tiny_bundle, tmp_path):
-    bundle = bundle_with(tiny_bundle, tmp_path, refused)
+def test_what_failed_the_gate_is_not_assembled(tiny_bundle, tmp_path):
+    bundle = bundle_with(tiny_bundle, tmp_path, failed)
     with pytest.raises(
-        BundleError, match=r"no runner for the text tower: the gate let none through"
+        BundleError, match=r"no runner for the text tower: none passed the parity gate"
     ):
         assemble(bundle, tmp_path / "repository")
     with pytest.raises(BundleError, match=r"text tower by openvino:fp32 .*cosine 0\.5"):
         assemble(bundle, tmp_path / "repository", runner="openvino:fp32")
     assert not (tmp_path / "repository").exists()
-    assert assemble(bundle, tmp_path / "repository", refused_too=True).is_dir()
+    assert assemble(bundle, tmp_path / "repository", allow_failed=True).is_dir()
 
 
 def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
@@ -289,9 +301,13 @@ def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
         return manifest
 
     bundle = bundle_with(tiny_bundle, tmp_path, unjudged)
-    with pytest.raises(BundleError, match=r"image tower by openvino:int8 \(no verdict\)"):
+    with pytest.raises(
+        BundleError, match=r"image tower by openvino:int8 did not pass .*\(no verdict\)"
+    ):
         assemble(bundle, tmp_path / "repository", runner="openvino:int8")
-    with pytest.raises(BundleError, match=r"image tower by onnxruntime:fp16 \(no verdict\)"):
+    with pytest.raises(
+        BundleError, match=r"image tower by onnxruntime:fp16 did not pass .*\(no verdict\)"
+    ):
         assemble(bundle, tmp_path / "repository", backend="onnxruntime", precision="fp16")
 
 
@@ -330,7 +346,7 @@ def test_auto_takes_the_fastest_that_passed(tiny_bundle, tmp_path):
         assert config.parameters["runner"].string_value == timed[0].runner
 
 
-def test_auto_does_not_time_what_was_refused(tiny_bundle, tmp_path):
+def test_auto_does_not_time_what_failed(tiny_bundle, tmp_path):
     def only_one_passed(manifest: dict) -> dict:
         for artifact in manifest["artifacts"]:
             for verdict in artifact["verdicts"]:

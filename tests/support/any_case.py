@@ -1,0 +1,18 @@
+"""A pytest plugin: `pytest.raises(..., match=...)` ignores the case of letters."""
+
+import re
+from typing import Any
+
+import pytest
+
+_raises = pytest.raises
+
+
+def raises(*arguments: Any, match: str | re.Pattern[str] | None = None, **options: Any) -> Any:
+    """`pytest.raises` for errors whose wording was changed to capital letters."""
+    if match is not None:
+        options["match"] = re.compile(match, re.IGNORECASE)
+    return _raises(*arguments, **options)
+
+
+pytest.raises = raises

@@ -1,0 +1,66 @@
+"""Errors carry their parts as fields, through batches, requests and processes."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+
+import serving.errors
+from serving.errors import ClipDeployError, ImageError, InputError, TextTooLongError
+
+
+def classes() -> list[type[ClipDeployError]]:
+    found = [value for value in vars(serving.errors).values() if inspect.isclass(value)]
+    return [value for value in found if issubclass(value, ClipDeployError)]
+
+
+def test_the_tree_at_the_top_of_the_module_is_complete():
+    """Every class stands there once, below the class that it is derived from."""
+    drawing = [line for line in inspect.getdoc(serving.errors).splitlines() if "Error" in line]
+    drawn: list[tuple[int, str]] = []
+    parents = {}
+    for line in drawing:
+        name = next((word for word in line.split() if word.isidentifier() and "Error" in word), "")
+        if name not in vars(serving.errors) or not line.lstrip(" │├└─").startswith(name):
+            continue
+        depth = line.index(name)
+        parents[name] = next((above for at, above in reversed(drawn) if at < depth), None)
+        drawn.append((depth, name))
+    assert parents == {
+        kind.__name__: None if kind is ClipDeployError else kind.__bases__[0].__name__
+        for kind in classes()
+    }
+
+
+@pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
+def test_an_error_survives_copies_and_processes(kind):
+    """Workers of Ray and process pools send errors by pickle."""
+    error = kind("what arrived", advice="what to do")
+    if isinstance(error, InputError):
+        error = error.at("images", 3, "cat.jpg")
+    for other in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(other) is kind
+        assert vars(other) == vars(error)
+        assert str(other) == str(error)
+
+
+def test_an_index_survives_nesting():
+    """A bad image of a request, in a batch, in a folder: the index counts from outside."""
+    inner = ImageError("the image is truncated", kind="images", index=2)
+    assert inner.shifted(8).index == 10
+    assert inner.shifted(8).at("images", 32).index == 42
+    outer = inner.shifted(8).at("pictures", 32, "cat.jpg")
+    assert (outer.kind, outer.index, outer.name) == ("pictures", 42, "cat.jpg")
+    assert outer.at("other", 1, "dog.jpg").name == "cat.jpg"
+    assert (inner.kind, inner.index, inner.name) == ("images", 2, None)
+    assert InputError("no index").shifted(8).index is None
+
+
+def test_the_text_has_the_place_the_reason_and_the_advice():
+    error = TextTooLongError("102 tokens", kind="texts", index=3, advice="shorten it")
+    assert str(error) == "texts[3]: 102 tokens; shorten it"
+    assert str(error.within("cat")) == "texts[3] (cat): 102 tokens; shorten it"
+    assert str(ImageError("is truncated", name="cat.jpg")) == "cat.jpg: is truncated"
+    assert str(error.advised("pass truncate=True").at("labels", 0)).endswith("pass truncate=True")
+    assert str(ClipDeployError("the disk is full")) == "the disk is full"

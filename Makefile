@@ -1,19 +1,22 @@
-# make demo   a fresh machine to a running pipeline: images classified and searched by Triton
-# make test   a fresh machine to green tests
-# make check  format, lint, types, import order, known vulnerabilities of dependencies
-# make package  the wheel, installed into empty environments, assembled, served and asked
-# make soak   what makes docs/reliability.md: an hour of faults, overload, fuzzing and mixed traffic
-# make bench  every runner, its load and its accuracy: build/benchmarks/RESULTS.md and plots
-# make engines BUNDLE=artifacts/NAME   TensorRT engines, inside the Triton container that will serve them
-# make setup  what all of them do first: .venv with everything
+# make setup    Create .venv with all dependencies. The other targets run it first.
+# make demo     Export the demo checkpoint, serve it with Triton, classify and search images.
+# make test     Run the test suite.
+# make check    Check format, lint, types, import order and known vulnerabilities of dependencies.
+# make package  Build the wheel, install it into empty environments, and serve a bundle from it.
+# make soak     Run the long robustness tests behind docs/reliability.md (about an hour).
+# make bench    Measure latency, load and accuracy: build/benchmarks/RESULTS.md and plots.
+# make engines BUNDLE=artifacts/NAME
+#               Build TensorRT engines inside the Triton container that will serve them.
+# make clean    Delete artifacts/ and build/.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := build/demo
 RESULTS := build/benchmarks
-# Python APIs without their libraries, that our uses are tested against.
+# Versions of the TensorRT Python API to test against; installed without the native libraries.
 TENSORRT_APIS := 10.16.1.11 11.4.0.106
-# What is never imported need not be compiled: a minute less. What is, once, and not by every process.
+# --no-compile saves a minute: most modules are never imported. Unset PYTHONDONTWRITEBYTECODE, so that
+# imported modules are compiled once and not by every process.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := --quiet --disable-pip-version-check --no-compile
 
@@ -22,7 +25,7 @@ PIP := --quiet --disable-pip-version-check --no-compile
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt Makefile
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}; name one with make PYTHON=...")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"expected Python 3.11 or 3.12, found {sys.version.split()[0]}; choose another with make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP) -c constraints.txt -e '.[dev]'
 	for version in $(TENSORRT_APIS); do \
@@ -56,11 +59,12 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 	  --query 'a red circle' --query 'a green heart' --query 'a blue arrow' \
 	  --query 'a white star next to a purple moon'
 
-# A process that dies ends the run: else xdist (3.8) waits for ever for its files.
+# --max-worker-restart=0: when a worker process dies, xdist (3.8) would otherwise wait forever for its
+# test files.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-# The wheel in empty environments; needs the package index.
+# Requires access to a package index.
 package: setup
 	$(BIN)/python -m pytest tests/packaging
 
@@ -71,7 +75,7 @@ check: setup
 	$(BIN)/lint-imports
 	.ci/audit
 
-# The long versions of the tests that make promises; their figures are printed last.
+# CLIP_SOAK=1 selects the long versions of these tests; they print their measurements at the end.
 soak: setup
 	CLIP_SOAK=1 $(BIN)/python -m pytest tests/robustness tests/integration/test_limits.py \
 	  tests/integration/test_retry.py tests/integration/test_tls.py \
@@ -84,7 +88,8 @@ artifacts/random-ViT-B-32/manifest.json: | setup
 artifacts/shapes-clip/manifest.json: | setup $(DEMO)/calibration/labels.txt
 	$(EXPORT_SHAPES)
 
-# On a quiet machine; `make bench RESULTS=benchmarks/results/NAME OPTIONS=--full` for all of it.
+# Run on an idle machine. `make bench RESULTS=benchmarks/results/NAME OPTIONS=--full` measures every
+# batch size and runner.
 bench: setup
 	$(MAKE) --jobs=2 artifacts/random-ViT-B-32/manifest.json artifacts/shapes-clip/manifest.json $(DEMO)/test/labels.txt
 	$(BIN)/python -m benchmarks latency artifacts/random-ViT-B-32 --output $(RESULTS) $(OPTIONS)
@@ -95,7 +100,7 @@ bench: setup
 TRITON ?= nvcr.io/nvidia/tritonserver:26.07-py3
 
 engines:
-	test -f '$(BUNDLE)/manifest.json' || { echo 'expected a bundle: make engines BUNDLE=artifacts/NAME'; exit 2; }
+	test -f '$(BUNDLE)/manifest.json' || { echo 'expected the directory of a bundle; run make engines BUNDLE=artifacts/NAME'; exit 2; }
 	docker run --rm --gpus all -v '$(CURDIR):/work' -w /work '$(TRITON)' \
 	  sh export/engines/in_container.sh '$(BUNDLE)' $(OPTIONS)
 

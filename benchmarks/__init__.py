@@ -1,1 +1,1 @@
-"""Measurement: every runner through the same interface."""
+"""Benchmarks of latency, load and accuracy; they use every runner through the same interface."""

@@ -1,4 +1,4 @@
-"""Measure the runners of a bundle: their latency, their accuracy, and a server under load."""
+"""Measure latency, accuracy and server load of the runners of a bundle."""
 
 import dataclasses
 import subprocess
@@ -19,14 +19,20 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 RESULTS = Path("build/benchmarks")
 
 BundlePath = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` made.")
+    Path,
+    typer.Argument(metavar="BUNDLE", help="Directory of a bundle that `clip-deploy export` wrote."),
 ]
 Output = Annotated[
-    Path, typer.Option(help=f"Directory of {FILE}; what other commands put there is kept.")
+    Path,
+    typer.Option(
+        help=f"Directory to write {FILE} to. Results of the other commands in that file are kept."
+    ),
 ]
 Runners = Annotated[
     list[str] | None,
-    typer.Option("--runner", help="Pattern of names, such as 'openvino:*'; may be repeated."),
+    typer.Option(
+        "--runner", help="Measure runners that match this pattern, e.g. 'openvino:*'. Repeatable."
+    ),
 ]
 
 
@@ -36,27 +42,32 @@ def latency(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A bundle; or a checkpoint as `clip-deploy export` takes it, for PyTorch's "
-            "runners and peers alone.",
+            help="Bundle to measure. A checkpoint, as accepted by `clip-deploy export`, is "
+            "measured with PyTorch's runners and peers only.",
         ),
     ] = "random:ViT-B-32",
     device: Annotated[
-        Device, typer.Option(help="cuda: runners on an NVIDIA GPU, in turns with eager fp32 there.")
+        Device,
+        typer.Option(
+            help="Device to measure on; cuda is an NVIDIA GPU. The reference is eager fp32 on it."
+        ),
     ] = "cpu",
-    full: Annotated[bool, typer.Option("--full", help="Every batch, length and runner.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure every batch size, text length and runner.")
+    ] = False,
     runner: Runners = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Time for one runner on one batch, about."),
+        typer.Option(metavar="SECONDS", help="Approximate time per runner and batch."),
     ] = None,
     stop_after: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Start nothing new after this time."),
+        typer.Option(metavar="SECONDS", help="Start no further measurement after this time."),
     ] = None,
     output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Time runners, peers, stages and loading in turns with eager float32, by pytest-benchmark."""
+    """Measure the latency of runners, peers and pipeline stages relative to eager float32."""
     require("the latency benchmark", "bench", "pytest_benchmark", "torch")
     from benchmarks.machine.limits import require as require_device
     from benchmarks.report.analysis import disturbed
@@ -79,8 +90,9 @@ def latency(
     done = subprocess.run(command, stdout=sys.stderr, cwd=suite.parents[1], check=False)
     if not (output / FILE).exists() or (output / FILE).stat().st_mtime_ns == before:
         raise RunnerError(
-            f"nothing was measured (pytest ended with {done.returncode}); what failed is named "
-            f"above, and {output / FILE} was not touched"
+            f"nothing was measured (pytest exited with {done.returncode}), and {output / FILE} is "
+            "unchanged",
+            advice="see the failures above",
         )
     note(f"wrote {output / FILE}")
     found = Results.read(output).latency[-1]
@@ -91,40 +103,55 @@ def latency(
     if warning := disturbed(found):
         note(warning, "yellow")
     if done.returncode:
-        raise RunnerError(f"not all could be measured: see above; {output / FILE} holds the rest")
+        raise RunnerError(
+            f"some measurements failed; {output / FILE} contains the others",
+            advice="see the failures above",
+        )
 
 
 @app.command()
 def load(
     bundle: BundlePath,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer loads, shorter windows: about two minutes.")
+        bool,
+        typer.Option("--quick", help="Use fewer loads and shorter windows: about two minutes."),
     ] = False,
     concurrency: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Requests in flight; may be repeated."),
+        typer.Option(min=1, help="Number of requests in flight. Repeatable."),
     ] = None,
-    runner: Annotated[str, typer.Option(help="As `clip-deploy assemble` takes it.")] = "auto",
+    runner: Annotated[
+        str,
+        typer.Option(
+            help="Runner of the towers, as for `clip-deploy assemble`; auto: the fastest ones."
+        ),
+    ] = "auto",
     url: Annotated[
-        str | None, typer.Option(help="grpc://host:port of a running server of BUNDLE.")
+        str | None,
+        typer.Option(help="Measure a running server of BUNDLE at grpc://host:port."),
     ] = None,
     http_url: Annotated[
-        str | None, typer.Option(help="http://host:port of the same running server.")
+        str | None,
+        typer.Option(help="Measure a running server of BUNDLE at http://host:port."),
     ] = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
             envvar="CLIP_ADMIN_KEY",
-            help="Key of the running server's statistics; better given by the variable.",
+            help="Administrative key of the running server, to read its statistics. Prefer the "
+            "environment variable.",
         ),
     ] = None,
     repository: Annotated[
-        Path, typer.Option(help="Model repository to write, without --url.")
+        Path,
+        typer.Option(
+            help="Directory to assemble the model repository in, without --url or --http-url."
+        ),
     ] = Path("build/benchmark_repository"),
     output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Put load on Triton by perf_analyzer and an asyncio client, and against eager float32."""
+    """Measure Triton under load with perf_analyzer and an asyncio client, against eager fp32."""
     from benchmarks.load.measure import measure_embedded, measure_running, urls_of
     from benchmarks.load.plan import Plan
     from benchmarks.report.tables import load_remarks, load_table
@@ -149,24 +176,27 @@ def accuracy(
     images: Annotated[
         Path,
         typer.Argument(
-            help="Directory of labelled images: DIR/label/*.jpg, or flat with captions.txt."
+            metavar="DIR",
+            help="Directory of labelled images: DIR/LABEL/*.jpg, or flat with captions.txt.",
         ),
     ],
     templates: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A prompt template a line, with a {}, or openai-7; default: the checkpoint's own.",
+            help="File with one prompt template per line, each with a {}; or openai-7. Default: "
+            "the templates of the checkpoint.",
         ),
     ] = None,
     runner: Runners = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most images, taken evenly over the directory.")
+        int | None,
+        typer.Option(min=1, help="Maximum number of images, spread evenly over the directory."),
     ] = None,
     output: Output = RESULTS,
     as_json: Json = False,
 ) -> None:
-    """Zero-shot top-1 and top-5 of every runner on labelled images, against eager float32."""
+    """Measure zero-shot top-1 and top-5 accuracy of every runner on labelled images."""
     from benchmarks.accuracy.measure import accuracy as measure
     from benchmarks.report.tables import accuracy_remarks, accuracy_table
     from serving.tasks.zero_shot import read_templates
@@ -187,14 +217,18 @@ def accuracy(
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(help=f"Holds {FILE}; gets RESULTS.md and the plots.")
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help=f"Directory with {FILE}. RESULTS.md and the plots are written to it.",
+        ),
     ] = RESULTS,
     readme: Annotated[
-        Path | None, typer.Option(help="Markdown file whose marked part is written anew.")
+        Path | None, typer.Option(help="Markdown file whose marked part is replaced.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the results as Markdown and plots."""
+    """Write the results as a Markdown report with plots."""
     from benchmarks.report.markdown import write_report
 
     written = write_report(directory, readme)
@@ -206,14 +240,15 @@ def report(
 
 @app.command()
 def compare(
-    old: Annotated[Path, typer.Argument(help=f"A {FILE}, or its directory.")],
-    new: Annotated[Path, typer.Argument(help="The same.")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help=f"Older {FILE}, or its directory.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help=f"Newer {FILE}, or its directory.")],
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a ratio that may be lost.")
+        float,
+        typer.Option(min=0, max=1, help="Relative decrease of a speed ratio that is tolerated."),
     ] = 0.15,
     as_json: Json = False,
 ) -> None:
-    """Show what changed beyond noise; exit code 1 when something became slower than allowed."""
+    """Show changes that exceed the noise; exit with 1 if something became slower than tolerated."""
     from benchmarks.report.compare import compare as measure
     from benchmarks.report.tables import comparison_table
 
@@ -229,7 +264,7 @@ def compare(
 
 
 def _keep(output: Path, measured: LoadRun | AccuracyRun, as_json: bool) -> None:
-    """Put a section into the results of a directory."""
+    """Replace one section of the results file in a directory."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / FILE
     results = Results.read(file) if file.exists() else Results()

@@ -1,1 +1,1 @@
-"""Checkpoint -> bundle: the only package besides `training` that needs torch."""
+"""Export of CLIP checkpoints to bundles. Of the served packages, only this one needs torch."""

@@ -1,4 +1,4 @@
-"""`python -m export`: checkpoint -> verified bundle."""
+"""Export a CLIP checkpoint to a bundle of verified graphs."""
 
 import typer
 
@@ -10,7 +10,7 @@ app = typer.Typer(
     cls=DefaultCommandGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="`python -m export CHECKPOINT` is short for `python -m export bundle CHECKPOINT`.",
+    epilog="`python -m export CHECKPOINT` is the same as `python -m export bundle CHECKPOINT`.",
 )
 add_commands(app, bundle_name="bundle")
 

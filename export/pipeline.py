@@ -1,4 +1,7 @@
-"""Checkpoint -> bundle: every step in order, written beside its place and then renamed."""
+"""Export of a checkpoint to a bundle.
+
+The bundle is written to a temporary directory next to the output, which is then renamed.
+"""
 
 import contextlib
 import datetime
@@ -49,25 +52,25 @@ from serving.util.progress import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to make of a checkpoint, and of which data."""
+    """Settings of an export."""
 
     precisions: Sequence[Precision] = DEFAULT_PRECISIONS
     method: Method = "percentile"
     pictures: Path | None = None
-    """Folder of pictures that INT8 ranges are measured on."""
+    """Directory of calibration images for INT8."""
     captions: Path | None = None
-    """Text file of captions, likewise."""
+    """Text file of calibration captions for INT8."""
     labelled: Path | None = None
-    """Folder of pictures with labels, for the gate."""
+    """Directory of labeled images for the parity gate."""
     torchscript: bool = False
-    """Whether to trace both towers to TorchScript too, in fp32."""
+    """Also trace both towers to TorchScript, in fp32."""
     prefix_tree: bool = False
-    """Whether to make the prefix-tree graph too, in fp32 and, of `precisions`, int8."""
+    """Also export the prefix-tree graph, in fp32, and in int8 if `precisions` contains int8."""
 
 
 @dataclass
 class _Work:
-    """A bundle in the making."""
+    """State of an export in progress."""
 
     checkpoint: Checkpoint
     directory: Path
@@ -83,16 +86,17 @@ def build(
     progress: Progress,
     options: Options | None = None,
 ) -> Bundle:
-    """Export both towers of `checkpoint`, judge them, and write the bundle to `output`.
+    """Export both towers of `checkpoint`, run the parity gate, and write the bundle to `output`.
 
-    A bundle that was at `output` stays whole until the new one is finished, and then gives way.
-    The gate's refusals do not stop the build: they stand in the manifest, and assembly obeys them.
+    An existing bundle at `output` is replaced once the new one is complete. Artifacts that fail the
+    parity gate do not stop the export: the manifest records their verdicts, and assembling a model
+    repository leaves them out.
 
     Raises:
-        InputError: a folder or file of the options cannot be used.
+        InputError: a directory or file of the options cannot be used.
     """
     options = options or Options()
-    _refuse_too_large(checkpoint, options)
+    _check_weight_size(checkpoint, options)
     with new_directory(output, "manifest.json") as directory:
         checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
         data = data_for(
@@ -106,85 +110,98 @@ def build(
         for reason in data.skipped[:5]:
             progress(f"skipped {reason}")
         if data.skipped:
-            progress(f"skipped {len(data.skipped)} pictures that cannot be read")
+            progress(f"skipped {len(data.skipped)} images that cannot be read")
         expected = references(checkpoint, data, progress)
         work = _Work(checkpoint, directory, options, data, progress, expected)
         artifacts = [artifact for tower in TOWERS for artifact in _artifacts(work, tower)]
         if options.prefix_tree:
-            artifacts += _trees(work)
+            artifacts += _prefix_tree_artifacts(work)
         manifest = _manifest(checkpoint, directory, artifacts)
         write_text(directory / "manifest.json", manifest.to_json())
     return Bundle.open(output)
 
 
-def _refuse_too_large(checkpoint: Checkpoint, options: Options) -> None:
-    """Quantising holds a graph in one protobuf; better to know that before the long work."""
+def _check_weight_size(checkpoint: Checkpoint, options: Options) -> None:
+    """Check that the towers are small enough for INT8.
+
+    Quantization serializes a graph into one protobuf message. Checking here reports the limit
+    before the export has spent minutes on other artifacts.
+    """
     if not {Precision.INT8, Precision.INT8_FP16, Precision.INT8_DYNAMIC} & set(options.precisions):
         return
     for tower in TOWERS:
         if (size := weights_bytes(tower_of(checkpoint, tower))) > PROTOBUF_LIMIT:
             raise InputError(
-                f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights; INT8 "
-                "is made of towers up to 2 GB, leave it out: --precision fp32 --precision fp16"
+                f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights, "
+                "but INT8 needs a tower of at most 2 GB",
+                advice="leave INT8 out: --precision fp32 --precision fp16",
             )
 
 
 def _artifacts(work: _Work, tower: Tower) -> list[Artifact]:
-    """Every asked-for artifact of one tower, judged."""
+    """Export the requested artifacts of one tower and run the parity gate on each."""
     checkpoint, precisions = work.checkpoint, work.options.precisions
     module = tower_of(checkpoint, tower)
     metadata = _metadata(checkpoint)
-    made = []
+    artifacts = []
 
     work.progress(f"{tower} tower: fp32")
     graph = work.directory / f"{tower}.fp32.onnx"
     files = export_onnx(for_inference(module), graph, metadata)
-    made.append(_judged(work, _artifact(tower, "fp32", files)))
+    artifacts.append(_with_verdicts(work, _artifact(tower, "fp32", files)))
     half = work.directory / f"{tower}.fp16.onnx"
     if {Precision.FP16, Precision.INT8_FP16} & set(precisions):
         work.progress(f"{tower} tower: fp16")
         files = export_onnx(half_precision(module), half, metadata)
-        made.append(_judged(work, _artifact(tower, "fp16", files)))
+        artifacts.append(_with_verdicts(work, _artifact(tower, "fp16", files)))
     if work.options.torchscript:
         work.progress(f"{tower} tower: TorchScript")
         traced = work.directory / f"{tower}.fp32.torchscript.pt"
         export_torchscript(module, traced)
-        made.append(_judged(work, replace(_artifact(tower, "fp32", [traced]), kind="torchscript")))
+        artifact = replace(_artifact(tower, "fp32", [traced]), kind="torchscript")
+        artifacts.append(_with_verdicts(work, artifact))
     if Precision.INT8_DYNAMIC in precisions:
-        work.progress(f"{tower} tower: int8, dynamic")
+        work.progress(f"{tower} tower: int8-dynamic")
         dynamic = work.directory / f"{tower}.int8-dynamic.onnx"
         write_dynamic(graph, dynamic)
-        made.append(_judged(work, _artifact(tower, "int8-dynamic", [dynamic])))
+        artifacts.append(_with_verdicts(work, _artifact(tower, "int8-dynamic", [dynamic])))
     if Precision.INT8 in precisions:
-        made.append(_int8(work, tower, graph, "int8"))
+        artifacts.append(_int8(work, tower, graph, "int8"))
     if Precision.INT8_FP16 in precisions:
-        made.append(_int8(work, tower, half, "int8-fp16"))
-    return made
+        artifacts.append(_int8(work, tower, half, "int8-fp16"))
+    return artifacts
 
 
-def _trees(work: _Work) -> list[Artifact]:
-    """The tree graphs of the text tower, judged as the others are: they embed the same texts."""
+def _prefix_tree_artifacts(work: _Work) -> list[Artifact]:
+    """Export the prefix-tree graphs and run the parity gate on them.
+
+    They embed the same texts as the text tower, so the gate compares them with the same reference.
+    """
     work.progress("prefix tree: fp32")
     graph = work.directory / "prefix_tree.fp32.onnx"
     tower = PrefixTreeTower(work.checkpoint.clip.text)
     files = export_onnx(tower, graph, _metadata(work.checkpoint))
-    made = [_judged(work, _artifact("prefix_tree", "fp32", files))]
+    artifacts = [_with_verdicts(work, _artifact("prefix_tree", "fp32", files))]
     if Precision.INT8 in work.options.precisions:
-        made.append(_int8(work, "prefix_tree", graph, "int8"))
-    return made
+        artifacts.append(_int8(work, "prefix_tree", graph, "int8"))
+    return artifacts
 
 
 def _int8(work: _Work, graph: Graph, source: Path, precision: str) -> Artifact:
-    """Quantize `source`; while the gate refuses, leave out the layers that cost most."""
-    what, batches = f"{graph} graph", work.data.calibration[TOWER_OF[graph]]
+    """Quantize `source`.
+
+    While the result fails the parity gate, the layers that lose the most accuracy are left in
+    floating point.
+    """
+    title, batches = f"{graph} graph", work.data.calibration[TOWER_OF[graph]]
     if graph == "prefix_tree":
         batches = in_trees(batches, work.checkpoint.text.end_id)
-    work.progress(f"{what}: {precision}")
+    work.progress(f"{title}: {precision}")
     target = work.directory / f"{graph}.{precision}.onnx"
 
-    def judged(quantisation: Quantisation) -> Artifact:
+    def with_verdicts(quantization: Quantisation) -> Artifact:
         artifact = _artifact(graph, precision, [target])
-        return _judged(work, replace(artifact, quantisation=quantisation))
+        return _with_verdicts(work, replace(artifact, quantisation=quantization))
 
     return write_int8(
         onnx.load(source),
@@ -192,8 +209,8 @@ def _int8(work: _Work, graph: Graph, source: Path, precision: str) -> Artifact:
         batches,
         work.data.source,
         work.options.method,
-        judged,
-        lambda s, done=0, total=0: work.progress(f"{what}: {precision}, {s}", done, total),
+        with_verdicts,
+        lambda s, done=0, total=0: work.progress(f"{title}: {precision}, {s}", done, total),
     )
 
 
@@ -202,27 +219,29 @@ def _artifact(graph: Graph, precision: str, files: list[Path]) -> Artifact:
     return Artifact(graph=graph, kind="onnx", precision=precision, files=described)
 
 
-def _judged(work: _Work, artifact: Artifact) -> Artifact:
+def _with_verdicts(work: _Work, artifact: Artifact) -> Artifact:
     bundle = Bundle(work.directory, _manifest(work.checkpoint, work.directory, [artifact]))
     return judged(bundle, artifact, work.references[artifact.tower], work.progress)
 
 
 def tower_of(checkpoint: Checkpoint, tower: Tower) -> ImageTower | TextTower:
-    """The `nn.Module` of one tower."""
+    """Return the `nn.Module` of one tower."""
     return checkpoint.clip.image if tower == "image" else checkpoint.clip.text
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a graph says of itself."""
+    """Return the metadata properties of an exported graph."""
     facts = {"source": checkpoint.source, "weights_sha256": checkpoint.weights_sha256}
     return facts | tools()
 
 
 def tools() -> dict[str, str]:
-    """Package name -> version, of what makes artifacts."""
+    """Return the versions of the packages that produce artifacts, by package name."""
     versions = {}
     for package in ("clip-deploy", "torch", "onnx", "onnxscript", "onnxruntime"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # a checkout that is not installed
             versions[package] = importlib.metadata.version(package)
     return versions
 
@@ -251,7 +270,7 @@ def _manifest(checkpoint: Checkpoint, work: Path, artifacts: list[Artifact]) -> 
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:
-    """Describe both towers in one line for people."""
+    """Return a one-line description of both towers."""
     image, text = checkpoint.clip.config.image, checkpoint.clip.config.text
     if isinstance(image, ResNetConfig):
         tower = f"ResNet {'-'.join(map(str, image.layers))} width {image.width}"
@@ -261,7 +280,7 @@ def architecture_of(checkpoint: Checkpoint) -> str:
 
 
 def count_parameters(config: ClipConfig) -> int:
-    """Parameters of both towers, without allocating them."""
+    """Return the number of parameters of both towers, without allocating them."""
     with torch.device("meta"):
         clip = Clip(config, OPENAI_MEAN, OPENAI_STD)
     return sum(parameter.numel() for parameter in clip.parameters())

@@ -1,10 +1,13 @@
-"""Precisions that an export can be asked for; free of heavy imports, for the command line."""
+"""Precisions of exported graphs.
+
+This module imports nothing heavy, so that the command line starts fast.
+"""
 
 from enum import StrEnum
 
 
 class Precision(StrEnum):
-    """Precision of a graph."""
+    """Precision of a graph, as given to `--precision`."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -14,4 +17,4 @@ class Precision(StrEnum):
 
 
 DEFAULT_PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8)
-"""fp32 is always exported."""
+"""Precisions exported by default. fp32 is always exported, whatever is requested."""

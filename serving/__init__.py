@@ -1,7 +1,7 @@
-"""A served CLIP, and its clients.
+"""CLIP served by Triton, with clients for Python and the command line.
 
-The names below are the public interface. They are imported when they are first used, so that
-`import serving` is quick and needs no optional dependency.
+The names below are the public interface. They are imported on first use, so that `import serving`
+is fast and needs no optional dependency.
 """
 
 import importlib
@@ -62,7 +62,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the public interface when it is first used (PEP 562)."""
+    """Import a name of the public interface on first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

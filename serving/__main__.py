@@ -1,4 +1,4 @@
-"""`python -m serving`: bundle -> running service, and its use."""
+"""Serve a bundle with Triton, and use the service or the bundle from the command line."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""Every error that this project raises on purpose.
+"""All errors that this project raises deliberately.
 
     ClipDeployError
     ├── InputError             an input that cannot be used
@@ -9,15 +9,15 @@
     ├── ExportError            a graph that a compiler cannot parse or build
     ├── BundleError            a bundle that is missing, incomplete, or failed the parity gate
     ├── MissingPackageError    an optional dependency that is not installed
-    ├── RunnerError            a runner cannot give the device or precision it was asked for
+    ├── RunnerError            a runner that is not available, or does not run a batch
     ├── StorageError           a disk that is full
     └── ServerError            a Triton server that cannot be started or reached, or that failed
-        ├── DeadlineError        it did not answer in time
-        └── UnavailableError     it is not there, or not now; a later attempt may succeed
+        ├── DeadlineError        the server did not respond in time
+        └── UnavailableError     the server cannot be reached; a later attempt may succeed
             └── OverloadedError    its queues are full
 
-Errors carry their parts as fields; `str` alone formats them. Code that needs to know what an error
-is about reads the fields, never the text. `serving.util.wire` carries them through Triton.
+Errors carry their parts as fields, which only `str` formats. Code that handles an error reads its
+fields and never parses its text. `serving.util.wire` transports errors through Triton.
 """
 
 import copy
@@ -25,11 +25,11 @@ from typing import Self
 
 
 class ClipDeployError(Exception):
-    """Base of all errors of this project. Commands print it without a traceback and exit with 2.
+    """Base class of all errors. Commands print it without a traceback and exit with status 2.
 
     Args:
         reason: what was expected and what arrived.
-        advice: what to do about it.
+        advice: what the user can do about it.
     """
 
     def __init__(self, reason: str = "", *, advice: str = "") -> None:
@@ -38,7 +38,7 @@ class ClipDeployError(Exception):
         self.advice = advice
 
     def advised(self, advice: str) -> Self:
-        """Return a copy of this error with other advice."""
+        """Return a copy of this error whose advice is `advice`."""
         other = copy.copy(self)
         other.advice = advice
         return other
@@ -53,9 +53,9 @@ class InputError(ClipDeployError, ValueError):
     Args:
         reason: what was expected and what arrived.
         kind: the argument that the item belongs to, such as `images`, `texts` or `labels`.
-        index: place of the item in that argument.
+        index: index of the item in that argument.
         name: name of the item, such as a path.
-        advice: what to do about it.
+        advice: what the user can do about it.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class InputError(ClipDeployError, ValueError):
         self.kind, self.index, self.name = kind, index, name
 
     def at(self, kind: str, index: int, name: str | None = None) -> Self:
-        """Return a copy that names the item: `index` of the argument `kind`.
+        """Return a copy located at item `index` of the argument `kind`.
 
-        An index that the error has already counts from `index`; a name that it has is kept.
+        If the error already has an index, `index` is added to it. If it has a name, that is kept.
         """
         other = copy.copy(self)
         other.kind, other.index = kind, index + (self.index or 0)
@@ -81,14 +81,14 @@ class InputError(ClipDeployError, ValueError):
         return other
 
     def shifted(self, count: int) -> Self:
-        """Return a copy whose index is larger by `count`: items were processed in batches."""
+        """Return a copy with `count` added to its index, for an item of a later batch."""
         other = copy.copy(self)
         if other.index is not None:
             other.index += count
         return other
 
     def within(self, name: str) -> Self:
-        """Return a copy named `name`, such as the group that the item belongs to."""
+        """Return a copy with the name `name`, such as the group that the item belongs to."""
         other = copy.copy(self)
         other.name = name
         return other
@@ -102,7 +102,7 @@ class InputError(ClipDeployError, ValueError):
 
 
 class ImageError(InputError):
-    """An image that cannot be decoded, or exceeds a limit."""
+    """An image that cannot be decoded or exceeds a limit."""
 
 
 class TextError(InputError):
@@ -114,7 +114,7 @@ class TextTooLongError(TextError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is unknown, incomplete, or not a CLIP."""
+    """A checkpoint that is unknown, incomplete, or not a CLIP model."""
 
 
 class ExportError(ClipDeployError):
@@ -126,11 +126,11 @@ class BundleError(ClipDeployError):
 
 
 class MissingPackageError(ClipDeployError, ImportError):
-    """An optional dependency that is not installed; the message names the extra that brings it."""
+    """An optional dependency that is not installed; the message names the extra to install."""
 
 
 class RunnerError(ClipDeployError):
-    """A runner that cannot give what it was asked for."""
+    """A runner that is unknown, not available on this machine, or cannot run a batch."""
 
 
 class StorageError(ClipDeployError):
@@ -142,17 +142,21 @@ class ServerError(ClipDeployError):
 
 
 class DeadlineError(ServerError):
-    """A Triton server that did not answer in time."""
+    """A Triton server that did not respond in time."""
 
 
 class UnavailableError(ServerError):
-    """A Triton server that is not there, or not now; a later attempt may succeed."""
+    """A Triton server that cannot be reached at the moment; a later attempt may succeed."""
 
 
 class OverloadedError(UnavailableError):
-    """A Triton server that refused a request because its queues are full."""
+    """A Triton server that rejected a request because its queues are full."""
 
 
 def worded(sentence: str) -> str:
-    """Return the text of an error; every message passes here, and no code reads it again."""
+    """Return the final text of an error.
+
+    Every message passes through this function. A test replaces it to prove that no code parses the
+    result.
+    """
     return sentence

@@ -1,1 +1,1 @@
-"""Captioned pictures -> checkpoint: our own demo data, or a folder of yours."""
+"""Training of CLIP checkpoints, on drawn demo data or on a directory of captioned images."""

@@ -1,4 +1,4 @@
-"""`python -m training`: captioned pictures -> checkpoint."""
+"""Train a CLIP checkpoint on captioned images."""
 
 import os
 from pathlib import Path
@@ -11,27 +11,31 @@ from training.shapes import PAIRS, label, write_folder
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue a run that was stopped, from its last state.")
+]
 STATES = Path("artifacts/training")
 
 
 def state_file(output: Path) -> Path:
-    """Where the state of an unfinished run is kept."""
+    """Return the file with the state of an unfinished run."""
     return STATES / f"{output.resolve().name}.pt"
 
 
 @app.command()
 def shapes(
-    output: Annotated[Path, typer.Option(help="Directory of the checkpoint.")] = Path(
+    output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")] = Path(
         "assets/shapes-clip"
     ),
-    seed: Annotated[int, typer.Option(help="Of pictures, weights and batches.", min=0)] = 0,
-    steps: Annotated[int, typer.Option(min=1)] = 7500,
-    pictures: Annotated[int, typer.Option(help="To draw for training.", min=1000)] = 60_000,
+    seed: Annotated[int, typer.Option(help="Seed of pictures, weights and batches.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 7500,
+    pictures: Annotated[
+        int, typer.Option(help="Number of pictures to draw for training.", min=1000)
+    ] = 60_000,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Make the demo checkpoint from nothing: draw pictures, train, measure."""
+    """Train the demo checkpoint from scratch on drawn pictures, and measure its accuracy."""
     from training.demo import default_settings, make_demo
 
     with progress("drawing") as show:
@@ -55,30 +59,51 @@ def shapes(
 def folder(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="With captions.txt (`file, caption`) or dataset.json."),
+        typer.Argument(
+            metavar="DIR",
+            help="Directory of images with captions.txt (one `file, caption` per line) or "
+            "dataset.json (a list of objects with image_path and text).",
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the checkpoint to.")],
     start: Annotated[
         str | None,
-        typer.Option(help="A checkpoint to start from, instead of random weights of these sizes."),
+        typer.Option(
+            help="Checkpoint to start from. The options on architecture and vocabulary are then "
+            "ignored. Default: random weights."
+        ),
     ] = None,
     projections_only: Annotated[
-        bool, typer.Option("--projections-only", help="Freeze both towers.")
+        bool,
+        typer.Option(
+            "--projections-only",
+            help="Freeze both towers; train only their projections and the logit scale.",
+        ),
     ] = False,
-    steps: Annotated[int, typer.Option(min=1)] = 2000,
-    batch_size: Annotated[int, typer.Option(min=2)] = 64,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 5e-4,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.", min=0)] = 0,
-    tower: Annotated[Literal["vit", "resnet"], typer.Option(help="Of pictures.")] = "vit",
-    image_size: Annotated[int, typer.Option(help="In pixels.", min=32)] = 64,
-    patch_size: Annotated[int, typer.Option(help="Of a ViT, in pixels.", min=4)] = 8,
-    width: Annotated[int, typer.Option(help="Of a ViT, or of a ResNet's stem.", min=4)] = 128,
-    layers: Annotated[int, typer.Option(help="Of a ViT, or of each ResNet stage.", min=1)] = 4,
-    vocabulary: Annotated[int, typer.Option(help="Most tokens to learn.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Pairs per training step.", min=2)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.", min=0)] = 0,
+    tower: Annotated[
+        Literal["vit", "resnet"], typer.Option(help="Architecture of the image tower.")
+    ] = "vit",
+    image_size: Annotated[
+        int, typer.Option(help="Input size of the image tower, in pixels.", min=32)
+    ] = 64,
+    patch_size: Annotated[int, typer.Option(help="Patch size of a ViT, in pixels.", min=4)] = 8,
+    width: Annotated[
+        int, typer.Option(help="Channels of a ViT, or of the stem of a ResNet.", min=4)
+    ] = 128,
+    layers: Annotated[
+        int, typer.Option(help="Blocks of a ViT, or of each of a ResNet's four stages.", min=1)
+    ] = 4,
+    vocabulary: Annotated[
+        int, typer.Option(help="Maximum number of tokens in the vocabulary.")
+    ] = 2000,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:
-    """Train on your own pairs."""
+    """Train on a directory of captioned images, from scratch or from a checkpoint."""
     from training.contrastive import Settings
     from training.folder import Sizes, train_folder
 
@@ -112,20 +137,27 @@ def folder(
 
 @app.command()
 def pictures(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if need be.")],
-    count: Annotated[int, typer.Option(min=1)] = 240,
-    seed: Annotated[int, typer.Option(min=0)] = 7,
-    size: Annotated[int, typer.Option(help="Side, in pixels.", min=16)] = 256,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Directory to write to. It is created if it does not exist."
+        ),
+    ],
+    count: Annotated[int, typer.Option(help="Number of pictures.", min=1)] = 240,
+    seed: Annotated[int, typer.Option(help="Seed of the pictures.", min=0)] = 7,
+    size: Annotated[
+        int, typer.Option(help="Width and height of a picture, in pixels.", min=16)
+    ] = 256,
     as_json: Json = False,
 ) -> None:
-    """Draw a folder of captioned pictures: files, captions.txt, and all labels in labels.txt."""
+    """Draw captioned pictures, with captions.txt and a list of all labels in labels.txt."""
     written = write_folder(directory, count, seed, size)
     labels = directory / "labels.txt"
     labels.write_text("".join(f"{label(pair)}\n" for pair in PAIRS), encoding="utf-8")
     if as_json:
         document({"directory": str(directory), "images": len(written)})
         return
-    note(f"{len(written)} pictures in {directory}")
+    note(f"wrote {len(written)} pictures to {directory}")
 
 
 if __name__ == "__main__":

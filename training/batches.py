@@ -1,7 +1,7 @@
-"""Pairs of pictures and captions, and the batches they are trained in.
+"""Training pairs of images and captions, and their batches.
 
-Which captions a step sees follows from the seed and the step's number alone: nothing has to be
-remembered to continue a run where it stopped.
+The captions of a step depend only on the seed and on the number of the step, so that a run can
+continue where it stopped without any saved state of the batches.
 """
 
 from dataclasses import dataclass
@@ -14,31 +14,35 @@ from serving.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class PairKind:
-    """Captions of one source, and how much of every batch they make up."""
+    """Captions of one kind, and their share of every batch."""
 
     groups: Tensor
-    """int64 [groups, members]: captions by index; those in a row always share a batch."""
+    """Indices of captions, int64 [groups, members]. A batch contains all members of a group."""
     share: float
-    """Relative to the other kinds'."""
+    """Share of a batch, relative to the shares of the other kinds."""
     from_step: int = 0
-    """The first step that takes this kind; a course may begin with what is easiest."""
+    """First step that uses this kind. Training can start with easy kinds only."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Pictures and their captions."""
+    """Images and their captions."""
 
     pixels: Tensor
-    """uint8 [pictures, 3, size, size]."""
+    """Images, uint8 [images, 3, size, size]."""
     input_ids: Tensor
-    """int32 [captions, length], padded behind the end-of-text token."""
+    """Token ids of the captions, int32 [captions, length], padded after the end-of-text token."""
     picture_of: Tensor
-    """int64 [captions]: the picture that a caption is about."""
+    """Index of the image of each caption, int64 [captions]."""
     kinds: dict[str, PairKind]
 
 
 class MixedBatches:
-    """Batches that mix the kinds by their shares, in an order that seed and step alone decide."""
+    """Batches that mix the kinds by their shares, in an order that depends on seed and step only.
+
+    Raises:
+        InputError: a kind has fewer groups than one batch needs.
+    """
 
     def __init__(self, kinds: dict[str, PairKind], batch_size: int, seed: int) -> None:
         self.kinds = list(kinds.values())
@@ -49,12 +53,13 @@ class MixedBatches:
             for (name, kind), count in zip(kinds.items(), self._counts(step), strict=True):
                 if len(kind.groups) < count:
                     raise InputError(
-                        f"a batch of {batch_size} takes {count} groups of kind {name!r}, but there "
-                        f"are {len(kind.groups)}; give more pairs or a smaller batch"
+                        f"a batch of {batch_size} needs {count} groups of kind {name!r}, but there "
+                        f"are {len(kind.groups)}",
+                        advice="give more pairs or a smaller batch size",
                     )
 
     def __call__(self, step: int) -> Tensor:
-        """Captions of `step` by index, int64 [about batch_size]; none occurs twice."""
+        """Return the indices of the captions of `step`, int64 [about batch_size], all different."""
         parts = []
         for index, (kind, count) in enumerate(zip(self.kinds, self._counts(step), strict=True)):
             if count:
@@ -64,16 +69,16 @@ class MixedBatches:
         return torch.cat(parts)
 
     def _counts(self, step: int) -> list[int]:
-        """Groups of each kind in the batch of `step`."""
+        """Return the number of groups of each kind in the batch of `step`."""
         shares = [kind.share if step >= kind.from_step else 0.0 for kind in self.kinds]
-        pictures = [self.batch_size * share / sum(shares) for share in shares]
+        captions = [self.batch_size * share / sum(shares) for share in shares]
         return [
-            max(1, round(part / kind.groups.shape[1])) if part else 0
-            for kind, part in zip(self.kinds, pictures, strict=True)
+            max(1, round(count / kind.groups.shape[1])) if count else 0
+            for kind, count in zip(self.kinds, captions, strict=True)
         ]
 
     def _order(self, index: int, epoch: int) -> Tensor:
-        """The order of a kind's groups in one epoch, int64 [groups]."""
+        """Return the order of a kind's groups in one epoch, int64 [groups]."""
         if index not in self.orders or self.orders[index][0] != epoch:
             generator = torch.Generator().manual_seed(
                 (self.seed * 1009 + index) * 1_000_003 + epoch

@@ -1,4 +1,4 @@
-"""The model card of the demo checkpoint: what it is, how it was made, what was measured."""
+"""Model card of the demo checkpoint."""
 
 import platform
 from dataclasses import dataclass
@@ -11,45 +11,48 @@ from training.shapes import COLOURS, HELD_OUT, SHAPES, label
 CARD = """\
 # shapes-clip
 
-A small CLIP ({parameters:,} parameters, 64 x 64 pixels) that knows {shapes} shapes in {colours}
-colours, their sizes and places, and their backgrounds. Trained from nothing on drawn pictures; made
-to be deployed, tested and measured, not to see the world.
+A small CLIP model ({parameters:,} parameters, 64 x 64 pixels) for {shapes} shapes in {colours}
+colors, with their sizes, positions and backgrounds. It was trained from scratch on drawn pictures,
+to test deployment and to measure performance. It does not recognize photos.
 
 Shapes: {shape_names}.
-Colours: {colour_names}.
+Colors: {colour_names}.
 
-## Measured
+## Accuracy
 
-Zero-shot top-1 over all {pairs} captions `a <colour> <shape>` (templates `{{}}`, `a photo of {{}}`,
-`a picture of {{}}`), on pictures of one thing drawn with a fresh seed ({test_seed}) at
-{test_size} pixels:
+Zero-shot top-1 accuracy over all {pairs} captions `a <color> <shape>` (prompt templates `{{}}`,
+`a photo of {{}}`, `a picture of {{}}`), on pictures of one shape drawn with a new seed
+({test_seed}) at {test_size} pixels. The last row is the accuracy of telling a picture of two shapes
+from the same picture with swapped colors.
 
 | pictures | n | accuracy |
 |---|---|---|
 | pairs seen in training | {seen_count} | {seen:.1%} |
 | pairs held out | {held_out_count} | {held_out:.1%} |
-| two things, told from the same with swapped colours | {couple_count} | {binding:.1%} |
+| two shapes, with their colors or with swapped colors | {couple_count} | {binding:.1%} |
 
-Held out, neither drawn nor described in training: {held_out_names}.
+The held-out pairs were neither drawn nor described in training: {held_out_names}.
 
-## Made by
+## Training
 
     python -m training shapes --seed {seed} --steps {steps} --pictures {pictures_asked}
 
-{pictures:,} pictures with two captions each, {steps:,} steps of {batch_size} pairs: portraits and
-singles in line-ups that differ in shape only, couples that differ by a swap of colours only.
-Symmetric InfoNCE, AdamW, peak learning rate {learning_rate:g}. Drawing took {drawing_s:.0f} s and
-training {training_s:.0f} s on {threads} threads ({machine}, torch {torch}). The same command on the
-same machine gives the same weights, bit for bit. The last loss is {loss:.3f} nats; `loss.png` has
-the curve.
+This command drew {pictures:,} pictures with two captions each and trained for {steps:,} steps of
+{batch_size} pairs. A batch has groups of pictures with one shape that differ only in that shape
+(portraits and singles), and pairs of pictures with two shapes that differ only by swapped colors
+(couples). The loss is symmetric InfoNCE, the optimizer AdamW with a peak learning rate of
+{learning_rate:g}. Drawing took {drawing_s:.0f} s and training {training_s:.0f} s on {threads}
+threads ({machine}, torch {torch}). The same command on the same machine gives the same weights, bit
+for bit. The final loss is {loss:.3f} nats, the mean of the last 100 steps; `loss.png` shows the
+curve.
 
-Hugging Face layout: `transformers.CLIPModel.from_pretrained` loads it unchanged.
+The checkpoint has Hugging Face's layout; `transformers.CLIPModel.from_pretrained` loads it.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What was made and how good it is; accuracies 0..1."""
+    """Facts about a trained demo checkpoint. Accuracies are 0..1."""
 
     output: str
     seed: int
@@ -72,14 +75,14 @@ def card(
     test_size: int,
     counts: tuple[int, int, int],
 ) -> str:
-    """The card as Markdown.
+    """Return the model card as Markdown.
 
     Args:
-        report: what was measured.
-        settings: of the training run.
-        pictures_asked: the number of pictures in the command, before rounding to whole chunks.
-        test_size: pixels the test pictures were drawn at.
-        counts: test pictures of seen pairs, of held-out pairs, of couples.
+        report: facts about the checkpoint.
+        settings: settings of the training run.
+        pictures_asked: requested number of pictures, before rounding to whole chunks.
+        test_size: size of the test pictures, in pixels.
+        counts: number of test pictures of seen pairs, of held-out pairs, and of couples.
     """
     return CARD.format(
         parameters=report.parameters,

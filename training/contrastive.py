@@ -1,11 +1,11 @@
-"""The contrastive training loop: pictures and captions of one batch have to find each other.
+"""Contrastive training loop: symmetric InfoNCE with a learnable logit scale.
 
-Symmetric InfoNCE with a learnable temperature, AdamW, warm-up and cosine, clipped gradients, mixed
-batches. The loop draws no random numbers: which captions are in a step follows from the seed and
-the step's number alone. So a run that was stopped continues bit for bit from its last checkpoint,
-and the same settings on the same machine give the same weights.
+The optimizer is AdamW with warm-up, cosine decay and clipped gradients. The loop uses no random
+numbers: the captions of a step depend only on the seed and on the number of the step. A stopped run
+therefore continues bit for bit from its last saved state, and the same settings on the same machine
+give the same weights.
 
-Does not know where pictures and captions come from, nor how a finished model is saved.
+`training.demo` and `training.folder` load the data and save the trained model.
 """
 
 import math
@@ -27,14 +27,15 @@ from serving.util.progress import Progress, silent
 from training.batches import MixedBatches, Pairs
 
 MAX_LOGIT_SCALE = math.log(100)
-"""Radford et al. 2021, 2.5: a scale above 100 made training unstable."""
-_REPORTED = 100
+"""Maximum logarithm of the logit scale. Radford et al. 2021, section 2.5: a scale above 100 made
+training unstable."""
+_REPORT_EVERY = 100
 """Steps between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run does; a checkpoint continues only under the settings it was made with."""
+    """Settings of a training run. A saved state can only be resumed with the same settings."""
 
     steps: int
     batch_size: int
@@ -44,19 +45,20 @@ class Settings:
     clip_norm: float = 1.0
     seed: int = 0
     threads: int = 2
-    """Of torch: sums in another order would round differently."""
+    """Number of CPU threads. It affects the results, since it changes the order of sums."""
     projections_only: bool = False
-    """Freezes both towers; their projections and the temperature are trained."""
+    """Freeze both towers; train only their projections and the logit scale."""
     checkpoint_every: int = 500
+    """Steps between two saved states."""
 
 
 def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE: row i of `image` belongs to row i of `text`.
+    """Compute the symmetric InfoNCE loss. Row i of `image` belongs to row i of `text`.
 
     Args:
         image: unit vectors, float32 [batch, dim].
         text: unit vectors, float32 [batch, dim].
-        logit_scale: logarithm of the inverse temperature, a scalar.
+        logit_scale: logarithm of the logit scale, a scalar.
 
     Returns:
         The mean of both cross entropies, in nats, a scalar.
@@ -67,7 +69,7 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Rises linearly over the warm-up, then falls along a cosine to nought at the last step."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay towards 0."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -75,27 +77,30 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 def trainable(clip: Clip, projections_only: bool) -> dict[str, nn.Parameter]:
-    """Parameters to train, by name; all others stop taking gradients."""
+    """Return the parameters to train, by name, and disable the gradients of all others."""
     encoder = clip.image.encoder
     last = getattr(encoder, "projection", None) or encoder.get_submodule("attention.output")
-    kept = {id(p) for m in (last, clip.text.projection) for p in m.parameters()}
-    kept.add(id(clip.logit_scale))
+    projections = {id(p) for m in (last, clip.text.projection) for p in m.parameters()}
+    projections.add(id(clip.logit_scale))
     for parameter in clip.parameters():
-        parameter.requires_grad_(not projections_only or id(parameter) in kept)
+        parameter.requires_grad_(not projections_only or id(parameter) in projections)
     return {name: p for name, p in clip.named_parameters() if p.requires_grad}
 
 
 def make_optimizer(clip: Clip, settings: Settings) -> torch.optim.AdamW:
-    """AdamW that decays matrices and kernels only: no norms, biases, temperature, embeddings."""
+    """Return an AdamW optimizer with weight decay for matrices and convolution kernels only.
+
+    Norms, biases, embeddings and the logit scale have no weight decay.
+    """
     decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    not_decayed: list[nn.Parameter] = []
     for name, parameter in trainable(clip, settings.projections_only).items():
         embedding = name.endswith(("position_embedding", "token_embedding.weight"))
-        (free if embedding or parameter.ndim < 2 else decayed).append(parameter)
+        (not_decayed if embedding or parameter.ndim < 2 else decayed).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": free, "weight_decay": 0.0},
+            {"params": not_decayed, "weight_decay": 0.0},
         ],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
@@ -111,19 +116,27 @@ def train(
     resume: bool = False,
     progress: Progress = silent,
 ) -> list[float]:
-    """Train `clip` in place; returns the loss of every step, in nats.
+    """Train `clip` in place.
 
-    Every `checkpoint_every` steps the run's state is written to the file `state`; with `resume` the
-    run continues from there and ends with the very weights it would have ended with unstopped.
+    Args:
+        clip: the model.
+        pairs: the training data.
+        settings: settings of the run.
+        state: file that the state of the run is written to, every `checkpoint_every` steps.
+        resume: continue from `state`. The final weights are the same as without an interruption.
+        progress: called with loss and speed.
+
+    Returns:
+        The loss of every step, in nats.
 
     Raises:
-        InputError: fewer pairs than one batch takes.
-        CheckpointError: `resume`, and `state` is missing or of a run with other settings.
+        InputError: there are fewer pairs than one batch needs.
+        CheckpointError: with `resume`, `state` is missing or was written with other settings.
     """
     batches = MixedBatches(pairs.kinds, settings.batch_size, settings.seed)
     optimizer = make_optimizer(clip, settings)
     losses = load_state(state, clip, optimizer, settings) if resume else []
-    # Frozen towers stay in evaluation mode: batch norms would go on averaging.
+    # Frozen towers stay in eval mode, so that batch norms do not update their running averages.
     clip.train(not settings.projections_only)
     started, first = time.monotonic(), len(losses)
     with reproducible(settings.threads // _parts(clip, settings)):
@@ -132,7 +145,7 @@ def train(
             if (step + 1) % settings.checkpoint_every == 0:
                 save_state(state, clip, optimizer, settings, losses)
             speed = (step + 1 - first) * settings.batch_size / (time.monotonic() - started)
-            if step % _REPORTED == 0 or step + 1 == settings.steps:
+            if step % _REPORT_EVERY == 0 or step + 1 == settings.steps:
                 figures = f"training, loss {losses[-1]:.3f}, {speed:.0f} pairs/s"
                 progress(figures, step + 1, settings.steps)
     clip.eval()
@@ -147,11 +160,11 @@ def _step(
     step: int,
     settings: Settings,
 ) -> float:
-    """One update; returns the loss before it."""
+    """Run one training step and return the loss before the update."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, settings)
     input_ids = pairs.input_ids[chosen]
-    # The longest text of the batch: behind its end, padding would be computed and never read.
+    # Texts are cut to the longest one of the batch, since padding does not affect embeddings.
     ends = (input_ids == clip.text.config.end_id).int().argmax(dim=1)
     pixels = pairs.pixels[pairs.picture_of[chosen]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -170,12 +183,13 @@ def _backward(
     input_ids: Tensor,
     settings: Settings,
 ) -> Tensor:
-    """Set the gradient of `parameters`; returns the loss.
+    """Set the gradients of `parameters` and return the loss.
 
-    The batch goes through the towers in one part a thread: threads inside every operation wait for
-    each other thousands of times a step (66 pairs/s instead of 181, in batches of 64 on two cores
-    shared with other work). The loss is over the whole batch all the same: its
-    gradient by the embeddings is taken first, then each part goes back through the towers.
+    Each thread computes the towers for one part of the batch. Parallelism inside each operation is
+    slower, since its threads synchronize thousands of times per step: 66 pairs/s instead of
+    181 pairs/s, in batches of 64 on two cores shared with other work. The loss is still that of the
+    whole batch: its gradients with respect to the embeddings are computed first, and then
+    propagated through the towers in parts.
     """
     parts = _parts(clip, settings)
     size = -(-len(pixels) // parts)
@@ -184,7 +198,7 @@ def _backward(
     def embed(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return clip.image(part[0]), clip.text(part[1])
 
-    def pull_back(job: tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def propagate(job: tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(job[0], weights, job[1])
 
     with ThreadPoolExecutor(parts) as threads:
@@ -195,22 +209,22 @@ def _backward(
         )
         loss = info_nce(images, texts, clip.logit_scale)
         by_image, by_text, by_scale = torch.autograd.grad(loss, (images, texts, clip.logit_scale))
-        pulls = zip(torch.split(by_image, size), torch.split(by_text, size), strict=True)
-        parted = list(threads.map(pull_back, zip(embedded, pulls, strict=True)))
-    for parameter, *gradients in zip(weights, *parted, strict=True):
+        split_by = zip(torch.split(by_image, size), torch.split(by_text, size), strict=True)
+        partial = list(threads.map(propagate, zip(embedded, split_by, strict=True)))
+    for parameter, *gradients in zip(weights, *partial, strict=True):
         parameter.grad = sum(gradients[1:], gradients[0])
     clip.logit_scale.grad = by_scale
     return loss.detach()
 
 
 def _parts(clip: Clip, settings: Settings) -> int:
-    """How many parts a batch is computed in; a ResNet's batch norms need all of it at once."""
+    """Return the number of parts of a batch; 1 for a ResNet, whose batch norms need all of it."""
     return 1 if isinstance(clip.image.config, ResNetConfig) else settings.threads
 
 
 @contextmanager
 def reproducible(threads: int) -> Iterator[None]:
-    """Deterministic algorithms on a fixed number of threads, then as it was before."""
+    """Use deterministic algorithms on a fixed number of threads, and restore both on exit."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
@@ -228,7 +242,7 @@ def save_state(
     settings: Settings,
     losses: list[float],
 ) -> None:
-    """Write everything a run needs to continue; the file is whole or not there at all."""
+    """Write the state that a run needs to continue. The file is replaced atomically."""
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -244,20 +258,25 @@ def save_state(
 def load_state(
     path: Path, clip: Clip, optimizer: torch.optim.Optimizer, settings: Settings
 ) -> list[float]:
-    """Put a run's state back into `clip` and `optimizer`; returns the losses so far.
+    """Load the state of a run into `clip` and `optimizer`.
+
+    Returns:
+        The losses of the steps so far.
 
     Raises:
-        CheckpointError: the file is missing, or was written under other settings.
+        CheckpointError: the file is missing, or was written with other settings.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: there is no run to resume; leave out --resume")
+        raise CheckpointError(
+            f"{path} is missing: there is no run to resume", advice="leave out --resume"
+        )
     content = torch.load(path, weights_only=True)
     expected, found = asdict(settings), content["settings"]
-    other = [f"{k} {found.get(k)} (now {v})" for k, v in expected.items() if found.get(k) != v]
-    if other:
+    changed = [f"{k} {found.get(k)} (now {v})" for k, v in expected.items() if found.get(k) != v]
+    if changed:
         raise CheckpointError(
-            f"{path} was written with other settings: {', '.join(other)}; resume with the same "
-            "settings, or leave out --resume"
+            f"{path} was written with other settings: {', '.join(changed)}",
+            advice="resume with the same settings, or leave out --resume",
         )
     clip.load_state_dict(content["clip"])
     optimizer.load_state_dict(content["optimizer"])
@@ -266,7 +285,7 @@ def load_state(
 
 
 def plot_losses(losses: list[float], path: Path) -> None:
-    """Draw the loss of every step, and its running mean, as a PNG."""
+    """Plot the loss of every step and its running mean to a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,8 @@
-"""Captioned pictures from files, and the tokenizer trained on their captions.
+"""Reading of captioned images from files, and training of a tokenizer on their captions.
 
-A folder holds `captions.txt` (`file, caption` a line) or `dataset.json`
-(`[{"image_path": ..., "text": ...}]`), paths relative to it; a picture may have several captions.
+A directory has a `captions.txt` (one `file, caption` per line) or a `dataset.json`
+(`[{"image_path": ..., "text": ...}]`). Paths are relative to it. An image can have more than one
+caption.
 """
 
 import json
@@ -24,19 +25,18 @@ from serving.util.progress import Progress, silent, tracked
 
 END_OF_WORD = "</w>"
 MIN_VOCABULARY = 514
-"""256 bytes, 256 bytes that end a word, two special tokens."""
+"""Minimum size of a vocabulary: 256 bytes, 256 bytes at the end of a word, two special tokens."""
 
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer in CLIP's format; it can write any text, seen or not.
+    """Train a byte-level BPE tokenizer in CLIP's format. It can encode any text.
 
     Args:
-        captions: texts to learn words from.
-        vocabulary: most tokens it may have, special ones included.
+        captions: texts to train on.
+        vocabulary: maximum number of tokens, including special ones.
 
     Raises:
         InputError: `vocabulary` is too small for all bytes and the special tokens.
-
     """
     if vocabulary < MIN_VOCABULARY:
         raise InputError(f"expected a vocabulary of at least {MIN_VOCABULARY}, got {vocabulary}")
@@ -49,7 +49,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
     )
     learner.train_from_iterator(captions, trainer)
     merges = [(merge[0], merge[1]) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    # The vocabulary in OpenAI's order: bytes, bytes that end a word, merges, special tokens last.
+    # OpenAI's order: bytes, bytes at the end of a word, merges, special tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
     merges = merges[: vocabulary - MIN_VOCABULARY]
@@ -60,7 +60,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
 
 
 def text_spec(tokenizer: Tokenizer, context_length: int) -> TextSpec:
-    """The facts of `tokenizer`; pads with the end-of-text token, as transformers does."""
+    """Return the TextSpec of a tokenizer. Padding is the end-of-text token, as in transformers."""
     vocabulary = tokenizer.get_vocab()
     end = vocabulary[END]
     return TextSpec(
@@ -75,11 +75,10 @@ def text_spec(tokenizer: Tokenizer, context_length: int) -> TextSpec:
 def encode(
     tokenizer: Tokenizer, spec: TextSpec, texts: Sequence[str], *, truncate: bool = False
 ) -> torch.Tensor:
-    """Token ids exactly as a server makes them, int32 [texts, length].
+    """Tokenize texts in the same way as a server, to int32 [texts, length].
 
     Raises:
-        TextError: a text is empty, holds half a surrogate pair, or is too long without `truncate`.
-
+        TextError: a text is empty, has a lone surrogate, or is too long and `truncate` is False.
     """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "tokenizer.json"
@@ -90,22 +89,20 @@ def encode(
 def load_pixels(
     paths: Sequence[Path], image: ImageSpec, progress: Progress = silent
 ) -> torch.Tensor:
-    """Decoded pictures, uint8 [paths, 3, size, size].
+    """Load and preprocess image files, to uint8 [paths, 3, size, size].
 
     Raises:
-        ImageError: a picture cannot be decoded; the message names the file.
-
+        ImageError: an image cannot be decoded; the message names the file.
     """
-    pictures = tracked(progress, "reading images", paths, len(paths))
-    return torch.from_numpy(np.stack([preprocess(path, image) for path in pictures]))
+    images = tracked(progress, "reading images", paths, len(paths))
+    return torch.from_numpy(np.stack([preprocess(path, image) for path in images]))
 
 
 def read_folder(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures and captions of a folder, in the order of its listing.
+    """Read the image paths and captions of a directory, in the order of its listing.
 
     Raises:
-        InputError: no listing, one that cannot be read, or pictures that are missing.
-
+        InputError: the listing is missing or cannot be read, or images are missing.
     """
     text, table = folder / "captions.txt", folder / "dataset.json"
     if text.is_file():
@@ -114,23 +111,25 @@ def read_folder(folder: Path) -> list[tuple[Path, str]]:
         pairs = _read_table(table)
     else:
         raise InputError(
-            f"expected captions.txt (`file, caption` a line) or dataset.json "
+            f"expected captions.txt (one `file, caption` per line) or dataset.json "
             f'([{{"image_path": ..., "text": ...}}]) in {folder}, found neither'
         )
     if not pairs:
-        raise InputError(f"the listing in {folder} holds no pairs; add a line for each caption")
+        raise InputError(
+            f"the listing in {folder} has no pairs", advice="add a line for each caption"
+        )
     missing = sorted({name for name, _ in pairs if not (folder / name).is_file()})
     if missing:
         names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise InputError(
-            f"{len(missing)} of the pictures listed are not in {folder}: {names}; "
-            "add the files or remove their lines"
+            f"{len(missing)} of the listed images are not in {folder}: {names}",
+            advice="add the files or remove their lines",
         )
     return [(folder / name, caption) for name, caption in pairs]
 
 
 def _read_captions(path: Path) -> list[tuple[str, str]]:
-    """`file, caption` a line, of which a caption may hold commas; skips Flickr8k's header line."""
+    """Read one `file, caption` per line; a caption can have commas. Skip Flickr8k's header."""
     pairs = []
     for number, line in enumerate(_read_utf8(path).splitlines(), start=1):
         if not line.strip():
@@ -145,7 +144,7 @@ def _read_captions(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_table(path: Path) -> list[tuple[str, str]]:
-    """A JSON list of objects with the strings `image_path` and `text`."""
+    """Read a JSON list of objects with the strings `image_path` and `text`."""
     try:
         rows: Any = json.loads(_read_utf8(path))
     except json.JSONDecodeError as error:
@@ -169,5 +168,6 @@ def _read_utf8(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: expected UTF-8, byte {error.start} is not; save the file as UTF-8"
+            f"{path}: expected UTF-8, but byte {error.start} is not valid",
+            advice="save the file as UTF-8",
         ) from None

@@ -1,4 +1,4 @@
-"""The demo checkpoint `assets/shapes-clip`: from a seed to a measured model with its card."""
+"""Training of the demo checkpoint `assets/shapes-clip`, with its accuracy and model card."""
 
 import math
 import time
@@ -34,18 +34,18 @@ CONTEXT_LENGTH = 32
 VOCABULARY = 700
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
 SHARES = {"portrait": 0.25, "single": 0.5, "couple": 0.25}
-"""Of every batch, by kind of picture."""
+"""Share of each kind of picture in a batch."""
 PORTRAIT_STEPS = 600
-"""Steps at the start that see portraits only: in other pictures shapes are found much later."""
+"""Initial steps with portraits only. With other pictures, the model learns shapes much later."""
 FIRST_SCALE = 40.0
-"""Inverse temperature at the start. CLIP's own, 14, makes little of shapes beside colours."""
+"""Initial logit scale. With CLIP's own, 14, the model learns colors but hardly any shapes."""
 TEST_SIZE = 256
 TEST_PICTURES = 2610, 1300, 1000
-"""Seen and held-out, 30 and 100 of each pair; couples."""
+"""Number of test pictures: of seen pairs (30 each), of held-out pairs (100 each), of couples."""
 
 
 def default_settings(steps: int, seed: int) -> Settings:
-    """The settings of the shipped checkpoint."""
+    """Return the settings of the shipped checkpoint."""
     return Settings(
         steps=steps,
         batch_size=64,
@@ -56,7 +56,7 @@ def default_settings(steps: int, seed: int) -> Settings:
 
 
 def build_clip(text: TextSpec) -> Clip:
-    """The shipped architecture, about 1.2 million parameters, freshly initialised."""
+    """Return a new model of the shipped architecture, with about 1.2 million parameters."""
     image = VisionTransformerConfig(
         image_size=IMAGE.size,
         patch_size=8,
@@ -80,17 +80,17 @@ def build_clip(text: TextSpec) -> Clip:
 
 
 def make_pairs(drawn: dict[str, Drawn], input_ids: Tensor) -> Pairs:
-    """Pictures of all kinds as training pairs; couples that differ by a swap share a batch.
+    """Return training pairs of the pictures of all kinds. A batch has all pictures of a group.
 
     Args:
         drawn: pictures by kind.
-        input_ids: of the captions of `drawn`, in its order, int32 [captions, length].
+        input_ids: token ids of the captions in `drawn`, in its order, int32 [captions, length].
     """
     kinds, first = {}, 0
     for kind, part in drawn.items():
         captions = torch.arange(first, first + len(part.captions) * CAPTIONS)
         members = KINDS[kind].members
-        # [groups, members, captions of each] -> one row for each caption of all members.
+        # [groups, members, CAPTIONS] -> [groups * CAPTIONS, members]
         groups = captions.view(-1, members, CAPTIONS).transpose(1, 2).reshape(-1, members)
         kinds[kind] = PairKind(groups, SHARES[kind], 0 if kind == "portrait" else PORTRAIT_STEPS)
         first += len(captions)
@@ -108,12 +108,16 @@ def make_demo(
     resume: bool,
     progress: Progress = silent,
 ) -> DemoReport:
-    """Draw, train, measure, and write the checkpoint with its card and loss curve to `output`.
+    """Train the demo checkpoint and write it to `output`, with its model card and loss curve.
 
     Args:
-        state: file that the run's state is kept in until it has ended.
-        pictures: how many to draw for training, of all kinds together.
-        workers: processes that draw; the pictures do not depend on it.
+        output: directory to write to.
+        state: file with the state of the run; it is deleted at the end.
+        settings: settings of the run.
+        pictures: number of pictures to draw for training, over all kinds.
+        workers: number of processes that draw. It does not affect the pictures.
+        resume: continue from `state`.
+        progress: called with each step.
     """
     started = time.monotonic()
     counts = {kind: math.ceil(pictures * SHARES[kind]) for kind in KINDS}

@@ -1,4 +1,4 @@
-"""Trains a CLIP on a folder of captioned pictures, from nothing or from a checkpoint."""
+"""Training on a directory of captioned images, from scratch or from a checkpoint."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +21,19 @@ from training.initialise import initialise
 from training.measure import Model
 
 HEAD = 32
-"""Channels of an attention head in the transformers, of which small ones need more than one."""
+"""Channels per attention head. CLIP's 64 would leave small transformers with very few heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of a model trained from nothing; the defaults suit some thousand pairs on a CPU."""
+    """Sizes of a model trained from scratch. The defaults suit a few thousand pairs on a CPU."""
 
     tower: Literal["vit", "resnet"] = "vit"
     image_size: int = 64
     patch_size: int = 8
-    """Of a ViT."""
+    """Patch size of a ViT."""
     width: int = 128
-    """Channels of a ViT, or of a ResNet's stem; a ResNet ends with 32 times as many."""
+    """Channels of a ViT, or of a ResNet's stem. A ResNet's last stage has 32 times as many."""
     layers: int = 4
     """Blocks of a ViT, or of each of a ResNet's four stages."""
     text_width: int = 128
@@ -45,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class FolderReport:
-    """What was made."""
+    """Facts about a checkpoint trained on a directory."""
 
     output: str
     images: int
@@ -53,12 +53,13 @@ class FolderReport:
     steps: int
     parameters: int
     first_loss: float
+    """Loss of the first step, in nats."""
     last_loss: float
-    """In nats."""
+    """Loss of the last step, in nats."""
 
 
 def image_spec(sizes: Sizes) -> ImageSpec:
-    """Preprocessing in the convention of the library that the tower's layout belongs to."""
+    """Return the preprocessing, with the pipeline of the library whose layout the tower has."""
     return ImageSpec(
         size=sizes.image_size,
         resize=sizes.image_size,
@@ -70,10 +71,10 @@ def image_spec(sizes: Sizes) -> ImageSpec:
 
 
 def build_clip(sizes: Sizes, text: TextSpec) -> Clip:
-    """Fresh towers.
+    """Return a newly initialized model.
 
     Raises:
-        InputError: sizes that do not fit each other.
+        InputError: the sizes do not fit each other.
     """
     step = sizes.patch_size if sizes.tower == "vit" else 32
     if sizes.image_size % step:
@@ -99,7 +100,7 @@ def build_clip(sizes: Sizes, text: TextSpec) -> Clip:
             image_size=sizes.image_size,
             width=sizes.width,
             layers=(sizes.layers,) * 4,
-            heads=sizes.width // 2,  # of 64 channels, as in all of OpenAI's ResNets
+            heads=sizes.width // 2,  # 64 channels per head, as in all of OpenAI's ResNets
         )
     words = TextConfig(
         context_length=text.context_length,
@@ -128,13 +129,18 @@ def train_folder(
     """Train on the pairs of `folder`, and write the checkpoint and its loss curve to `output`.
 
     Args:
-        state: file that the run's state is kept in until it has ended.
-        sizes: of the model; with `start` they are the checkpoint's instead.
-        start: a checkpoint to start from, whose tokenizer is kept.
+        folder: directory of images with a listing of captions.
+        output: directory to write to.
+        state: file with the state of the run; it is deleted at the end.
+        settings: settings of the run.
+        sizes: sizes of the model. They are ignored with `start`.
+        start: checkpoint to start from; its tokenizer is kept.
+        resume: continue from `state`.
+        progress: called with each step.
 
     Raises:
-        InputError: listing, pictures or captions that cannot be used, or sizes that do not fit.
-        CheckpointError: `start` cannot be loaded, or there is no such run to resume.
+        InputError: the listing, an image or a caption cannot be used, or the sizes do not fit.
+        CheckpointError: `start` cannot be loaded, or there is no matching state to resume.
     """
     listed = read_folder(folder)
     captions = [caption for _, caption in listed]

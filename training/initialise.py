@@ -1,9 +1,10 @@
-"""Starting weights that spare a Vision Transformer the slow beginning of training.
+"""Initial weights of a vision transformer that shorten the first phase of training.
 
-From random weights the shapes of the demo data set stay invisible for long: nearly all variance of
-a patch is its mean colour, and places look alike. Whitened patches and regular positions shorten
-that plateau: told to name the shape of large singles, the shipped tower is at a loss of 1.0 nats
-after 200 batches of 64; from random weights it is at 2.2, where guessing is at 2.3.
+With random weights, a model learns the shapes of the demo data late: the mean color of a patch has
+nearly all of its variance, and positions are indistinguishable. Patch embeddings that whiten, and
+regular position embeddings, shorten this plateau. On the shapes of large singles, the shipped tower
+reaches a loss of 1.0 nats after 200 batches of 64; from random weights it reaches 2.2 nats, where
+chance is 2.3 nats.
 """
 
 import math
@@ -15,25 +16,26 @@ from torch import Tensor
 from export.towers.clip import ImageTower, VisionTransformer
 
 FLOOR = 0.01
-"""Variance added to each component's own, so that noise is not amplified to the size of edges."""
+"""Variance added to each component, so that whitening does not amplify noise to the level of
+edges."""
 
 
 @torch.no_grad()
 def initialise(tower: ImageTower, pixels: Tensor) -> None:
-    """Set the patch embedding to the whitening of patches, the positions to sines and cosines.
+    """Set the patch embedding to whiten patches, and the position embedding to sines and cosines.
 
-    Leaves a ResNet as it is.
+    A ResNet is left unchanged.
 
     Args:
-        tower: its patches have at least as many values as it has channels.
-        pixels: pictures to learn the patches' covariance from, uint8 [n, 3, size, size].
+        tower: image tower, with at most as many channels as a patch has values.
+        pixels: images to estimate the covariance of patches from, uint8 [n, 3, size, size].
     """
     encoder = tower.encoder
     if not isinstance(encoder, VisionTransformer):
         return
     kernel = encoder.patch_embedding.weight
-    normalised = (pixels.float() - tower.mean) * tower.inverse_std
-    patches = F.unfold(normalised, kernel.shape[-1], stride=kernel.shape[-1])
+    normalized = (pixels.float() - tower.mean) * tower.inverse_std
+    patches = F.unfold(normalized, kernel.shape[-1], stride=kernel.shape[-1])
     patches = patches.transpose(1, 2).flatten(0, 1)
     variances, directions = torch.linalg.eigh(patches.T.cov())
     whitening = directions / (variances + FLOOR).sqrt()
@@ -43,10 +45,10 @@ def initialise(tower: ImageTower, pixels: Tensor) -> None:
 
 
 def sine_positions(side: int, width: int) -> Tensor:
-    """Places of a square grid, row by row, as sines and cosines, float32 [side * side, width].
+    """Return position embeddings of a square grid, row by row, float32 [side * side, width].
 
-    Half of the channels tell the row, half the column, each at `width / 4` frequencies from 1 to
-    1/100 radians a place. `width` is a multiple of 4.
+    Half of the channels encode the row, half the column, each as sines and cosines of `width / 4`
+    frequencies from 1 to 1/100 radians per position. `width` has to be a multiple of 4.
     """
     frequencies = 100.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""How well a model names pictures it was not trained on."""
+"""Zero-shot accuracy of a trained model on newly drawn pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ BATCH = 250
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A trained model with what turns pictures and texts into its inputs."""
+    """Trained model with its preprocessing and tokenizer."""
 
     clip: Clip
     image: ImageSpec
@@ -32,21 +32,21 @@ class Model:
 
 @torch.inference_mode()
 def embed_pixels(model: Model, pixels: Tensor) -> Tensor:
-    """uint8 [n, 3, size, size] -> float32 [n, dim], unit length."""
+    """Embed pixels, uint8 [n, 3, size, size], to float32 [n, dim] of unit length."""
     model.clip.eval()
     return torch.cat([model.clip.image(batch) for batch in torch.split(pixels, BATCH)])
 
 
 @torch.inference_mode()
 def embed_texts(model: Model, texts: Sequence[str]) -> Tensor:
-    """float32 [texts, dim], unit length."""
+    """Embed texts, to float32 [texts, dim] of unit length."""
     model.clip.eval()
     input_ids = encode(model.tokenizer, model.text, texts)
     return torch.cat([model.clip.text(batch) for batch in torch.split(input_ids, BATCH)])
 
 
 def embed_labels(model: Model, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One embedding a label, the mean over its prompts: float32 [labels, dim], unit length."""
+    """Return class embeddings, the mean over prompts: float32 [labels, dim], unit length."""
     prompts = [template.format(text) for text in labels for template in templates]
     embeddings = embed_texts(model, prompts).view(len(labels), len(templates), -1)
     return F.normalize(embeddings.mean(dim=1), dim=-1)
@@ -61,11 +61,16 @@ def zero_shot_accuracy(
     size: int,
     progress: Progress = silent,
 ) -> float:
-    """Share, 0..1, of `count` fresh pictures of `pairs` that get the right one of all 100 labels.
+    """Measure the top-1 accuracy, 0..1, over all 100 labels on newly drawn pictures.
 
     Args:
-        seed: of the pictures.
-        size: pixels the pictures are drawn at, before the model's own preprocessing.
+        model: the model.
+        templates: prompt templates that labels are put into.
+        pairs: colors and shapes to draw.
+        seed: seed of the pictures.
+        count: number of pictures.
+        size: size of the pictures in pixels, before the model's preprocessing.
+        progress: called after each picture.
     """
     labels = [label(pair) for pair in PAIRS]
     drawn = tracked(progress, "measuring", draw_labelled(seed, count, size, pairs), count)
@@ -75,15 +80,20 @@ def zero_shot_accuracy(
         truth.append(labels.index(text))
     images = embed_pixels(model, torch.from_numpy(np.stack(pixels)))
     scores = images @ embed_labels(model, labels, templates).T
-    return _share(scores.argmax(dim=1) == torch.tensor(truth))
+    return _fraction(scores.argmax(dim=1) == torch.tensor(truth))
 
 
 def binding_accuracy(model: Model, seed: int, count: int, size: int) -> float:
-    """Share, 0..1, of pictures of two things told from the same with colours swapped.
+    """Measure the accuracy, 0..1, of telling two shapes from the same shapes with swapped colors.
 
-    Each of `count` pictures, such as of a red star and a blue ring, has to be nearer to `a red star
-    and a blue ring` than to `a blue star and a red ring`: words alone, without their order, do not
-    tell.
+    A picture of a red star and a blue ring has to be nearer to `a red star and a blue ring` than to
+    `a blue star and a red ring`. Both captions have the same words, so a model needs their order.
+
+    Args:
+        model: the model.
+        seed: seed of the pictures.
+        count: number of pictures.
+        size: size of the pictures in pixels, before the model's preprocessing.
     """
     rng = np.random.default_rng(seed)
     scenes = [scene for _ in range(count // 2) for scene in swapped_couples(rng, SEEN)]
@@ -94,8 +104,8 @@ def binding_accuracy(model: Model, seed: int, count: int, size: int) -> float:
     captions = embed_texts(model, texts)
     # [couples, pictures, captions]
     scores = images.view(count // 2, 2, -1) @ captions.view(count // 2, 2, -1).transpose(1, 2)
-    return _share(scores.argmax(dim=2) == torch.arange(2))
+    return _fraction(scores.argmax(dim=2) == torch.arange(2))
 
 
-def _share(right: Tensor) -> float:
+def _fraction(right: Tensor) -> float:
     return float(right.float().mean())

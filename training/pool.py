@@ -1,7 +1,8 @@
-"""Draws the training pictures on all cores, before training.
+"""Parallel drawing of the training pictures, before training.
 
-Work is split into chunks with a seed each, so the pictures depend on the seed and their number
-only, not on how many processes drew them. Without torch: the processes start fast and stay small.
+The work is split into chunks, each with its own seed. The pictures therefore depend only on the
+seed and their number, not on the number of processes. This module does not import torch, so that
+processes start fast and use little memory.
 """
 
 import multiprocessing
@@ -20,50 +21,52 @@ from training.scenes import COLOURS, SEEN, Pair, Scene, choose, lineup, portrait
 from training.shapes import TEMPLATES, caption, draw, label
 
 SIZES = (64, 80, 96, 128, 192)
-"""Pixels that pictures are drawn at; they are then resized as a server would resize them."""
+"""Sizes of drawn pictures, in pixels. They are then resized with the server's preprocessing."""
 CHUNK = 256
 CAPTIONS = 2
-"""Captions of each picture."""
+"""Number of captions per picture."""
 LINEUP = 8
-"""Pictures that differ in their shape only; every colour has this many shapes in training."""
+"""Number of pictures in a group that differ only in their shape. Every color has at least this many
+shapes in training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Pictures and what is said of them."""
+    """Drawn pictures and their captions."""
 
     pixels: NDArray[np.uint8]
-    """[pictures, 3, size, size]."""
+    """Pictures, uint8 [pictures, 3, size, size]."""
     captions: list[list[str]]
-    """`CAPTIONS` texts for each picture."""
+    """`CAPTIONS` captions of each picture."""
 
 
 def same_colour(rng: np.random.Generator) -> list[Pair]:
-    """`LINEUP` pairs of one colour: among them, only the shape tells which picture is meant."""
+    """Return `LINEUP` pairs of one random color, which differ only in their shape."""
     colour = choose(rng, COLOURS)
     pairs = [pair for pair in SEEN if pair[0] == colour]
     return [pairs[i] for i in rng.permutation(len(pairs))[:LINEUP]]
 
 
 def plain(scene: Scene, rng: np.random.Generator) -> str:
-    """Colour and shape of a thing alone, and no more."""
+    """Return a caption of a scene with one shape: only its color and shape."""
     (thing,) = scene.things
     return choose(rng, TEMPLATES).format(label((thing.colour, thing.shape)))
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one kind of training pictures comes about."""
+    """Functions that make one kind of training pictures."""
 
     scenes: Callable[[np.random.Generator], list[Scene]]
-    """Draws a group of scenes that belong in one batch."""
+    """Returns a group of scenes, which belong in one batch."""
     members: int
-    """Scenes of a group."""
+    """Number of scenes in a group."""
     describe: Callable[[Scene, np.random.Generator], str] = caption
+    """Returns a caption of a scene."""
 
 
-# Without line-ups the loss is small as soon as colours, places and backgrounds are known, and the
-# shapes stay unlearnt: a batch has few pictures that differ in nothing else.
+# Groups of pictures that differ only in their shape make the model learn shapes. Without them, a
+# batch has few such pictures, and the loss is small with colors, positions and backgrounds alone.
 KINDS = {
     "portrait": Recipe(lambda rng: portraits(rng, same_colour(rng)), LINEUP, plain),
     "single": Recipe(lambda rng: lineup(rng, same_colour(rng)), LINEUP),
@@ -72,7 +75,7 @@ KINDS = {
 
 
 def draw_chunk(image: ImageSpec, seed: int, kind: str, chunk: int) -> Drawn:
-    """Draw `CHUNK` pictures; the scenes of one group follow each other."""
+    """Draw a chunk of at least `CHUNK` pictures. The pictures of a group are consecutive."""
     recipe = KINDS[kind]
     rng = np.random.default_rng([seed, list(KINDS).index(kind), chunk])
     scenes: list[Scene] = []
@@ -90,16 +93,27 @@ def draw_pool(
     workers: int,
     progress: Progress = silent,
 ) -> dict[str, Drawn]:
-    """Draw pictures on `workers` processes: of each kind its count, rounded up to whole chunks."""
+    """Draw pictures in parallel.
+
+    Args:
+        counts: number of pictures of each kind; it is rounded up to whole chunks.
+        image: preprocessing of the image tower.
+        seed: seed of the pictures.
+        workers: number of processes.
+        progress: called after each chunk.
+
+    Returns:
+        The pictures by kind.
+    """
     jobs = [(kind, chunk) for kind in counts for chunk in range(-(-counts[kind] // CHUNK))]
     job = partial(draw_chunk, image, seed)
-    # Spawned, not forked: torch's threads do not survive a fork.
+    # Processes are spawned, because torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
         chunks = executor.map(job, *zip(*jobs, strict=True))
         parts = list(tracked(progress, "drawing", chunks, len(jobs)))
     drawn = {}
     for kind in counts:
-        own = [part for part, (name, _) in zip(parts, jobs, strict=True) if name == kind]
-        captions = [texts for part in own for texts in part.captions]
-        drawn[kind] = Drawn(np.concatenate([part.pixels for part in own]), captions)
+        chosen = [part for part, (name, _) in zip(parts, jobs, strict=True) if name == kind]
+        captions = [texts for part in chosen for texts in part.captions]
+        drawn[kind] = Drawn(np.concatenate([part.pixels for part in chosen]), captions)
     return drawn

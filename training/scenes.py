@@ -1,7 +1,7 @@
-"""Random scenes: coloured shapes, their sizes and places, before a coloured background.
+"""Random scenes: colored shapes with sizes and positions, on a colored background.
 
-Everything random about a picture is in its scene, so one scene looks the same at 64 and at 320
-pixels. Knows nothing of how a scene is drawn or described: that is `shapes.py`.
+A scene has everything that is random about a picture, so it looks the same at 64 and at 320 pixels.
+`training.shapes` draws and describes scenes.
 """
 
 import colorsys
@@ -14,11 +14,11 @@ import numpy as np
 
 T = TypeVar("T")
 Pair = tuple[str, str]
-"""A colour and a shape."""
+"""Color and shape."""
 Range = tuple[float, float]
 RGB = tuple[int, int, int]
 
-# Hue in degrees, saturation, value: each a range that a colour's name covers without dispute.
+# Ranges of hue (in degrees), saturation and value in which a color has this name beyond doubt.
 COLOUR_RANGES: dict[str, tuple[Range, Range, Range]] = {
     "red": ((-7, 5), (0.85, 1.0), (0.78, 0.95)),
     "orange": ((24, 33), (0.88, 1.0), (0.93, 1.0)),
@@ -36,7 +36,7 @@ COLOURS = tuple(COLOUR_RANGES)
 SHAPES = (
     "circle", "square", "triangle", "star", "heart", "moon", "ring", "cross", "arrow", "flower",
 )  # fmt: skip
-"""Each is recognisable whichever way it is turned."""
+"""Shapes that stay recognizable in any rotation."""
 
 HELD_OUT: tuple[Pair, ...] = (
     ("red", "circle"),
@@ -53,22 +53,22 @@ HELD_OUT: tuple[Pair, ...] = (
     ("white", "flower"),
     ("black", "star"),
 )
-"""Never drawn nor described in training. No colour and no shape is held out more than twice, so
-every word is learnt from at least eight other pairs."""
+"""Pairs that are neither drawn nor described in training. No color and no shape is held out more
+than twice, so every word is learned from at least eight other pairs."""
 PAIRS: tuple[Pair, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 ROWS = {"top": 0.27, "": 0.5, "bottom": 0.73}
 COLUMNS = {"left": 0.27, "": 0.5, "right": 0.73}
 TILT = 15.0
-"""Standard deviation of the angle that a thing is turned by, in degrees."""
+"""Standard deviation of the rotation of a shape, in degrees."""
 RADII: dict[str, Range] = {"small": (0.18, 0.21), "": (0.24, 0.28), "large": (0.32, 0.38)}
-"""Radius of the circle around a shape, in parts of the picture's side, by the word for it."""
+"""Radius of the circle around a shape, as a fraction of the picture's side, by word for size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape; lengths are parts of the picture's side, the angle is in degrees."""
+    """Shape in a scene. Lengths are fractions of the picture's side, the angle is in degrees."""
 
     colour: str
     shape: str
@@ -82,31 +82,34 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One or two things before a background that blends `tints[0]` into `tints[1]`."""
+    """One or two shapes on a background with a gradient from `tints[0]` to `tints[1]`."""
 
     things: tuple[Thing, ...]
     row: str
     column: str
-    """The place of a thing that is alone, in words; both empty in the centre."""
+    """Position of a single shape in words, with `row`. Both are empty in the center."""
     background: str
     tints: tuple[RGB, RGB]
     slope: float
-    """Direction of the blend, in radians."""
+    """Direction of the gradient, in radians."""
     texture: float
-    """Amplitude of the texture, in grey levels."""
+    """Amplitude of the texture, in gray levels."""
     grain: int
-    """Cells of the texture along the picture's side."""
+    """Number of texture cells along the picture's side."""
     seed: int
-    """Of the texture."""
+    """Seed of the texture."""
 
 
 def single(rng: np.random.Generator, pair: Pair) -> Scene:
-    """One thing, anywhere."""
+    """Return a scene with one shape at a random position."""
     return lineup(rng, [pair])[0]
 
 
 def lineup(rng: np.random.Generator, pairs: Sequence[Pair]) -> list[Scene]:
-    """One scene of one thing for each pair, alike in size, place and background."""
+    """Return a scene with one shape for each pair.
+
+    All scenes have the same word for size, about the same position, and the same background color.
+    """
     size, row, column = (choose(rng, tuple(words)) for words in (RADII, ROWS, COLUMNS))
     background = _background(rng, pairs)
     scenes = []
@@ -118,7 +121,10 @@ def lineup(rng: np.random.Generator, pairs: Sequence[Pair]) -> list[Scene]:
 
 
 def portraits(rng: np.random.Generator, pairs: Sequence[Pair]) -> list[Scene]:
-    """A line-up of large things in the centre, turned only a little: the easiest to tell apart."""
+    """Return a scene with one large shape in the center for each pair, on the same background.
+
+    These are the easiest scenes to tell apart.
+    """
     background = _background(rng, pairs)
     scenes = []
     for pair in pairs:
@@ -129,7 +135,7 @@ def portraits(rng: np.random.Generator, pairs: Sequence[Pair]) -> list[Scene]:
 
 
 def couple(rng: np.random.Generator, pairs: tuple[Pair, Pair]) -> Scene:
-    """Two things beside each other or above each other, small or of middling size."""
+    """Return a scene with two small or medium shapes, one beside or above the other."""
     ends = (0.25, 0.75) if rng.random() < 0.5 else (0.75, 0.25)
     across = rng.uniform(0.3, 0.7)
     upright = rng.random() < 0.5
@@ -137,15 +143,15 @@ def couple(rng: np.random.Generator, pairs: tuple[Pair, Pair]) -> Scene:
     for pair, end in zip(pairs, ends, strict=True):
         size = choose(rng, ("small", ""))
         place = (across, end) if upright else (end, across)
-        radius = 0.8 * rng.uniform(*RADII[size])  # or two would touch
+        radius = 0.8 * rng.uniform(*RADII[size])  # smaller, so that the two shapes do not touch
         things.append(_thing(rng, pair, size, place, radius, rng.normal(0, TILT)))
     return _scene(rng, tuple(things), _background(rng, pairs))
 
 
 def swapped_couples(rng: np.random.Generator, pairs: Sequence[Pair]) -> tuple[Scene, Scene]:
-    """Two scenes that differ in which shape has which colour: only binding tells them apart.
+    """Return two scenes with the same two shapes and the same two colors, but swapped colors.
 
-    All four pairs are among `pairs`.
+    All four pairs of color and shape are in `pairs`.
     """
     while True:
         (colour1, shape1), (colour2, shape2) = (choose(rng, pairs) for _ in range(2))
@@ -155,7 +161,7 @@ def swapped_couples(rng: np.random.Generator, pairs: Sequence[Pair]) -> tuple[Sc
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of `options`."""
+    """Return a random element of `options`."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -167,7 +173,7 @@ def _thing(
     radius: float,
     angle: float,
 ) -> Thing:
-    """A thing near a place, moved so that it lies inside the picture."""
+    """Return a shape near a position, moved so that it lies inside the picture."""
     x, y = np.clip(place + rng.uniform(-0.05, 0.05, 2), 0.95 * radius, 1 - 0.95 * radius)
     return Thing(
         colour=pair[0],
@@ -182,7 +188,7 @@ def _thing(
 
 
 def _background(rng: np.random.Generator, pairs: Sequence[Pair]) -> str:
-    """A colour that none of the things before it has."""
+    """Return a background color that none of the shapes has."""
     taken = {colour for colour, _ in pairs}
     return choose(rng, [colour for colour in BACKGROUND_RANGES if colour not in taken])
 
@@ -193,7 +199,7 @@ def _scene(
     background: str,
     place: tuple[str, str] = ("", ""),
 ) -> Scene:
-    """`things` before a background, which at random is blended and textured."""
+    """Return a scene of `things` on a background with a random gradient and texture."""
     tint = _paint(rng, background)
     return Scene(
         things=things,
@@ -209,7 +215,7 @@ def _scene(
 
 
 def _paint(rng: np.random.Generator, colour: str) -> RGB:
-    """An RGB value, 0..255, that bears the name `colour`."""
+    """Return a random RGB value, 0..255, of the named color."""
     hue, saturation, value = (rng.uniform(*bounds) for bounds in BACKGROUND_RANGES[colour])
     red, green, blue = colorsys.hsv_to_rgb(hue / 360 % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)

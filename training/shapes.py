@@ -1,10 +1,10 @@
-"""Captioned pictures of coloured shapes: the demo data set.
+"""Demo data set: captioned pictures of colored shapes.
 
-Ten shapes times ten colours make a hundred pairs. `HELD_OUT` pairs never occur in training, neither
-drawn nor described: a model that names them has learnt that words compose.
+Ten shapes and ten colors make a hundred pairs. The pairs in `HELD_OUT` are neither drawn nor
+described in training; a model that recognizes them has learned to combine words.
 
-`draw` makes a picture of a scene, `caption` words for it; `draw_labelled` is a test set and
-`write_folder` a folder of picture files. Needs numpy and Pillow, never torch.
+`draw` draws a scene and `caption` describes it. `draw_labelled` makes a test set, `write_folder`
+writes picture files. This module needs numpy and Pillow, but not torch.
 """
 
 import math
@@ -56,14 +56,14 @@ TEMPLATES = (
     "a drawing of {}",
     "there is {}",
 )
-"""Wordings around a noun with its article; what follows the noun may follow the template too."""
+"""Templates for a noun with its article. Words for position or background can follow the noun."""
 
 OVERSAMPLING = 4
-"""Outlines are filled on a finer grid, which makes their edges smooth."""
+"""Factor of the finer grid on which outlines are filled, which makes their edges smooth."""
 
 
 def _regular(corners: int, radius: float = 1.0, notch: float | None = None) -> Polygon:
-    """Corners of a regular polygon around the origin; of a star with `notch`, its inner radius."""
+    """Return a regular polygon around the origin, or a star with the inner radius `notch`."""
     count = corners if notch is None else 2 * corners
     points = []
     for i in range(count):
@@ -78,7 +78,7 @@ def _disc(radius: float, x: float = 0.0, y: float = 0.0) -> Polygon:
 
 
 def _heart() -> Polygon:
-    """The well-known parametric heart, scaled into the unit circle."""
+    """Return the usual parametric heart curve, scaled into the unit circle."""
     points = []
     for i in range(60):
         t = 2 * math.pi * i / 60
@@ -112,11 +112,11 @@ OUTLINES: dict[str, tuple[list[Polygon], list[Polygon]]] = {
     "arrow": ([_ARROW], []),
     "flower": ([*_PETALS, _disc(0.5)], [_disc(0.27)]),
 }
-"""By shape, in the unit circle: polygons to fill, and polygons to cut out of them again."""
+"""Outlines by shape, in the unit circle: polygons to fill, and polygons to cut out of them."""
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """An RGB picture of `scene`, `size` x `size` pixels."""
+    """Draw `scene` as an RGB picture of `size` x `size` pixels."""
     side = np.arange(size, dtype=np.float32) / size - 0.5
     ramp = math.cos(scene.slope) * side[None, :] + math.sin(scene.slope) * side[:, None]
     first, last = (np.array(tint, np.float32) for tint in scene.tints)
@@ -125,20 +125,20 @@ def draw(scene: Scene, size: int) -> Image.Image:
     canvas += texture
     for thing in scene.things:
         mask = _mask(thing, size)[..., None]
-        # The texture goes on over the thing, fainter: its colour must stay the one in its name.
+        # The texture is fainter on a shape than on the background, to keep the shape's color.
         canvas += mask * (np.array(thing.rgb, np.float32) + 0.4 * texture - canvas)
     return Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
 
 
 def _texture(scene: Scene, size: int) -> NDArray[np.float32]:
-    """Grey levels to add, float32 [size, size]: noise on the scene's own grid."""
+    """Return the texture as gray levels to add, float32 [size, size]."""
     cells = np.random.default_rng(scene.seed).normal(0, 1, (scene.grain, scene.grain))
     grid = Image.fromarray((scene.texture * cells).astype(np.float32))
     return np.asarray(grid.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _mask(thing: Thing, size: int) -> NDArray[np.float32]:
-    """How much of each pixel `thing` covers, float32 [size, size] in 0..1."""
+    """Return the fraction of each pixel that `thing` covers, float32 [size, size]."""
     fine = size * OVERSAMPLING
     mask = Image.new("L", (fine, fine))
     pen = ImageDraw.Draw(mask)
@@ -154,15 +154,14 @@ def _mask(thing: Thing, size: int) -> NDArray[np.float32]:
 
 
 def label(pair: Pair) -> str:
-    """The plain caption of a pair: `a red circle`."""
+    """Return the label of a pair, such as `a red circle`."""
     return _article(" ".join(pair))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Words for `scene`: what is in it, and at random its size, its place, its background.
+    """Return a random caption of `scene`: its shapes, sometimes with size, position or background.
 
-    Everything said is true of the scene; a caption may say less than everything, down to
-    `something red`.
+    A caption is always true, but can be incomplete, such as `something red`.
     """
     describe = _describe_single if len(scene.things) == 1 else _describe_couple
     words = describe(scene, rng)
@@ -175,7 +174,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _describe_single(scene: Scene, rng: np.random.Generator) -> str:
-    """A thing alone, perhaps only its colour or only its shape, perhaps with its place."""
+    """Describe a single shape by color or shape or both, sometimes with its position."""
     (thing,) = scene.things
     style = rng.random()
     if style < 0.06:
@@ -190,7 +189,7 @@ def _describe_single(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _describe_couple(scene: Scene, rng: np.random.Generator) -> str:
-    """Both things, in either order, perhaps with how they stand to each other."""
+    """Describe two shapes in random order, sometimes with their relative position."""
     one, other = scene.things if rng.random() < 0.5 else scene.things[::-1]
     if abs(one.x - other.x) > abs(one.y - other.y):
         relation = "to the left of" if one.x < other.x else "to the right of"
@@ -201,7 +200,7 @@ def _describe_couple(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _noun(thing: Thing, rng: np.random.Generator) -> str:
-    """`red circle`, at random with its size."""
+    """Return color and shape, such as `red circle`, sometimes with the size."""
     words = (thing.colour, thing.shape)
     return " ".join((thing.size, *words) if thing.size and rng.random() < 0.5 else words)
 
@@ -221,10 +220,10 @@ def _article(words: str) -> str:
 def draw_labelled(
     seed: int, count: int, size: int, pairs: Sequence[Pair] = PAIRS
 ) -> Iterator[tuple[Image.Image, str]]:
-    """`count` RGB pictures of one thing each, `size` x `size`, with the plain caption.
+    """Yield `count` RGB pictures of one shape each, `size` x `size` pixels, with their labels.
 
-    Goes through `pairs` in turn, so that each occurs equally often. The same arguments give the
-    same pictures.
+    Pairs are used in turn, so that each occurs equally often. The same arguments give the same
+    pictures.
     """
     rng = np.random.default_rng(seed)
     for index in range(count):
@@ -235,18 +234,21 @@ def draw_labelled(
 def write_folder(
     directory: Path, count: int, seed: int, size: int, pairs: Sequence[Pair] = PAIRS
 ) -> list[tuple[Path, str]]:
-    """Write `count` picture files and `captions.txt` (`file, caption` a line); returns the pairs.
+    """Write picture files and a `captions.txt` with one `file, caption` per line.
 
     Every fourth file is a PNG, the others are JPEGs of quality 90. Two of three pictures show one
-    thing and have its plain caption, the third shows two. `directory` is made if need be.
+    shape and have its label as their caption; every third picture shows two shapes. `directory` is
+    created if it does not exist.
+
+    Returns:
+        The path and the caption of each picture.
 
     Raises:
-        InputError: `directory` holds a `captions.txt` already.
-
+        InputError: `directory` already has a `captions.txt`.
     """
     listing = directory / "captions.txt"
     if listing.exists():
-        raise InputError(f"{listing} exists already; give an empty or a new folder")
+        raise InputError(f"{listing} exists already", advice="give an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     written = []

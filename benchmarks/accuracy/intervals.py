@@ -1,4 +1,4 @@
-"""Intervals of 95 % of shares, and of the difference of two shares of the same items."""
+"""95 % confidence intervals of proportions, and of differences of paired proportions."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ _Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Limits of a proportion, 95 %: Wilson's score interval, without continuity correction."""
+    """Return the 95 % interval of `right / count`: Wilson score, without continuity correction."""
     share, z2 = right / count, _Z * _Z / count
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
@@ -15,10 +15,10 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def paired_difference(gained: int, lost: int, count: int) -> tuple[float, float]:
-    """Limits of (gained - lost) / count, 95 %: Tango's score interval for paired proportions.
+    """Return the 95 % interval of `(gained - lost) / count`: Tango score for paired proportions.
 
-    Tango 1998, Statistics in Medicine 17:891. Unlike a bootstrap or an interval conditional on the
-    pairs that differ, it is not of zero width where none does.
+    Tango 1998, Statistics in Medicine 17:891. Unlike a bootstrap, or an interval conditional on the
+    pairs that differ, it has a width above zero even if no pair differs.
     """
 
     def statistic(delta: float) -> float:

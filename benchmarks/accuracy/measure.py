@@ -1,25 +1,28 @@
-"""Zero-shot accuracy of every runner of a bundle on a labelled folder, against eager float32.
+"""Zero-shot accuracy of every runner of a bundle on labelled images, against eager float32.
 
-Both towers run by the same runner, as they are deployed (the gate swaps one at a time). Labels are
-put into templates and averaged as in Radford et al. 2021, 3.1.4, and in `zeroshot_classifier` of
-OpenAI's notebook Prompt_Engineering_for_ImageNet: unit vectors, their mean, at unit length again.
+Both towers use the same runner, as in deployment; the parity gate replaces one tower at a time.
+Labels are inserted into prompt templates, and the embeddings are averaged as in Radford et al.
+2021, section 3.1.4, and in `zeroshot_classifier` of OpenAI's notebook
+Prompt_Engineering_for_ImageNet: normalize, average, normalize.
 
-Every runner takes every batch, in turns of a few batches: a picture is decoded once, one turn's
-pixels are in memory whatever the size of the folder, and the machine's drift falls on all alike.
-The runners of one tower are open at a time. Milliseconds are those of the tower alone, an item, the
-median over full batches; texts are padded to their bucket, for eager float32 too.
+The runners take turns of a few batches. Each image is decoded once, memory holds the pixels of one
+turn whatever the size of the data set, and drift of the machine affects all runners alike. Only the
+runners of one tower are open at a time. Latencies are milliseconds per item of the tower alone: the
+median over full batches. Texts are padded to their length bucket, for eager float32 as well.
 
-A folder is either
-- `DIR/label/*.jpg`, as torchvision's ImageFolder reads it; what is put into templates are the names
-  of the folders, or those in `DIR/classnames.txt` (`folder, name` a line); or
-- flat, with `captions.txt` (`file, label` a line), and `labels.txt` where only some captions are
-  labels; as `python -m training pictures` draws it and `clip-deploy export --labelled` reads it.
+The directory of images has one of two layouts:
+- `DIR/LABEL/*.jpg`, as read by torchvision's ImageFolder. Labels are the names of the
+  subdirectories, or those in `DIR/classnames.txt` (one `directory, name` per line).
+- Flat, with `captions.txt` (one `file, label` per line), and with `labels.txt` if only some
+  captions are labels. `python -m training pictures` writes this layout, and
+  `clip-deploy export --labelled` reads it.
 
-ImageNetV2 (Recht et al. 2019), matched-frequency, is 10,000 pictures in folders `0` to `999`. Write
-OpenAI's 1,000 class names to `classnames.txt` and the 80 templates of the same notebook to a file,
-both in its order, and call `python -m benchmarks accuracy BUNDLE DIR --templates FILE`. The figure
-to meet for OpenAI's ViT-B/32 is 55.93 % top-1; a version of the notebook whose class names hold
-`missile` twice prints 55.73 %, and 83.45 % top-5. This project has not run it.
+ImageNetV2 (Recht et al. 2019), matched-frequency, has 10,000 images in the directories `0` to
+`999`. To measure it, write OpenAI's 1,000 class names to `classnames.txt` and the 80 templates of
+the notebook above to a file, both in the notebook's order, and run
+`python -m benchmarks accuracy BUNDLE DIR --templates FILE`. The reference value for OpenAI's
+ViT-B/32 is 55.93 % top-1. A version of the notebook with `missile` twice among the class names
+prints 55.73 %, and 83.45 % top-5. This project has not run it.
 """
 
 import statistics
@@ -55,20 +58,20 @@ from serving.util.results import AccuracyRow, AccuracyRun, LeftOut
 
 REFERENCE = "eager:fp32"
 BATCH = 32
-"""Of pictures and of texts."""
+"""Images or texts in a batch."""
 METHODS = {
     "top1": "Wilson's score interval",
     "difference": "Tango's score interval for paired proportions",
 }
-"""Of the intervals, each of 95 %."""
+"""Methods of the 95 % intervals."""
 
 _TURN = 8
-"""Batches in a turn; the runner's first is run once more before it, untimed."""
+"""Batches per turn. A runner first runs the first batch once untimed."""
 
 
 @dataclass(slots=True)
 class _Model:
-    """Both towers by one runner, and what came of them."""
+    """Both towers with one runner, and the results of them."""
 
     name: str
     runners: dict[Tower, Runner]
@@ -77,42 +80,45 @@ class _Model:
     timings: dict[Tower, list[tuple[int, float]]] = field(
         default_factory=lambda: {tower: [] for tower in TOWERS}
     )
-    """Items of a batch, and its seconds."""
+    """Number of items and seconds of each batch."""
 
     def milliseconds(self, tower: Tower) -> float:
-        """An item, the median over batches of full size."""
+        """Return the milliseconds per item: the median over full batches."""
         full = self.batch(tower)
         return statistics.median(s for n, s in self.timings[tower] if n == full) / full * 1e3
 
     def batch(self, tower: Tower) -> int:
-        """Items in a full batch."""
+        """Return the number of items in a full batch."""
         return max(n for n, _ in self.timings[tower])
 
 
 def accuracy(
     bundle: Bundle,
-    folder: Path,
+    directory: Path,
     progress: Progress,
     *,
     templates: Sequence[str] | None = None,
     patterns: Sequence[str] = ("*",),
     limit: int | None = None,
 ) -> AccuracyRun:
-    """Classify the pictures of `folder` with every runner that this environment has.
+    """Classify the images of `directory` with every runner that is available here.
 
     Args:
-        templates: each with a `{}`; default: the checkpoint's own.
-        patterns: of runner names, such as `openvino:*`; eager float32 runs in any case.
-        limit: most pictures, taken evenly over the folder.
+        bundle: bundle to measure.
+        directory: labelled images, in a layout that the module docstring describes.
+        progress: receives the steps.
+        templates: prompt templates, each with a `{}`. Default: the templates of the checkpoint.
+        patterns: patterns of runner names, such as `openvino:*`. Eager float32 always runs.
+        limit: maximum number of images, spread evenly over the directory.
 
     Raises:
-        InputError: the folder has no labelled pictures, or none that can be read.
-        TextError: a template without a `{}`, or a label too long for the model with it.
-        RunnerError: no runner is like a pattern.
-        CheckpointError: the checkpoint that the bundle was made of is not there any more.
+        InputError: the directory has no labelled images, or none of them can be read.
+        TextError: a template has no `{}`, or makes a label too long for the model.
+        RunnerError: no runner matches a pattern.
+        CheckpointError: the checkpoint that the bundle was exported from does not exist any more.
     """
-    here, data = environment(), read_folder(folder)
-    # Those that share a name are embedded once: they are to tie exactly.
+    here, data = environment(), read_folder(directory)
+    # Labels that share a name are embedded once, so that their scores tie exactly.
     names = list(dict.fromkeys(data.labels))
     columns = [names.index(label) for label in data.labels]
     texts = LabelSet(tuple(names), tuple(templates or bundle.manifest.templates))
@@ -140,16 +146,18 @@ def accuracy(
     turns = _image_turns(files, bundle.manifest.image, kept, skipped, progress)
     models = _take_turns(models, "image", turns, keep_top, left_out)
     if not kept:
-        raise InputError(f"{folder}: none of its pictures can be read; first {skipped[0]}")
+        raise InputError(
+            f"{directory}: none of the images can be read; the first error: {skipped[0]}"
+        )
     truth = np.array([data.truth[index] for index in kept])
     notes = list(data.notes)
     if bundle.manifest.provenance.weights == "random":
-        notes.insert(0, "the weights are random: accuracy is chance, and says nothing of a model")
+        notes.insert(0, "the weights are random: the accuracy is that of guessing")
     return AccuracyRun(
         environment=here,
         bundle=bundle.manifest.name,
         weights=bundle.manifest.provenance.weights,
-        dataset=folder.name,
+        dataset=directory.name,
         images=len(kept),
         labels=len(data.labels),
         templates=texts.templates,
@@ -164,13 +172,14 @@ def accuracy(
 
 
 def _models(bundle: Bundle, patterns: Sequence[str], left_out: dict[str, str]) -> list[_Model]:
-    """Eager float32, and what both towers have and a pattern fits."""
+    """Return eager float32, and the runners of both towers that match a pattern."""
     found = {tower: _runners(bundle, tower) for tower in TOWERS}
     names = list(dict.fromkeys(name for tower in TOWERS for name in found[tower]))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in [REFERENCE, *names]):
             raise RunnerError(
-                f"no runner of {bundle.path} is like {pattern!r}; here it has {', '.join(names)}"
+                f"no runner of {bundle.path} matches {pattern!r}",
+                advice=f"choose from {', '.join(names)}",
             )
     checkpoint = checkpoint_of(bundle)
     eager = {tower: EagerRunner(tower_of(checkpoint, tower)) for tower in TOWERS}
@@ -182,12 +191,12 @@ def _models(bundle: Bundle, patterns: Sequence[str], left_out: dict[str, str]) -
         if len(has) == len(TOWERS):
             models.append(_Model(name, {tower: found[tower][name] for tower in TOWERS}))
         else:
-            left_out[name] = f"the bundle has it for the {has[0]} tower only"
+            left_out[name] = f"available for the {has[0]} tower only"
     return models
 
 
 def _runners(bundle: Bundle, tower: Tower) -> dict[str, Runner]:
-    """By name, what runs the bundle's artifacts of one tower in this environment."""
+    """Return the available runners of the bundle's artifacts of one tower, by name."""
     found: dict[str, Runner] = {}
     for artifact in bundle.manifest.artifacts:
         if artifact.graph != tower:
@@ -207,13 +216,13 @@ def _take_turns(
     keep: Callable[[_Model, Embeddings], None],
     left_out: dict[str, str],
 ) -> list[_Model]:
-    """Every model runs every turn's batches; those that could."""
+    """Run every batch with every model, and return the models that could run all of them."""
     with ExitStack() as stack:
         able = []
         for model in models:
             try:
                 stack.enter_context(model.runners[tower])
-            except RunnerError as error:  # such as bfloat16 on a CPU without it
+            except RunnerError as error:  # for example bfloat16 on a CPU without support for it
                 left_out[model.name] = str(error).removeprefix(f"{model.name}: ")
                 continue
             able.append(model)
@@ -231,7 +240,7 @@ def _take_turns(
 
 def _timed(model: _Model, tower: Tower, batches: list[Batch]) -> Embeddings:
     runner, parts = model.runners[tower], []
-    runner.run(batches[0])  # for what the runner before it left in caches and spinning threads
+    runner.run(batches[0])  # untimed: the previous runner left cold caches and spinning threads
     for batch in batches:
         embeddings, seconds = once(partial(runner.run, batch))
         parts.append(embeddings)
@@ -269,13 +278,13 @@ def _image_turns(
         except ImageError as error:
             skipped.append(str(error))
         if len(pixels) == _TURN * BATCH or (done == len(files) and pixels):
-            progress("pictures", done, len(files))
+            progress("images", done, len(files))
             yield [np.stack(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
             pixels.clear()
 
 
 def _spread(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of `count` places, evenly spaced: folders are sorted by label."""
+    """Return at most `limit` of `count` indices, evenly spaced, as files are sorted by label."""
     if limit is None or limit >= count:
         return list(range(count))
     return [index * count // limit for index in range(limit)]

@@ -1,1 +1,1 @@
-"""Latency of every runner, by pytest-benchmark."""
+"""Latency benchmark of every runner, based on pytest-benchmark."""

@@ -1,4 +1,4 @@
-"""What the latency benchmark times: works, and every runner that can do them on a device."""
+"""Batches and runners that the latency benchmark measures on each device."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from serving.util.extras import require
 from serving.util.results import Device, Matrix
 
 REFERENCE: dict[Device, str] = {"cpu": "eager:fp32", "cuda": "eager-cuda:fp32"}
-"""The runner that all others take turns with."""
+"""Reference runner that every other runner is timed against, in turns."""
 PEERS = ("transformers:fp32", "transformers-longest:fp32", "onnxruntime-plain:fp32")
 _TORCH: dict[Device, tuple[str, ...]] = {
     "cpu": ("torchscript:fp32", "compiled:fp32"),
@@ -46,15 +46,15 @@ NAMES: dict[Device, tuple[str, ...]] = {
         *("eager:fp32", "openvino:int8"),  # CPU baselines
     ),
 }
-"""Every runner that may be timed on a device; those not available are left out with a reason."""
+"""Runners to measure on each device; unavailable ones are left out with a reason."""
 
 _FULL_ONLY = ("compiled:*", "onnxruntime:fp16", "onnxruntime:int8-*", "openvino:fp16")
-"""Left to the full matrix: minutes of compilation, and graphs for GPUs on a CPU."""
+"""Runners of the full matrix only: they compile for minutes, or run graphs for GPUs on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A batch of one tower; for texts with their length in tokens."""
+    """Batch size of one tower and, for texts, their length in tokens."""
 
     tower: Tower
     batch: int
@@ -83,7 +83,7 @@ WORKS: dict[tuple[Device, Matrix], tuple[Work, ...]] = {
 
 
 def wanted(name: str, *, full: bool, patterns: tuple[str, ...]) -> bool:
-    """Return whether runner `name` is to be timed."""
+    """Return whether runner `name` is selected."""
     if patterns:
         return any(fnmatch(name, pattern) for pattern in patterns)
     return full or not any(fnmatch(name, pattern) for pattern in _FULL_ONLY)
@@ -91,39 +91,39 @@ def wanted(name: str, *, full: bool, patterns: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What runners are made of."""
+    """Resources that runners are created from."""
 
     bundle: Bundle | None
-    """None: a checkpoint is measured that was not exported, by PyTorch's runners and peers."""
+    """None: measure a checkpoint that was not exported, with PyTorch's runners and peers only."""
     checkpoint: Checkpoint
     peer: Callable[[], Peer]
-    """Loads transformers' model when it is first called."""
+    """Returns the transformers model; the first call loads it."""
     saved: Path
-    """The checkpoint in Hugging Face's layout."""
+    """Directory with the checkpoint in Hugging Face's layout."""
     scratch: Path
-    """Directory for graphs that are made on the way."""
+    """Directory for graphs that the benchmark exports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A runner, not yet entered, and how a batch is handed to it."""
+    """Runner whose context is not entered yet, with the preparation of its inputs."""
 
     tower: Tower
     runner: Runner
     prepare: Callable[[Batch], Any] = field(default=lambda batch: batch)
-    """Not timed."""
+    """Converts a batch to the input of the runner; not timed."""
     padded: bool = False
-    """Whether its texts are padded to the context length, as OpenAI's and Hugging Face's
-    documentation pad them; all others are cut to the length of the work."""
+    """True: texts are padded to the context length, as in the documentation of OpenAI and Hugging
+    Face. False: texts have the length of the work."""
     weight_bytes: int = 0
-    """Bytes of weights that every run reads: without the table of token embeddings."""
+    """Bytes of weights that every run reads, which excludes the token embedding table."""
 
 
 def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
     """Return the runner called `name`.
 
     Raises:
-        ClipDeployError: it is not available here; the message has the reason.
+        ClipDeployError: the runner is not available here; the message says why.
     """
     spec = RunnerSpec.parse(name)
     module = tower_of(inputs.checkpoint, tower)
@@ -146,7 +146,10 @@ def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
         traced = TorchScriptRunner(path, device)
         return Candidate(tower=tower, runner=traced, weight_bytes=weights)
     if inputs.bundle is None:
-        raise BundleError(f"{name} runs graphs of a bundle; export the checkpoint and measure that")
+        raise BundleError(
+            f"{name} runs graphs of a bundle, and a checkpoint is measured",
+            advice="export the checkpoint and measure the bundle",
+        )
     library, graph = runtime_of(spec).library, graph_of(spec)
     artifact = inputs.bundle.artifact(tower, graph)
     if library is not None:
@@ -163,7 +166,9 @@ def candidate(inputs: Inputs, tower: Tower, name: str) -> Candidate:
 def _peer(inputs: Inputs, tower: Tower, spec: RunnerSpec, weights: int) -> Candidate:
     longest = spec.runtime == "transformers-longest"
     if longest and tower == "image":
-        raise RunnerError("images are not padded: see transformers:fp32")
+        raise RunnerError(
+            "applies to texts only, because images are not padded; see transformers:fp32"
+        )
     peer = inputs.peer()
     runner: PeerRunner = TransformersRunner(peer, tower)
     if spec.runtime == "onnxruntime-plain":
@@ -183,16 +188,18 @@ def _weights(module: torch.nn.Module) -> int:
 
 
 def _table(module: torch.nn.Module) -> int:
-    """Return the size of the tables that a run reads a few rows of."""
+    """Return the number of elements in embedding tables, of which a run reads only a few rows."""
     tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding)]
     return sum(table.weight.numel() for table in tables)
 
 
 def batch_of(checkpoint: Checkpoint, work: Work, *, padded: bool = False) -> Batch:
-    """Return a batch for `work`; texts end where `work.length` says.
+    """Return a batch for `work`; its texts have `work.length` tokens.
 
     Args:
-        padded: whether texts are padded to the context length.
+        checkpoint: checkpoint whose shapes and vocabulary apply.
+        work: tower, batch size and length.
+        padded: whether to pad texts to the context length.
     """
     if work.tower == "image":
         return probe_images(checkpoint.image, work.batch, seed=1)

@@ -32,19 +32,21 @@ _RECORD: pytest.StashKey[Record] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the options."""
+    """Declare the command-line options."""
     group = parser.getgroup("clip-deploy")
-    group.addoption("--model", default="random:ViT-B-32", help="bundle, or name of a checkpoint")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
-    group.addoption("--full", action="store_true", help="every batch, length and runner")
-    group.addoption("--runners", action="append", default=[], help="pattern of runners' names")
+    group.addoption("--model", default="random:ViT-B-32", help="bundle or checkpoint to measure")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device")
+    group.addoption("--full", action="store_true", help="measure every batch, length and runner")
+    group.addoption("--runners", action="append", default=[], help="measure runners that match")
     group.addoption("--budget", type=float, default=None, help="seconds per runner and batch")
-    group.addoption("--stop-after", type=float, default=None, help="seconds; then skip the rest")
+    group.addoption(
+        "--stop-after", type=float, default=None, help="seconds until the rest is skipped"
+    )
     group.addoption("--results", type=Path, default=None, help="directory of results.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin the record."""
+    """Create the record and register it as a plugin."""
     record = Record(
         directory=config.getoption("--results"),
         device=config.getoption("--device"),
@@ -56,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make the matrix: all works of a runner one after the other, so that it is opened once."""
+    """Parametrize tests so that all works of a runner are consecutive and it is opened once."""
     config = metafunc.config
     device: Device = config.getoption("--device")
     full, patterns = config.getoption("--full"), tuple(config.getoption("--runners"))
@@ -73,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drop works of one tower for runners of the other, and what is measured on CPUs only."""
+    """Drop works of the other tower than the runner's, and on a GPU the tests for CPUs only."""
     on_cpu = config.getoption("--device") == "cpu"
     items[:] = [item for item in items if _fits(item) and (on_cpu or "work" in _values(item))]
 
@@ -90,13 +92,13 @@ def _values(item: pytest.Item) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def record(request: pytest.FixtureRequest) -> Record:
-    """Measurements go here."""
+    """Return the record of this run."""
     return request.config.stash[_RECORD]
 
 
 @pytest.fixture(scope="session")
 def budget(request: pytest.FixtureRequest) -> float:
-    """Seconds that one runner is timed for on one work, about."""
+    """Return the approximate seconds per runner and work."""
     given: float | None = request.config.getoption("--budget")
     return given if given is not None else 15.0 if request.config.getoption("--full") else 2.0
 
@@ -105,10 +107,10 @@ def budget(request: pytest.FixtureRequest) -> float:
 def inputs(
     request: pytest.FixtureRequest, record: Record, tmp_path_factory: pytest.TempPathFactory
 ) -> Inputs:
-    """The checkpoint, its bundle if there is one, and the same for transformers."""
-    asked: str = request.config.getoption("--model")
-    bundle = Bundle.open(Path(asked)) if (Path(asked) / "manifest.json").exists() else None
-    checkpoint = load_checkpoint(asked) if bundle is None else checkpoint_of(bundle)
+    """Load the checkpoint and its bundle, if any, and save the checkpoint for the peers."""
+    model: str = request.config.getoption("--model")
+    bundle = Bundle.open(Path(model)) if (Path(model) / "manifest.json").exists() else None
+    checkpoint = load_checkpoint(model) if bundle is None else checkpoint_of(bundle)
     scratch = tmp_path_factory.mktemp("scratch")
     saved = scratch / "checkpoint"
 
@@ -124,13 +126,13 @@ def inputs(
 
 @pytest.fixture(scope="session", autouse=True)
 def _limits(record: Record) -> None:
-    """Measure the machine itself before everything else; after it, the record does."""
+    """Measure the limits of the device first; the record measures them again at the end."""
     record.limits = record.measure_limits()
 
 
 @pytest.fixture(scope="session")
 def references(inputs: Inputs, record: Record) -> Iterator[dict[Tower, Runner]]:
-    """Eager float32 of both towers, open."""
+    """Open eager float32 of both towers."""
     name = REFERENCE[record.device]
     found = {tower: candidate(inputs, tower, name).runner for tower in TOWERS}
     with found["image"], found["text"]:
@@ -139,7 +141,7 @@ def references(inputs: Inputs, record: Record) -> Iterator[dict[Tower, Runner]]:
 
 @pytest.fixture(scope="module")
 def opened(request: pytest.FixtureRequest, inputs: Inputs, record: Record) -> Iterator[Candidate]:
-    """One runner of one tower, open; skipped with the reason where it is not available."""
+    """Open a runner of a tower; skip its tests, with the reason, if it is not available."""
     tower, name = request.param
     try:
         found = candidate(inputs, tower, name)
@@ -149,7 +151,7 @@ def opened(request: pytest.FixtureRequest, inputs: Inputs, record: Record) -> It
     yield found
     found.runner.__exit__(None, None, None)
     if name.startswith("compiled"):
-        torch._dynamo.reset()  # all towers share one limit of compilations
+        torch._dynamo.reset()  # the limit of recompilations counts over all towers
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""What a process pays for a runner: seconds until its first embeddings, and memory at its peak.
+"""Startup time and peak memory of a process that uses a runner.
 
-`python -m benchmarks.latency.footprint BUNDLE CHECKPOINT SCRATCH RUNNER` opens both towers,
-embeds 32 pictures and 32 texts of 16 tokens, and prints one JSON document. A process of its
-own, because what was imported or loaded before would be counted too.
+`python -m benchmarks.latency.footprint BUNDLE CHECKPOINT SCRATCH RUNNER` opens both towers, embeds
+32 images and 32 texts of 16 tokens, and prints a JSON document. It runs in its own process, so that
+earlier imports and allocations are not counted.
 """
 
 import json
@@ -27,13 +27,13 @@ Run = Callable[[Batch], Any]
 
 
 def measure(bundle: Bundle, checkpoint: Path, scratch: Path, name: str) -> dict[str, float]:
-    """Seconds and bytes of this process.
+    """Return the load time, the time of the first run, and the memory of this process.
 
     Args:
-        bundle: what runners of graphs open.
-        checkpoint: the same weights in Hugging Face's layout, for what runs on PyTorch.
-        scratch: where `benchmarks.latency.candidates` has put graphs of PyTorch's and of peers.
-        name: of a runner.
+        bundle: bundle, for runners of graphs.
+        checkpoint: the same weights in Hugging Face's layout, for runners based on PyTorch.
+        scratch: directory of the graphs that `benchmarks.latency.candidates` exported.
+        name: name of the runner.
     """
     manifest, before = bundle.manifest, _memory("VmRSS")
     batches: dict[Tower, Batch] = {
@@ -110,12 +110,15 @@ def _torch(checkpoint: Path, scratch: Path, name: str, stack: ExitStack) -> dict
 
 
 def _memory(field: str) -> float:
-    """Bytes of this program: `ru_maxrss` would begin with what the parent had when it forked."""
+    """Return a memory field of this process in bytes.
+
+    `ru_maxrss` is not used, because it starts with the memory of the parent at the fork.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return float(fields[field].split()[0]) * 1024
 
 
 if __name__ == "__main__":
-    folders = [Path(argument) for argument in sys.argv[1:4]]
-    print(json.dumps(measure(Bundle.open(folders[0]), folders[1], folders[2], sys.argv[4])))
+    paths = [Path(argument) for argument in sys.argv[1:4]]
+    print(json.dumps(measure(Bundle.open(paths[0]), paths[1], paths[2], sys.argv[4])))

@@ -1,11 +1,12 @@
-"""What people run without this project, on the same weights: transformers, and a plain export.
+"""Peers: alternatives to this project on the same weights, transformers and a plain ONNX export.
 
-transformers' `CLIPModel` takes the float pictures of its own processor and the ids of its own
-tokenizer, padded to 77 as its documentation pads them. The plain export is `torch.onnx.export` of
-that model's towers, float in and full length, run by ONNX Runtime with its own optimisations and
-the same number of threads: what an exporter makes that knows nothing of CLIP.
+transformers' `CLIPModel` receives float images from its own processor and token ids from its own
+tokenizer, padded to 77 tokens as in its documentation. The plain export is `torch.onnx.export` of
+the towers of that model, with float images and full-length texts. ONNX Runtime runs it with its
+default optimizations and the same number of threads. It represents an exporter without knowledge of
+CLIP.
 
-Does not know: what is timed (`candidates.py`, `test_stages.py`).
+`candidates.py` and `test_stages.py` define what is measured.
 """
 
 import os
@@ -39,36 +40,36 @@ def save_for_peers(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 class Peer:
-    """transformers' model of a checkpoint that was saved in `folder`, its processor and tokenizer.
+    """transformers' model, processor and tokenizer of a checkpoint saved in `directory`.
 
     Raises:
         MissingPackageError: transformers is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all it needs is there
+    def __init__(self, directory: Path) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # `directory` has all files
         require("the peer transformers", "bench", "transformers")
         import transformers
 
         logging: Any = transformers.utils.logging
         logging.disable_progress_bar()
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        model: Any = transformers.CLIPModel.from_pretrained(folder)
+        model: Any = transformers.CLIPModel.from_pretrained(directory)
         self.model = model.eval()
-        # The processor without torchvision, which is not needed for anything else.
-        self._processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
-        self._tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        # This processor does not need torchvision, which is not a dependency.
+        self._processor = transformers.CLIPImageProcessorPil.from_pretrained(directory)
+        self._tokenizer = transformers.CLIPTokenizer.from_pretrained(directory)
         text = self.model.config.text_config
         self.context_length: int = text.max_position_embeddings
         self.end_id: int = text.eos_token_id
 
-    def images(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Its processor: float32 [n, 3, size, size]."""
-        pixels: torch.Tensor = self._processor(list(pictures), return_tensors="pt").pixel_values
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Preprocess images with its processor: float32 [n, 3, size, size]."""
+        pixels: torch.Tensor = self._processor(list(images), return_tensors="pt").pixel_values
         return pixels
 
     def texts(self, texts: Sequence[str], padding: Padding) -> dict[str, torch.Tensor]:
-        """Its tokenizer: `input_ids` and `attention_mask`, int64 [n, length]."""
+        """Tokenize texts with its tokenizer: `input_ids`, `attention_mask`, int64 [n, length]."""
         ids = self._tokenizer(
             list(texts),
             padding=padding,
@@ -79,7 +80,7 @@ class Peer:
         return dict(ids)
 
     def embed(self, tower: Tower, inputs: Any) -> NDArray[np.float32]:
-        """Unit vectors, as its documentation makes them: float32 [n, dim]."""
+        """Return unit-length embeddings, as in its documentation: float32 [n, dim]."""
         torch.set_num_threads(cpu_count())
         with torch.inference_mode():
             if tower == "image":
@@ -91,14 +92,14 @@ class Peer:
         return unit
 
 
-def normalised(pixels: Batch, spec: ImageSpec) -> torch.Tensor:
-    """uint8 [n, 3, size, size] -> what a CLIP without scaling inside takes, float32."""
+def normalized(pixels: Batch, spec: ImageSpec) -> torch.Tensor:
+    """Scale and normalize pixels uint8 [n, 3, size, size] to float32 for `CLIPModel`."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
     return (torch.from_numpy(pixels).float() / 255 - mean) / std
 
 
 class PeerRunner(LoadedRunner):
-    """A tower that takes inputs prepared outside: a peer is not charged for preparing them."""
+    """Tower of a peer. Its inputs are prepared outside of `run`, so that this is not timed."""
 
     runtime: ClassVar[str]
 
@@ -108,7 +109,7 @@ class PeerRunner(LoadedRunner):
 
     @abstractmethod
     def prepared(self, batch: Batch, spec: ImageSpec) -> Any:
-        """What `run` takes for our batch `pixels` or `input_ids`."""
+        """Return the input of `run` for a batch of `pixels` or `input_ids`."""
 
 
 class TransformersRunner(PeerRunner):
@@ -117,9 +118,9 @@ class TransformersRunner(PeerRunner):
     runtime = "transformers"
 
     def prepared(self, batch: Batch, spec: ImageSpec) -> Any:
-        """Floats, or ids and the mask that its tokenizer gives."""
+        """Return float images, or token ids with the attention mask of its tokenizer."""
         if self._tower == "image":
-            return normalised(batch, spec)
+            return normalized(batch, spec)
         ids = torch.from_numpy(batch).long()
         ends = (ids == self._peer.end_id).long().argmax(dim=1, keepdim=True)
         mask = (torch.arange(ids.shape[1]) <= ends).long()
@@ -133,18 +134,18 @@ class TransformersRunner(PeerRunner):
 
 
 class PlainOnnxRunner(PeerRunner):
-    """A plain export of transformers' tower, by ONNX Runtime on the CPU."""
+    """Plain ONNX export of a transformers tower, run by ONNX Runtime on the CPU."""
 
     runtime = "onnxruntime-plain"
 
-    def __init__(self, peer: Peer, tower: Tower, folder: Path) -> None:
+    def __init__(self, peer: Peer, tower: Tower, directory: Path) -> None:
         super().__init__(peer, tower)
         self.runtime_version = f"onnxruntime {onnxruntime.__version__}, graph of {peer.version}"
-        self._path = folder / f"{tower}.plain.onnx"
+        self._path = directory / f"{tower}.plain.onnx"
 
     def prepared(self, batch: Batch, spec: ImageSpec) -> Any:
-        """Floats, or ids int64."""
-        pixels = normalised(batch, spec).numpy() if self._tower == "image" else None
+        """Return float images, or token ids as int64."""
+        pixels = normalized(batch, spec).numpy() if self._tower == "image" else None
         return batch.astype(np.int64) if pixels is None else pixels
 
     def _load(self) -> Any:
@@ -160,7 +161,7 @@ class PlainOnnxRunner(PeerRunner):
 
 
 class _Tower(nn.Module):
-    """What is exported: one input, one output."""
+    """Module to export, with one input and one output."""
 
     def __init__(self, model: Any, tower: Tower) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ def _export_plainly(peer: Peer, tower: Tower, path: Path) -> None:
         else torch.zeros(2, peer.context_length).long()
     )
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracing exporter is deprecated, and widely used
+        warnings.simplefilter("ignore")  # the tracing exporter is deprecated, but widely used
         torch.onnx.export(
             _Tower(peer.model, tower).eval(),
             (example,),

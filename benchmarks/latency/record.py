@@ -1,4 +1,4 @@
-"""The record of a latency run: kept by a pytest plugin, published as part of `results.json`."""
+"""Record of a latency run: a pytest plugin that writes the run to `results.json`."""
 
 import json
 import time
@@ -34,16 +34,16 @@ from serving.util.results import (
 )
 
 PARTIAL = "latency.partial.json"
-"""Holds the run while it goes on, whole after every measurement; removed when it is published."""
+"""File with the unfinished run, rewritten after each measurement and removed at the end."""
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What a run has measured so far.
+    """Measurements of a run so far.
 
     Args:
-        directory: of `results.json`; None: nothing is written.
-        stop_after: seconds after which nothing new is started.
+        directory: directory of `results.json`; None: write nothing.
+        stop_after: seconds after which no further measurement is started.
     """
 
     directory: Path | None
@@ -61,7 +61,7 @@ class Record:
     _started: float = field(default_factory=time.monotonic)
 
     def of(self, inputs: Inputs) -> None:
-        """Record which model is measured."""
+        """Record the model that is measured."""
         checkpoint = inputs.checkpoint
         self.model = Model(
             name=checkpoint.name,
@@ -72,11 +72,11 @@ class Record:
         )
 
     def measure_limits(self) -> Limits:
-        """Measure the device itself."""
+        """Measure the limits of the device."""
         return cpu_limits() if self.device == "cpu" else measure_limits(self.device)
 
     def add(self, entry: TowerLatency | StageLatency | Footprint) -> None:
-        """Keep a measurement."""
+        """Add a measurement."""
         match entry:
             case TowerLatency():
                 self.towers.append(entry)
@@ -99,20 +99,20 @@ class Record:
             self.left_out.append(one)
 
     def available(self, what: str, make: Callable[[], object]) -> None:
-        """Call `make`, and skip the test if that needs something that is not available here."""
+        """Call `make`; skip the test, with the reason, if something that it needs is missing."""
         try:
             make()
         except (ClipDeployError, ImportError) as error:
             self.leave_out(what, str(error))
 
     def bundle_of(self, inputs: Inputs, what: str) -> Bundle:
-        """Return the bundle; skip the test where a checkpoint without one is measured."""
+        """Return the bundle; skip the test if a checkpoint without a bundle is measured."""
         if inputs.bundle is None:
-            self.leave_out(what, "it needs a bundle, and a checkpoint without one is measured")
+            self.leave_out(what, "requires a bundle, and a checkpoint without one is measured")
         return inputs.bundle
 
     def run(self) -> LatencyRun | None:
-        """Return the run; None if nothing was measured."""
+        """Return the run, or None if nothing was measured."""
         measured = self.towers or self.stages or self.footprints
         if not measured or self.model is None or self.limits is None:
             return None
@@ -131,7 +131,7 @@ class Record:
         )
 
     def publish(self) -> None:
-        """Put the run into `results.json`, in place of an older one of the same key."""
+        """Write the run to `results.json`, replacing an older one with the same key."""
         run = self.run()
         if self.directory is None or run is None:
             return
@@ -142,23 +142,23 @@ class Record:
 
     @pytest.hookimpl
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Start nothing new when the time is spent."""
+        """Skip the test once `stop_after` has passed."""
         spent = time.monotonic() - self._started
         if self.stop_after is not None and spent > self.stop_after:
-            self.leave_out(item.name, f"{self.stop_after:g} s were spent")
+            self.leave_out(item.name, f"the time limit of {self.stop_after:g} s was reached")
 
     @pytest.hookimpl
     def pytest_exception_interact(
         self, node: pytest.Item | pytest.Collector, call: pytest.CallInfo[object]
     ) -> None:
-        """Record what failed."""
+        """Record a failed test as left out."""
         if call.excinfo is not None:
             self._leave_out(node.name, call.excinfo.exconly().splitlines()[0])
 
     @pytest.hookimpl
     def pytest_sessionfinish(self) -> None:
-        """Publish, also after an interruption."""
+        """Publish the run, also after an interruption."""
         if self.limits is not None and self.towers:
-            with suppress(RuntimeError):  # a runner may have left a GPU broken
+            with suppress(RuntimeError):  # a runner may have left the GPU in a failed state
                 self.limits_at_end = self.measure_limits()
         self.publish()

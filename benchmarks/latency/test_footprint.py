@@ -1,4 +1,4 @@
-"""What a process pays to have a runner: time to load both towers, and memory at its peak."""
+"""Startup time and peak memory of a process that loads both towers with a runner."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from serving.bundles.manifest import TOWERS, Tower
 from serving.util.results import Footprint
 
 _NOT_MEASURED = ("compiled", "transformers-longest")
-"""They share their weights with another runner."""
+"""Runners whose weights are those of another runner."""
 _FULL_ONLY = ("torchscript:fp32", "onnxruntime-plain:fp32")
 
 
@@ -25,12 +25,12 @@ def test_footprint(
     inputs: Inputs,
     name: str,
 ) -> None:
-    """Measure a new process, from its start to its first embeddings."""
+    """Measure a new process from its start to its first embeddings."""
     full = request.config.getoption("--full")
     if name.startswith(_NOT_MEASURED) or (not full and name in _FULL_ONLY):
         pytest.skip(f"{name}: not in this matrix")
     bundle = record.bundle_of(inputs, "footprints")
-    for tower in TOWERS:  # makes what the process only loads, or reports what is missing
+    for tower in TOWERS:  # exports graphs that the process only loads; skips unavailable runners
 
         def opened(tower: Tower = tower) -> None:
             with candidate(inputs, tower, name).runner:

@@ -18,7 +18,7 @@ from serving.util.results import Timing, TowerLatency
 
 _DEVICE_ROUNDS = 9
 _BASELINE_SECONDS = 60.0
-"""On a GPU machine, a CPU baseline that is expected to take longer on one batch is left out."""
+"""On a GPU, leave out a CPU baseline that is expected to take longer than this on a batch."""
 
 
 def test_latency(
@@ -34,7 +34,7 @@ def test_latency(
     runner, reference = opened.runner, references[work.tower]
     context = inputs.checkpoint.text.context_length
     if work.length and work.length > context:
-        record.leave_out(str(work), f"this model takes {context} tokens")
+        record.leave_out(str(work), f"the context length of this model is {context} tokens")
     batch = batch_of(inputs.checkpoint, work, padded=opened.padded)
     padded = batch_of(inputs.checkpoint, work, padded=True)
     items = opened.prepare(batch)
@@ -72,7 +72,7 @@ def test_latency(
 
 
 def _on_device(runner: Runner, items: object) -> Timing | None:
-    """Time PyTorch's runners on a GPU without the transfers."""
+    """Time a PyTorch runner on a GPU without the transfers; return None for other runners."""
     if not isinstance(runner, TorchRunner) or runner.device.type == "cpu":
         return None
     assert isinstance(items, np.ndarray)

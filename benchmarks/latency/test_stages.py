@@ -1,7 +1,7 @@
-"""Where the time goes between encoded pictures or strings and embeddings, alone and together.
+"""Latency of each stage from encoded images or strings to embeddings, and of the whole pipeline.
 
-Each stage takes turns with the whole of what transformers' documentation does, `CLIPModel` with its
-processor and tokenizer, from the same bytes and strings.
+Each stage is timed in turns with the whole pipeline of transformers' documentation: `CLIPModel`
+with its processor and tokenizer, from the same bytes and strings.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +28,9 @@ from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
 from serving.util.results import StageLatency
 
-PICTURES, TEXTS, TOKENS = 4, 8, 10
+IMAGES, TEXTS, TOKENS = 4, 8, 10
 PASSES = 50
-"""Of tokenizers over the texts: one takes a fifth of a millisecond, which cannot be timed alone."""
+"""Repetitions of a tokenizer per call, as one pass takes 0.2 ms, too short to be timed."""
 _QUICK = ("text: tokenize", "text: transformers tokenizer")
 _WORDS = (
     *("a", "red", "dog", "by", "the", "sea", "an", "old", "man", "at", "night", "snow", "on"),
@@ -40,13 +40,13 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage, or a whole way."""
+    """A stage of a pipeline, or a whole pipeline."""
 
     name: str
     tower: Tower
     runner: str
     items: int
-    """Pictures or texts of a call."""
+    """Images or texts per call."""
     call: Callable[[], Any]
 
 
@@ -60,7 +60,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def stages(record: Record, inputs: Inputs) -> Iterator[dict[str, Stage]]:
-    """Every stage, on the fastest runners that passed the gate."""
+    """Return every stage, with the fastest runners that passed the parity gate."""
     bundle = record.bundle_of(inputs, "stages")
     chosen: dict[Tower, str] = {tower: str(fastest(bundle, tower)) for tower in TOWERS}
     with (
@@ -77,7 +77,7 @@ def stages(record: Record, inputs: Inputs) -> Iterator[dict[str, Stage]]:
 def _stage(name: str, call: Callable[[], Any], chosen: dict[Tower, str]) -> Stage:
     tower: Tower = "image" if name.startswith("image") else "text"
     runner = "transformers:fp32" if "transformers" in name else chosen[tower]
-    items = PICTURES if tower == "image" else TEXTS
+    items = IMAGES if tower == "image" else TEXTS
     if name in _QUICK:
         items, call = items * PASSES, partial(_again, call)
     return Stage(name=name, tower=tower, runner=runner, items=items, call=call)
@@ -92,7 +92,7 @@ def _image_calls(
     bundle: Bundle, inputs: Inputs, run: Callable[[Any], Any], clip: LocalClip
 ) -> dict[str, Callable[[], Any]]:
     spec, peer = bundle.manifest.image, inputs.peer()
-    encoded = jpegs(PICTURES)
+    encoded = jpegs(IMAGES)
     decoded = [decode(data) for data in encoded]
     pixels = np.stack([to_pixels(image, spec) for image in decoded])
     floats = peer.images(decoded)
@@ -119,7 +119,9 @@ def _text_calls(
     tokenizer = Tokenizer(bundle.tokenizer, spec)
     strings = [caption(tokenizer, spec.context_length, number) for number in range(TEXTS)]
     rows, padded = tokenizer.encode(strings), peer.texts(strings, "max_length")
-    ids = tokenizer.padded(rows, max(map(len, rows)))  # as LocalClip runs them, to no bucket
+    ids = tokenizer.padded(
+        rows, max(map(len, rows))
+    )  # as in LocalClip, which does not pad to buckets
 
     def theirs(padding: Any) -> Any:
         return peer.embed("text", peer.texts(strings, padding))
@@ -136,9 +138,9 @@ def _text_calls(
 
 
 def caption(tokenizer: Tokenizer, context_length: int, number: int) -> str:
-    """As many words as TOKENS hold: a tokenizer without a vocabulary has one a letter."""
+    """Return as many words as fit into TOKENS; without a vocabulary, each letter is a token."""
     words = _WORDS[number:] + _WORDS[:number]
-    most = min(TOKENS, context_length - 1)  # what is cut off below would fill the context
+    most = min(TOKENS, context_length - 1)  # a truncated text fills the whole context
     fitting = [
         text
         for count in range(1, len(words))
@@ -155,7 +157,7 @@ def test_stage(
     stage: str,
     budget: float,
 ) -> None:
-    """Time one stage on JPEGs of 640x480 or captions of at most TOKENS tokens."""
+    """Time one stage on JPEG files of 640x480 pixels, or on captions of at most TOKENS tokens."""
     mine = stages[stage]
     turns = Turns(stages[f"{mine.tower}: transformers together"].call, mine.call)
     benchmark.group = f"{mine.tower} pipeline"

@@ -1,9 +1,9 @@
-"""How a call is timed in turns with a reference.
+"""Timing of a call in turns with a reference, PyTorch's eager float32 tower.
 
-The machine drifts, so a call takes turns with the reference, PyTorch's eager float32 tower. In its
-turn either runs untimed before it is timed: the other one left its weights in the caches and its
-threads spinning. Threads of plain ONNX Runtime spin so long that the reference waits for them.
-Between runs and machines, only the ratio of the two in adjacent turns can be compared.
+The speed of a machine drifts, so the call and the reference alternate. Each turn starts with
+untimed runs, because the previous turn left other weights in the caches and spinning threads.
+Before the reference there is also a pause, because threads of plain ONNX Runtime spin for long.
+Only the ratio of adjacent turns is comparable between runs and machines.
 """
 
 import math
@@ -17,48 +17,52 @@ import numpy as np
 from benchmarks.machine.timing import once
 
 _TURN_SECONDS, _TURN_RUNS = 0.15, 30
-"""A turn lasts about this long and has at most one run more than this. Half of the runs are timed.
-A call that takes longer than a turn runs once a turn. (An int8 text tower after eager float32: its
-quartiles were 28 to 47 ms after one untimed run, 27 to 30 ms after five.)"""
+"""Approximate duration of a turn in seconds, and one less than its maximum number of runs.
+
+The second half of the runs is timed. A call that takes longer than a turn runs once per turn. For
+an INT8 text tower after eager float32, the quartiles were 28 to 47 ms after one untimed run, and 27
+to 30 ms after five."""
 _REST_SECONDS = 0.08
-"""Pause before the reference. Threads of plain ONNX Runtime spin for 50 ms after a run, on CPUs
-that the reference needs: eager float32 took up to 267 ms for an image then, 100 to 160 ms
-otherwise."""
+"""Pause before the reference. After a run, threads of plain ONNX Runtime spin for 50 ms on CPUs
+that the reference needs. Eager float32 then took up to 267 ms per image, instead of 100 to 160."""
 _SLOW_SECONDS = 1.5
-"""Two turns that take longer than this are repeated less often."""
+"""A pair of turns that takes longer than this is repeated 3 instead of 5 times at least."""
 
 
 class Turns:
     """Alternates a call and a reference; a round of pytest-benchmark is one timed run of the call.
 
     Args:
-        reference: returns something, kept as `reference_result`.
-        call: what is timed, by pytest-benchmark's pedantic mode with `setup`.
+        reference: reference call; its last result is kept as `reference_result`.
+        call: call that pytest-benchmark's pedantic mode times, with `setup`.
     """
 
     def __init__(self, reference: Callable[[], Any], call: Callable[[], Any]) -> None:
         self._reference, self._call = reference, call
         self.reference_result: Any = None
         self.reference_seconds: list[list[float]] = []
-        """Timed runs of the reference, a list a turn."""
+        """Seconds of the timed runs of the reference, one list per turn."""
         seconds = self._refer()
         self._reference_untimed, self._reference_timed = _turn_of(seconds)
-        once(call)  # allocation, compilation
+        once(call)  # warm-up: allocation, compilation
         _, more = once(call)
         self._untimed, self._timed = _turn_of(more)
         self._both = _REST_SECONDS + sum(_turn_of(seconds)) * seconds + sum(_turn_of(more)) * more
         self._rounds = 0
 
     def rounds(self, budget: float) -> int:
-        """Return the rounds that fit into `budget` seconds, of 3 (of slow calls) to 15 turns."""
+        """Return the number of rounds that fit into `budget` seconds.
+
+        They make up 5 to 15 turns, or at least 3 turns of slow calls.
+        """
         return self._turns(budget) * self._timed
 
     def expected_seconds(self, budget: float) -> float:
-        """Return how long the rounds will take."""
+        """Return the expected duration of the rounds in seconds."""
         return self._turns(budget) * self._both
 
     def setup(self) -> None:
-        """Run, where a turn begins, the reference's turn and the untimed runs of the call."""
+        """At the start of a turn, run the reference, then the untimed runs of the call."""
         if self._rounds % self._timed == 0:
             time.sleep(_REST_SECONDS)
             for _ in range(self._reference_untimed):
@@ -70,14 +74,14 @@ class Turns:
 
     @property
     def reference_ms(self) -> float:
-        """Median over all timed runs of the reference."""
+        """Median of all timed runs of the reference, in milliseconds."""
         return median(second for turn in self.reference_seconds for second in turn) * 1e3
 
     def ratios(self, seconds: Sequence[float]) -> tuple[float, ...]:
-        """Return the reference's median over the call's, a value a turn.
+        """Return the median of the reference divided by that of the call, for each turn.
 
         Args:
-            seconds: of all timed runs of the call, turn after turn.
+            seconds: seconds of all timed runs of the call, in order.
         """
         by_turn = np.reshape(seconds, (len(self.reference_seconds), -1))
         ratios = np.divide(np.median(self.reference_seconds, axis=1), np.median(by_turn, axis=1))
@@ -93,7 +97,7 @@ class Turns:
 
 
 def _turn_of(seconds: float) -> tuple[int, int]:
-    """Return the untimed and the timed runs of a turn of a call that takes so long."""
+    """Return the numbers of untimed and timed runs in a turn of a call that takes `seconds`."""
     settle = math.ceil(_TURN_SECONDS / seconds)
     runs = 1 if settle == 1 else min(settle, _TURN_RUNS) + 1
     return runs // 2, runs - runs // 2

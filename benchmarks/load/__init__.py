@@ -1,1 +1,1 @@
-"""A running server under load."""
+"""Load benchmark of a running Triton server."""

@@ -1,6 +1,6 @@
-"""JPEG files -> embeddings through a served bundle, against a loop around eager float32.
+"""Throughput from JPEG files to embeddings: a served bundle against a loop around eager float32.
 
-Both sides decode and resize with the same code; rounds of the two alternate, and each number is a
+Both sides decode and resize with the same code. Their rounds alternate, and each number is a
 median.
 """
 
@@ -30,15 +30,23 @@ _ALONE = 10
 def against_eager(
     bundle: Bundle, url: str, count: int, rounds: int, progress: Progress, *, runner: str | None
 ) -> AgainstEager:
-    """Measure both ways over `count` pictures of 640x480; the server at `url` serves `bundle`.
+    """Measure both sides on `count` images of 640x480 pixels.
+
+    Args:
+        bundle: bundle that the server at `url` serves.
+        url: URL of the server.
+        count: number of images.
+        rounds: number of rounds of each side.
+        progress: receives the rounds.
+        runner: name of the image tower's runner, for the result.
 
     Raises:
-        CheckpointError: the checkpoint of the bundle is not there any more.
-        ServerError: the server did not answer, or serves a model of another size.
+        CheckpointError: the checkpoint of the bundle does not exist any more.
+        ServerError: the server did not answer, or its embeddings have another dimension.
     """
-    progress("eager against served")
+    progress("comparing with eager fp32")
     checkpoint, spec = checkpoint_of(bundle), bundle.manifest.image
-    pictures = jpegs(count, _SIZE)
+    images = jpegs(count, _SIZE)
     serve_s, eager_s, alone_s, differences = [], [], [], []
     with (
         ClipClient(url, batch_size=_BATCH_SIZE, in_flight=_IN_FLIGHT) as client,
@@ -46,27 +54,28 @@ def against_eager(
     ):
 
         def loop() -> NDArray[np.float32]:
-            parts = (pictures[s : s + EAGER_BATCH] for s in range(0, count, EAGER_BATCH))
-            batches = (np.stack([preprocess(p, spec) for p in part]) for part in parts)
+            parts = (images[s : s + EAGER_BATCH] for s in range(0, count, EAGER_BATCH))
+            batches = (np.stack([preprocess(i, spec) for i in part]) for part in parts)
             return np.concatenate([eager.run(batch) for batch in batches])
 
-        client.embed_images(pictures)
-        eager.run(np.stack([preprocess(p, spec) for p in pictures[:EAGER_BATCH]]))
+        client.embed_images(images)
+        eager.run(np.stack([preprocess(image, spec) for image in images[:EAGER_BATCH]]))
         for turn in range(rounds):
-            mine, seconds = once(partial(client.embed_images, pictures))
+            mine, seconds = once(partial(client.embed_images, images))
             serve_s.append(seconds)
             theirs, seconds = once(loop)
             eager_s.append(seconds)
             if mine.shape != theirs.shape:
                 raise ServerError(
                     f"{url} serves another model than {bundle.path}: its embeddings have "
-                    f"{mine.shape[1]} dimensions, not {theirs.shape[1]}; give the bundle it serves"
+                    f"{mine.shape[1]} dimensions, not {theirs.shape[1]}",
+                    advice="give the bundle that the server serves",
                 )
             differences.append(float(np.abs(mine - theirs).max()))
-            for picture in pictures[:_ALONE]:
-                _, seconds = once(partial(client.embed_images, [picture]))
+            for image in images[:_ALONE]:
+                _, seconds = once(partial(client.embed_images, [image]))
                 alone_s.append(seconds)
-            progress("eager against served", turn + 1, rounds)
+            progress("comparing with eager fp32", turn + 1, rounds)
     return AgainstEager(
         images=count,
         size=_SIZE,

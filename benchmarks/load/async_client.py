@@ -1,7 +1,7 @@
-"""An asyncio client that puts load on Triton, independent of perf_analyzer.
+"""Asyncio load generator for Triton, independent of perf_analyzer.
 
-Requests go through `tritonclient.grpc.aio` or `tritonclient.http.aio`, from one process. A request
-that fails is counted, and the load goes on.
+It sends requests through `tritonclient.grpc.aio` or `tritonclient.http.aio`, from one process.
+Failed requests are counted, and the load continues.
 """
 
 import asyncio
@@ -20,25 +20,25 @@ from serving.errors import ServerError
 from serving.util.machine import cpu_count
 
 _RAMP = 0.5
-"""Share of a window that passes before the first one, while the server's queues fill."""
+"""Time before the first window, as a share of a window, in which the server's queues fill."""
 
 Send = Callable[[int], Awaitable[object]]
-"""Sends one item, by its place, and waits for the answer."""
+"""Sends the item with the given index, and waits for the response."""
 
 
 @dataclass(slots=True)
 class _Log:
-    """What became of the requests."""
+    """Outcomes of the requests."""
 
     ends: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     errors: int = 0
     last_error: str = ""
 
-    async def record(self, send: Send, place: int, start: float) -> None:
-        """Send one request; its latency counts from `start`, in seconds of `time.perf_counter`."""
+    async def record(self, send: Send, index: int, start: float) -> None:
+        """Send a request and record it; latency counts from `start` (`time.perf_counter`)."""
         try:
-            await send(place)
+            await send(index)
         except (InferenceServerException, OSError, TimeoutError) as error:
             self.errors += 1
             self.last_error = str(error)
@@ -49,7 +49,7 @@ class _Log:
 
 
 class AsyncClient:
-    """Puts load on a server; `timeout` is what a request may take, in seconds."""
+    """Load generator; `timeout` is the maximum duration of a request, in seconds."""
 
     name: Literal["asyncio"] = "asyncio"
 
@@ -57,13 +57,13 @@ class AsyncClient:
         self._timeout = timeout
 
     def measure(self, load: Load) -> Measured:
-        """Throughput counts the answers of WINDOWS windows; latency is theirs.
+        """Measure throughput and latency of the responses within WINDOWS windows.
 
-        At a rate, latency counts from the moment at which a request was due, so that a client that
-        falls behind does not hide it.
+        In rate mode, latency counts from the scheduled time of a request, so that delays of the
+        client itself are not hidden.
 
         Raises:
-            ServerError: not one request was answered.
+            ServerError: no request was answered.
         """
         return asyncio.run(self._measure(load))
 
@@ -80,41 +80,43 @@ class AsyncClient:
 
 
 async def _closed(send: Send, concurrency: float, end: float, log: _Log) -> None:
-    """Keep so many requests under way until `end`."""
-    places = itertools.count()
+    """Keep `concurrency` requests in flight until `end`."""
+    indices = itertools.count()
 
-    async def one_after_another() -> None:
+    async def send_in_sequence() -> None:
         while (now := time.perf_counter()) < end:
-            await log.record(send, next(places), now)
+            await log.record(send, next(indices), now)
 
-    await asyncio.gather(*(one_after_another() for _ in range(int(concurrency))))
+    await asyncio.gather(*(send_in_sequence() for _ in range(int(concurrency))))
 
 
 async def _open(send: Send, rate: float, end: float, log: _Log) -> None:
-    """Start so many requests a second at random moments until `end`, whatever is under way."""
-    moments = random.Random(0)
+    """Start `rate` requests/s at random times until `end`, however many are in flight."""
+    rng = random.Random(0)
     due = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for place in itertools.count():
-            due += moments.expovariate(rate)
+        for index in itertools.count():
+            due += rng.expovariate(rate)
             if due >= end:
                 return
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            group.create_task(log.record(send, place, due))
+            group.create_task(log.record(send, index, due))
 
 
 def _measured(log: _Log, begin: float, window_s: float, cpu_share: float) -> Measured:
     ends, latencies = np.array(log.ends), np.array(log.latencies) * 1e3
-    places = np.floor((ends - begin) / window_s)
-    windows = [latencies[places == place] for place in range(WINDOWS)]
+    numbers = np.floor((ends - begin) / window_s)
+    windows = [latencies[numbers == number] for number in range(WINDOWS)]
     counted = np.concatenate(windows)
     if not len(counted):
         why = (
-            f"{log.errors} failed, the last with: {log.last_error}" if log.errors else "none ended"
+            f"{log.errors} failed, the last one with: {log.last_error}"
+            if log.errors
+            else "none completed"
         )
         raise ServerError(
-            f"no request was answered within {WINDOWS} windows of {window_s:g} s ({why}); "
-            "look at the server's log, or take longer windows"
+            f"no request was answered within {WINDOWS} windows of {window_s:g} s ({why})",
+            advice="check the server's log, or use longer windows",
         )
     p50, p95, p99 = (float(value) for value in np.percentile(counted, (50, 95, 99)))
     return Measured(
@@ -136,7 +138,7 @@ def _connection(load: Load, timeout: float) -> Any:
         return tritonclient.grpc.aio.InferenceServerClient(load.address)
     import tritonclient.http.aio
 
-    # No limit at a rate: what waits for a connection would count as the server's time.
+    # No limit in rate mode: waiting for a connection would count as time of the server.
     limit = int(load.load) if load.mode == "concurrency" else 0
     return tritonclient.http.aio.InferenceServerClient(
         load.address, conn_limit=limit, conn_timeout=timeout
@@ -148,8 +150,8 @@ def _sender(load: Load, connection: Any, timeout: float) -> Send:
     options = {"client_timeout": timeout} if load.wire == "grpc" else {}
     model = load.workload.model
 
-    async def send(place: int) -> object:
-        return await connection.infer(model, [inputs[place % len(inputs)]], **options)
+    async def send(index: int) -> object:
+        return await connection.infer(model, [inputs[index % len(inputs)]], **options)
 
     return send
 

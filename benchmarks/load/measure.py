@@ -1,15 +1,14 @@
-"""A running Triton under load: perf_analyzer's numbers, and an independent client's beside them.
+"""Load benchmark of Triton with perf_analyzer, checked with an independent client.
 
-Each point is one load on `clip_image` or `clip_text`, with mixed picture sizes or text lengths, and
-carries the split of a request's time into the ensemble's steps, from Triton's statistics.
+Each point is a load on `clip_image` or `clip_text`, with mixed image sizes or text lengths. It
+includes the time that a request spends in each step of the ensemble, from Triton's statistics.
 `against_eager.py` adds the comparison with a loop around eager float32.
 
-Triton's response cache is off in the repository that is served from here, so each text is computed.
-Of a server that already runs nothing is changed; each measurement sends texts that it has not seen,
-and the hits of its cache are counted.
+In the embedded server, Triton's response cache is disabled, so that each text is computed. The
+configuration of a running server is not changed: each measurement sends texts that the server has
+not seen, and cache hits are counted.
 
-Does not know: how a load is put on (`perf_analyzer.py`, `async_client.py`), what its requests carry
-(`workload.py`).
+`perf_analyzer.py` and `async_client.py` generate the load, and `workload.py` defines the requests.
 """
 
 import itertools
@@ -49,22 +48,22 @@ from serving.util.results import (
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 Urls = Mapping[Wire, str]
-"""grpc://host:port and http://host:port of one server, or one of them."""
+"""URLs of a server by protocol: grpc://host:port, http://host:port, or both."""
 
 
 def measure_embedded(
     bundle: Bundle, plan: Plan, repository: Path, runner: str, progress: Progress
 ) -> LoadRun:
-    """Assemble `bundle` to `repository`, serve it by the embedded Triton, and measure that.
+    """Assemble `bundle` to `repository`, serve it with the embedded Triton, and measure it.
 
     Raises:
-        ClipDeployError: it cannot be assembled or served; see `serving.triton`.
+        ClipDeployError: the bundle cannot be assembled or served; see `serving.triton`.
     """
     here = environment()
     progress("assembling")
     assemble(bundle, repository, runner=runner, progress=progress)
     runners = dict.fromkeys(TOWERS, runner)
-    if runner == "auto":  # the fastest of each tower comes first
+    if runner == "auto":  # the fastest runner of each tower comes first
         runners = {timed.tower: timed.runner for timed in reversed(assembled_latencies(repository))}
     switch_cache_off(repository)
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
@@ -84,14 +83,18 @@ def measure_embedded(
 def measure_running(
     bundle: Bundle, plan: Plan, urls: Urls, progress: Progress, admin_key: str | None = None
 ) -> LoadRun:
-    """Measure the server at `urls`, which serves `bundle`; a protocol without a URL is left out.
+    """Measure a running server.
 
     Args:
-        admin_key: that its statistics are behind, if they are.
+        bundle: bundle that the server serves.
+        plan: loads to measure.
+        urls: URLs of the server; a protocol without a URL is not measured.
+        progress: receives the steps.
+        admin_key: administrative key, if the statistics of the server require one.
 
     Raises:
-        ServerError: it does not answer, serves something else, asks for another key, or others use
-            it meanwhile.
+        ServerError: the server does not answer, serves another model, requires another key, or is
+            used by other clients meanwhile.
     """
     hosts = {url.partition("://")[2].rpartition(":")[0] for url in urls.values()}
     run = _begun(
@@ -108,10 +111,10 @@ def measure_running(
 
 
 def urls_of(grpc: str | None, http: str | None) -> Urls:
-    """The URLs that are given, by protocol.
+    """Return the given URLs by protocol.
 
     Raises:
-        InputError: one is of the other protocol.
+        InputError: a URL has another protocol.
     """
     given: dict[Wire, str | None] = {"grpc": grpc, "http": http}
     for wire, url in given.items():
@@ -121,7 +124,7 @@ def urls_of(grpc: str | None, http: str | None) -> Urls:
 
 
 def switch_cache_off(repository: Path) -> None:
-    """No model of `repository` uses the response cache."""
+    """Disable the response cache of every model in `repository`."""
     for path in repository.glob("*/config.pbtxt"):
         config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
         config.ClearField("response_cache")
@@ -138,7 +141,7 @@ def _begun(
     response_cache: str,
     plan: Plan,
 ) -> LoadRun:
-    """Return a run in which nothing was measured yet."""
+    """Return a run without measurements."""
     return LoadRun(
         environment=here,
         bundle=bundle.manifest.name,
@@ -168,7 +171,7 @@ def _measure(
 ) -> LoadRun:
     start = time.monotonic()
     for url in urls.values():
-        ClipClient(url).close()  # answers, and serves a CLIP of ours
+        ClipClient(url).close()  # raises ServerError unless the server serves one of our models
     with ExitStack() as stack:
         client, version, missing = _main_client(stack)
         fresh = run.response_cache == "off"
@@ -178,7 +181,7 @@ def _measure(
             session.sweep(sweep)
     url = urls.get("grpc") or urls["http"]
     runner = run.runners["image"] if run.runners else None
-    against = against_eager(bundle, url, plan.pictures, plan.rounds, progress, runner=runner)
+    against = against_eager(bundle, url, plan.images, plan.rounds, progress, runner=runner)
     return replace(
         run,
         perf_analyzer=version,
@@ -193,7 +196,7 @@ def _measure(
 
 
 def _main_client(stack: ExitStack) -> tuple[Client, str | None, list[LeftOut]]:
-    """Return perf_analyzer and its version, or the asyncio client and why there is no other."""
+    """Return perf_analyzer and its version; else the asyncio client and the reason."""
     try:
         analyzer = stack.enter_context(open_perf_analyzer())
     except RunnerError as error:
@@ -202,7 +205,7 @@ def _main_client(stack: ExitStack) -> tuple[Client, str | None, list[LeftOut]]:
 
 
 class _Session:
-    """Measures sweeps, and collects what they gave.
+    """Measurement of sweeps, and their results.
 
     Args:
         fresh: whether the server has seen no text before.
@@ -227,14 +230,14 @@ class _Session:
         self.agreement: list[Agreement] = []
         self.left_out: list[LeftOut] = []
         self._key = admin_key
-        self._pictures = mixed_pictures()
-        # A server that was measured before may have kept the texts of that time in its cache.
+        self._images = mixed_pictures()
+        # The cache of a running server may contain the texts of an earlier measurement.
         self._seeds = itertools.count(0 if fresh else time.time_ns())
         loads = (len(sweep.concurrency) + len(sweep.rates) for sweep in plan.sweeps)
         self._done, self._total = 0, sum(loads)
 
     def sweep(self, sweep: Sweep) -> None:
-        """All concurrencies, then rates below the saturation, then both clients in turn."""
+        """Measure all concurrencies, then rates below saturation, then both clients in turns."""
         self._warm_up(sweep)
         first = len(self.points)
         for concurrency in sweep.concurrency:
@@ -253,8 +256,8 @@ class _Session:
             self._compare(sweep, concurrency)
 
     def _compare(self, sweep: Sweep, concurrency: int) -> None:
-        """Measure one load by either client; see `Agreement`."""
-        what = f"{sweep.model} over {sweep.wire}, {concurrency} under way, both clients"
+        """Measure a load with both clients; see `Agreement`."""
+        what = f"{sweep.model} over {sweep.wire}, {concurrency} in flight, both clients"
         self._show(what, self._done, self._total)
         found: dict[str, list[float]] = {self._client.name: [], self._second.name: []}
         try:
@@ -278,14 +281,14 @@ class _Session:
         )
 
     def _warm_up(self, sweep: Sweep) -> None:
-        """So that runtimes have seen the batches that the largest load makes."""
+        """Send the largest load, so that runtimes have seen all batch sizes."""
         self._show(f"warming up {sweep.model} over {sweep.wire}", self._done, self._total)
         load = self._load(sweep, "concurrency", sweep.concurrency[-1])
         self._second.measure(replace(load, window_s=max(0.5, self._plan.window_s / WINDOWS)))
 
     def _point(self, client: Client, sweep: Sweep, mode: Mode, amount: float) -> None:
-        """Measure one load; where the client gives up, by the one that goes on past errors."""
-        unit = "under way" if mode == "concurrency" else "a second"
+        """Measure a load; if the client fails, use the asyncio client, which tolerates errors."""
+        unit = "in flight" if mode == "concurrency" else "requests/s"
         what = f"{sweep.model} over {sweep.wire}, {amount:g} {unit}, {client.name}"
         self._show(what, self._done, self._total)
         load = self._load(sweep, mode, amount)
@@ -320,8 +323,8 @@ class _Session:
         )
 
     def _load(self, sweep: Sweep, mode: Mode, amount: float) -> Load:
-        workload = self._pictures
-        if sweep.model == "clip_text":  # others each time
+        workload = self._images
+        if sweep.model == "clip_text":  # new texts for each measurement
             workload = mixed_texts(self._bundle, next(self._seeds))
         self.mix[sweep.model] = workload.mix
         return Load(

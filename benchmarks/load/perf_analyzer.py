@@ -1,15 +1,15 @@
-"""NVIDIA's perf_analyzer: finding it, running it, reading what it says.
+"""NVIDIA's perf_analyzer: locates it, runs it, and parses its output.
 
-The package of that name on PyPI is empty. The program lies in the wheel of tritonclient 2.50.0,
-and links against two libraries that the wheel leaves out: libb64, and the CUDA runtime, of which it
-needs no GPU. Both are in the wheel of nvidia-pytriton under names of their own; or install them.
+The package of that name on PyPI is empty. The program is in the wheel of tritonclient 2.50.0. It
+links against two libraries that the wheel does not contain: libb64, and the CUDA runtime (a GPU is
+not required). The wheel of nvidia-pytriton contains both under other file names.
 
-What it does that one would not guess (seen with 2.50.0):
-- BYTES in base64 are taken as they go over the wire: four bytes of length, then the item.
-- It ends with its first failed request, so its numbers are of loads without errors.
-- A load that is not stable has no report. So it is told to accept any; whether it was stable is
-  read from the windows that it prints.
-- Each run begins with the first item again.
+Surprising behavior, observed with 2.50.0:
+- BYTES in base64 must have the wire format: four bytes of length, then the item.
+- It exits at its first failed request, so it cannot measure a load with errors.
+- It writes no report for an unstable load. It is therefore told to accept any load, and stability
+  is computed from the windows that it prints.
+- Each run starts again with the first item.
 """
 
 import base64
@@ -39,29 +39,29 @@ from serving.util.machine import cpu_count
 
 INSTALL = (
     "python -m pip install --no-deps --target .venv/perf_analyzer tritonclient==2.50.0 "
-    "(`make setup` does)"
+    "(`make setup` runs this)"
 )
-_EMBEDDED = f"{install_command('embedded')} brings it, or"
+_EMBEDDED = f"{install_command('embedded')}, or"
 LIBRARIES = {
     "libb64.so.0d": f"{_EMBEDDED} apt-get install libb64-0d",
     "libcudart.so.12": f"{_EMBEDDED} pip install nvidia-cuda-runtime-cu12",
 }
-"""What it links against and a machine may lack, and what installs it."""
+"""Libraries that it links against and a machine may lack, with advice to install them."""
 _ANY_STABILITY = "1000000"
 _GRACE_S = 60.0
-"""Seconds that it may take beyond three times its windows: to read data, to end requests."""
-_WARM_UP = 2  # requests for each that is under way
+"""Seconds that it may take in addition to three times its windows, to load data and finish."""
+_WARM_UP = 2  # requests per request in flight
 _LARGER_WINDOWS = 3
-"""Times the window is doubled, where the server answers nothing in it."""
+"""Maximum number of times that the window is doubled if it has too few responses."""
 _PASS = re.compile(r"Pass \[\d+\] throughput: (\S+) infer/sec\. Avg latency: (\d+) usec")
-# The second where a step of the ensemble has not one request within the windows.
+# The second message means that a step of the ensemble had no request within the windows.
 _TOO_SMALL = re.compile("use a larger time window|failed to find the requested model version")
 _MISSING = re.compile(r"error while loading shared libraries: ([^:\s]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerfAnalyzer:
-    """The program, and folders of the libraries that it needs."""
+    """The program, the directory of its libraries, and a scratch directory."""
 
     binary: Path
     version: str
@@ -70,7 +70,7 @@ class PerfAnalyzer:
     name: Literal["perf_analyzer"] = "perf_analyzer"
 
     def measure(self, load: Load) -> Measured:
-        """See `benchmarks.load.workload.Client`; the first failed request is a ServerError."""
+        """Measure a load; see `Client`. Raises ServerError at the first failed request."""
         for _ in range(_LARGER_WINDOWS):
             try:
                 return self._measure(load)
@@ -95,8 +95,8 @@ class PerfAnalyzer:
             )
         except subprocess.TimeoutExpired as error:
             raise ServerError(
-                f"perf_analyzer did not end within {limit:.0f} s at {_told(load)}; is the server "
-                "stuck? Its log may tell"
+                f"perf_analyzer did not end within {limit:.0f} s at {_described(load)}",
+                advice="check whether the server hangs; see its log",
             ) from error
         after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
         if not report.exists():
@@ -106,19 +106,19 @@ class PerfAnalyzer:
 
 
 class _WindowError(ServerError):
-    """Too few answers came within a window."""
+    """A window had too few responses."""
 
 
 @contextmanager
 def open_perf_analyzer() -> Iterator[PerfAnalyzer]:
-    """The program of this machine, ready to run.
+    """Return perf_analyzer, ready to run.
 
     Raises:
-        RunnerError: there is none, or it does not load; with what to install.
+        RunnerError: it is missing or cannot be loaded; the message says what to install.
     """
     binary = find()
-    with tempfile.TemporaryDirectory(prefix="clip-deploy-perf-analyzer-") as folder:
-        libraries = Path(folder) / "lib"
+    with tempfile.TemporaryDirectory(prefix="clip-deploy-perf-analyzer-") as scratch:
+        libraries = Path(scratch) / "lib"
         libraries.mkdir()
         for name in LIBRARIES:
             if (found := _library(name)) is not None:
@@ -127,12 +127,12 @@ def open_perf_analyzer() -> Iterator[PerfAnalyzer]:
             binary=binary,
             version=_version(binary, libraries),
             libraries=libraries,
-            scratch=Path(folder),
+            scratch=Path(scratch),
         )
 
 
 def find() -> Path:
-    """perf_analyzer on PATH, or where INSTALL puts it in this environment.
+    """Return the path of perf_analyzer: on PATH, or where INSTALL installs it.
 
     Raises:
         RunnerError: it is in neither place.
@@ -141,13 +141,13 @@ def find() -> Path:
     on_path = shutil.which("perf_analyzer")
     if on_path is None and not installed.is_file():
         raise RunnerError(
-            f"no perf_analyzer on PATH, and none at {installed}; {INSTALL} installs it"
+            f"no perf_analyzer on PATH, and none at {installed}", advice=f"install it: {INSTALL}"
         )
     return Path(on_path) if on_path is not None else installed
 
 
 def _library(name: str) -> Path | None:
-    """A library within a wheel; under its own name, or one with a hash: `libb64-98cb6333.so.0d`."""
+    """Find a library in a wheel, by its name or with a hash, as in `libb64-98cb6333.so.0d`."""
     packages = Path(sysconfig.get_path("purelib"))
     stem, _, suffix = name.partition(".")
     hashed = sorted(packages.glob(f"nvidia_pytriton.libs/{stem}-*.{suffix}*"))
@@ -155,33 +155,39 @@ def _library(name: str) -> Path | None:
 
 
 def _environment(libraries: Path) -> dict[str, str]:
-    # Ours last: a user's own go first.
+    # The user's own directories take precedence.
     paths = [os.environ.get("LD_LIBRARY_PATH", ""), str(libraries)]
     return os.environ | {"LD_LIBRARY_PATH": ":".join(filter(None, paths))}
 
 
 def _version(binary: Path, libraries: Path) -> str:
-    """What it says of itself; RunnerError where it cannot run."""
+    """Return the version that the program prints.
+
+    Raises:
+        RunnerError: it cannot be run.
+    """
     command = [str(binary), "--version"]
     try:
         done = subprocess.run(
             command, env=_environment(libraries), capture_output=True, text=True, timeout=60
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RunnerError(f"{binary} cannot be run: {error}; {INSTALL} installs one") from error
+        raise RunnerError(
+            f"{binary} cannot be run: {error}", advice=f"install it: {INSTALL}"
+        ) from error
     if done.returncode == 0:
         return (done.stdout or done.stderr).strip()
     if (missing := _MISSING.search(done.stderr)) is not None:
-        hint = LIBRARIES.get(missing[1], "install the package of your system that has it")
-        raise RunnerError(f"{binary} does not load, the library {missing[1]} is missing: {hint}")
+        advice = LIBRARIES.get(missing[1], "install the system package that contains it")
+        raise RunnerError(f"{binary} requires the missing library {missing[1]}", advice=advice)
     raise RunnerError(
-        f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-300:]}; "
-        f"{INSTALL} installs one that is known to run"
+        f"{' '.join(command)} exited with {done.returncode}: {done.stderr.strip()[-300:]}",
+        advice=f"install a version that is known to work: {INSTALL}",
     )
 
 
 def input_data(workload: Workload) -> str:
-    """The JSON of `--input-data`: one item a request, BYTES as base64."""
+    """Return the JSON for `--input-data`: one item per request, BYTES as base64."""
     rows = [
         {workload.tensor: {"content": {"b64": _wire_bytes(item)}, "shape": [1]}}
         for item in workload.items
@@ -194,10 +200,10 @@ def _wire_bytes(item: bytes) -> str:
 
 
 def arguments(load: Load, data: Path, report: Path) -> list[str]:
-    """Its options; see its docs/cli.md."""
+    """Return the command-line options; see docs/cli.md of perf_analyzer."""
     value = f"{load.load:g}"
     if load.mode == "concurrency":
-        # Or its first window begins with nothing under way: 9 pictures/s of 17.
+        # Without warm-up the first window starts with idle queues: 9 instead of 17 images/s.
         warm_up = str(math.ceil(_WARM_UP * load.load))
         mode = ["--concurrency-range", f"{value}:{value}:1", "--warmup-request-count", warm_up]
     else:
@@ -213,10 +219,10 @@ def arguments(load: Load, data: Path, report: Path) -> list[str]:
 
 
 def parse(report: str, output: str, cpu_share: float) -> Measured:
-    """Read the CSV report of one load, and the windows in what was printed.
+    """Parse the CSV report of a load, and the windows in the output.
 
     Raises:
-        ServerError: these are not of a perf_analyzer that we know.
+        ServerError: the report does not have the format of a known version.
     """
     rows = list(csv.DictReader(report.splitlines()))
     windows = [(float(rate), float(latency)) for rate, latency in _PASS.findall(output)][-WINDOWS:]
@@ -227,7 +233,8 @@ def parse(report: str, output: str, cpu_share: float) -> Measured:
     except (KeyError, ValueError) as error:
         raise ServerError(
             "expected perf_analyzer's report with columns Inferences/Second, p50, p95 and p99 "
-            f"latency and one row, got {report[:300]!r}; {INSTALL} installs a version that is known"
+            f"latency and one row, got {report[:300]!r}",
+            advice=f"install a supported version: {INSTALL}",
         ) from error
     return Measured(
         throughput_per_s=throughput,
@@ -245,11 +252,11 @@ def _failure(load: Load, done: subprocess.CompletedProcess[str]) -> ServerError:
     kind = _WindowError if _TOO_SMALL.search(said) else ServerError
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     return kind(
-        f"perf_analyzer ended with {done.returncode} and no report at {_told(load)}: "
+        f"perf_analyzer exited with {done.returncode} and no report at {_described(load)}: "
         f"{' '.join(lines)[-600:] or said[-600:]}"
     )
 
 
-def _told(load: Load) -> str:
-    unit = "requests under way" if load.mode == "concurrency" else "requests/s"
+def _described(load: Load) -> str:
+    unit = "requests in flight" if load.mode == "concurrency" else "requests/s"
     return f"{load.load:g} {unit} of {load.workload.model} over {load.wire}"

@@ -1,4 +1,4 @@
-"""The loads that are put on a server, and what follows from the points measured."""
+"""Loads to measure, and the analysis of the measured points."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
 RATES = (0.5, 0.8, 0.95)
 """Fractions of the throughput at saturation."""
 SATURATED = 0.05
-"""What the saturation point may lack of the best throughput."""
+"""Tolerance of the saturation point: relative distance to the best throughput."""
 AGREEMENT = 0.15
-"""By how much the throughputs of two clients may differ."""
+"""Tolerated relative difference between the throughputs of two clients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,31 +26,36 @@ class Sweep:
     model: Model
     wire: Wire
     concurrency: tuple[int, ...]
-    """Ascending."""
+    """Numbers of requests in flight, ascending."""
     rates: tuple[float, ...] = ()
-    """Fractions of the throughput at saturation."""
+    """Rates as fractions of the throughput at saturation."""
     compared: bool = True
-    """Whether both clients measure it, where there are two."""
+    """True: both clients measure the saturation point, if both are available."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be measured."""
+    """Sweeps to measure, and their settings."""
 
     sweeps: tuple[Sweep, ...]
     window_s: float
-    """Seconds of a window; see `benchmarks.load.workload.WINDOWS`."""
+    """Duration of a window in seconds; see `benchmarks.load.workload.WINDOWS`."""
     compared_window_s: float
-    """The same where clients are compared: many batches, since whole ones are counted."""
+    """The same for comparing clients; it must fit many batches, as whole batches are counted."""
     lowest_too: bool
-    """Whether the clients are compared at each sweep's first load, not at saturation only."""
-    pictures: int
+    """True: also compare the clients at the first load of each sweep, not at saturation only."""
+    images: int
+    """Number of images for `benchmarks.load.against_eager`."""
     rounds: int
-    """Both of `benchmarks.load.against_eager`."""
+    """Number of rounds for `benchmarks.load.against_eager`."""
 
     @classmethod
     def full(cls, concurrency: Sequence[int] = ()) -> Self:
-        """Both models over both protocols; `concurrency` instead of CONCURRENCY."""
+        """Return a plan of both models over both protocols.
+
+        Args:
+            concurrency: numbers of requests in flight. Default: CONCURRENCY.
+        """
         levels = tuple(sorted(set(concurrency))) or CONCURRENCY
         sweeps = tuple(
             Sweep(model=model, wire=wire, concurrency=levels, rates=RATES)
@@ -62,13 +67,16 @@ class Plan:
             window_s=4.0,
             compared_window_s=4.0,
             lowest_too=True,
-            pictures=192,
+            images=192,
             rounds=5,
         )
 
     @classmethod
     def quick(cls, concurrency: Sequence[int] = ()) -> Self:
-        """Fewer points, shorter windows: about two minutes of a ViT-B/32 on two CPUs."""
+        """Return a plan with fewer points and shorter windows.
+
+        It takes about two minutes for a ViT-B/32 on two CPUs.
+        """
         levels = tuple(sorted(set(concurrency)))
         sweeps = (
             Sweep(
@@ -86,13 +94,16 @@ class Plan:
             window_s=1.0,
             compared_window_s=2.5,
             lowest_too=False,
-            pictures=64,
+            images=64,
             rounds=3,
         )
 
 
 def saturation_of(points: Sequence[Point]) -> Saturation | None:
-    """Of the concurrency points of one model over one protocol; None where there are none."""
+    """Return the saturation point of one model over one protocol; None without points.
+
+    Only points of concurrency mode count.
+    """
     swept = sorted((p for p in points if p.mode == "concurrency"), key=lambda p: p.load)
     if not swept:
         return None
@@ -112,8 +123,8 @@ def agreement_of(
 ) -> Agreement:
     """Compare the throughputs that two clients measured.
 
-    The asyncio client takes about twice perf_analyzer's CPU time a request, so where a request
-    costs the server a millisecond or two and the CPUs are shared, it is the slower one.
+    The asyncio client uses about twice the CPU time of perf_analyzer per request. It is therefore
+    slower if it shares the CPUs with a server that needs only one or two milliseconds per request.
     """
     ratio = median(asyncio) / median(perf_analyzer)
     return Agreement(

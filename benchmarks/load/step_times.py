@@ -1,7 +1,7 @@
-"""Where the server spends a request's time: differences of Triton's own statistics.
+"""Time per step of an ensemble, from differences of Triton's statistics.
 
-Triton counts from the start of the server, and for all clients together: nobody else is to use it
-meanwhile. Its failures are not read: 2.51 counts each failure of an ensemble twice.
+Triton's counters start with the server and cover all clients, so no other client may use the server
+during a measurement. Failures are not read, because 2.51 counts each failure of an ensemble twice.
 """
 
 import time
@@ -20,39 +20,42 @@ STEPS: Mapping[Model, tuple[str, ...]] = {
     "clip_image": ("image_preprocess", "image_tower"),
     "clip_text": ("text_tokenize", "text_tower"),
 }
-"""The models of each ensemble, in order."""
+"""Models of each ensemble, in order."""
 _REST_S, _REST_WITHIN_S = 0.1, 5.0
 _TIMEOUT_S = 60.0
 _COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 Counters = dict[str, dict[str, int]]
-"""By model."""
+"""Counters by model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counted:
-    """What the server counted between two moments."""
+    """Differences of the server's counters between two readings."""
 
     steps: tuple[Step, ...]
     cache_hits: int
-    """Requests that its response cache answered, no step being run."""
+    """Requests that the response cache answered without running a step."""
 
 
 class Statistics:
-    """The statistics of the server at `url`, grpc://host:port or http://host:port.
+    """Reader of a server's statistics.
 
     Args:
-        admin_key: which a server of `serving.triton.server` asks for.
+        url: grpc://host:port or http://host:port.
+        admin_key: administrative key; servers of `serving.triton.server` require it.
     """
 
     def __init__(self, url: str, admin_key: str | None) -> None:
         self._url, self._key = url, admin_key
 
     def at_rest(self) -> Counters:
-        """The counters, once they rest: Triton counts a request a moment after it answered.
+        """Return the counters once they are stable.
+
+        Triton counts a request shortly after it has sent the response.
 
         Raises:
-            ServerError: the server does not answer, wants a key, or others keep it busy.
+            ServerError: the server does not answer, requires a key, or is used by other clients.
         """
         last, deadline = self._read(), time.monotonic() + _REST_WITHIN_S
         while time.monotonic() < deadline:
@@ -62,8 +65,9 @@ class Statistics:
                 return current
             last = current
         raise ServerError(
-            f"the counters of {self._url} did not rest within {_REST_WITHIN_S:g} s: other clients "
-            "use the server; measure one that nobody else uses"
+            f"the counters of {self._url} were not stable within {_REST_WITHIN_S:g} s: other "
+            "clients use the server",
+            advice="measure a server without other clients",
         )
 
     def _read(self) -> Counters:
@@ -76,15 +80,15 @@ class Statistics:
         except (InferenceServerException, OSError) as error:
             if "restricted" in str(error):
                 raise ServerError(
-                    f"{self._url} tells its statistics only to who has its administrative key; "
-                    "give it as --admin-key, or in CLIP_ADMIN_KEY"
+                    f"reading the statistics of {self._url} requires its administrative key",
+                    advice="give it as --admin-key, or in CLIP_ADMIN_KEY",
                 ) from error
-            raise ServerError(f"no statistics from {self._url}: {error}") from error
+            raise ServerError(f"cannot read the statistics of {self._url}: {error}") from error
         return {model["name"]: _counters(model) for model in answer["model_stats"]}
 
 
 def counted(model: Model, before: Counters, after: Counters) -> Counted:
-    """What was counted of an ensemble and its steps between two readings."""
+    """Return the differences for an ensemble and its steps between two readings."""
 
     def grown(name: str) -> dict[str, int]:
         return {key: value - before[name][key] for key, value in after[name].items()}
@@ -107,7 +111,10 @@ def _step(name: str, grown: dict[str, int]) -> Step:
 
 
 def _counters(model: Mapping[str, Any]) -> dict[str, int]:
-    """Of one model; gRPC as JSON gives integers as strings, and leaves out zeros."""
+    """Return the counters of a model.
+
+    In the JSON form of gRPC, integers are strings and zeros are missing.
+    """
     durations = model["inference_stats"]
 
     def of(name: str, key: str) -> int:

@@ -1,7 +1,6 @@
-"""What is asked of a server under load, and what its clients tell of it.
+"""Requests of the load benchmark, and the interface of its clients.
 
-One request carries one picture or one text, as independent users send them; the server makes its
-batches itself.
+Each request has one image or one text, as from independent users; the server forms the batches.
 """
 
 import io
@@ -23,14 +22,16 @@ Model = Literal["clip_image", "clip_text"]
 Mode = Literal["concurrency", "rate"]
 
 SIZES = ((320, 240), (640, 480), (1280, 960), (480, 640))
-"""Width and height of the pictures, in equal shares."""
-PICTURES_A_SIZE = 8
+"""Width and height of the images in pixels, in equal shares."""
+IMAGES_PER_SIZE = 8
 TEXTS = 8192
 BUCKET_COUNTS = (8, 5, 3, 2, 1, 1)
-"""Texts of each of the tokenizer's length buckets, shortest first, among any 20 that follow each
-other: captions are short, and a short measurement has the same mix as a long one."""
+"""Number of texts per length bucket of the tokenizer, shortest first, in each group of 20 texts.
+Captions are mostly short. With fixed groups, short and long measurements have the same mix."""
 WINDOWS = 3
+"""Number of windows in a measurement."""
 STEADY = 0.10
+"""Tolerated relative difference between the windows of a stable measurement."""
 _DIGITS = 6
 _WORDS = """
     red green blue yellow purple orange white black grey brown small large round square bright dark
@@ -42,19 +43,19 @@ _WORDS = """
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Requests of one model, each one item; clients take them in this order, round and round."""
+    """Requests to a model, with one item each; clients cycle through them in this order."""
 
     model: Model
     tensor: str
-    """The ensemble's input."""
+    """Name of the ensemble's input."""
     items: tuple[bytes, ...]
     mix: str
-    """What the items are, for people."""
+    """Description of the items for reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What one measurement asks of a server."""
+    """Load of one measurement."""
 
     workload: Workload
     wire: Wire
@@ -62,16 +63,16 @@ class Load:
     """host:port"""
     mode: Mode
     load: float
-    """Requests under way at a time, or requests a second at random moments (Poisson)."""
+    """Requests in flight, or requests/s at random times (Poisson), depending on `mode`."""
     window_s: float
-    """WINDOWS of them are measured."""
+    """Duration of a window in seconds; WINDOWS of them are measured."""
     admin_key: str | None = None
-    """With which perf_analyzer reads the server's statistics; it cannot do without them."""
+    """Key for the server's statistics, which perf_analyzer requires."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a client saw."""
+    """Measurement of a client."""
 
     throughput_per_s: float
     p50_ms: float
@@ -79,37 +80,38 @@ class Measured:
     p99_ms: float
     errors: int
     stable: bool
+    """True: the windows agree; see `steady`."""
     cpu_share: float
-    """CPU time that the client itself took, of all CPUs that it may use."""
+    """CPU time of the client, as a share of the CPUs that it may use."""
 
 
 class Client(Protocol):
-    """What puts load on a server."""
+    """Client that generates load."""
 
     @property
     def name(self) -> Literal["perf_analyzer", "asyncio"]:
-        """As results call it."""
+        """Name in the results."""
 
     def measure(self, load: Load) -> Measured:
-        """Put `load` on the server.
+        """Generate `load` and measure it.
 
         Raises:
-            ServerError: nothing could be measured.
+            ServerError: the measurement failed.
         """
 
 
 def steady(throughputs: Sequence[float], latencies: Sequence[float]) -> bool:
-    """Are the windows' throughputs, and their mean latencies, within STEADY of each other?
+    """Return whether the windows differ by at most STEADY in throughput and in mean latency.
 
-    That is what perf_analyzer calls stable: the ratio of the largest to the smallest, over three
-    windows (`--stability-percentage` in its docs/cli.md). Random arrivals seldom are, in windows of
-    a few hundred requests.
+    This is perf_analyzer's definition of stable: the ratio of the largest to the smallest value
+    over three windows (`--stability-percentage` in its docs/cli.md). Random arrivals are rarely
+    stable in windows of a few hundred requests.
     """
     return all(max(values) <= min(values) * (1 + STEADY) for values in (throughputs, latencies))
 
 
 def jpegs(count: int, size: tuple[int, int] = (640, 480)) -> list[bytes]:
-    """Encoded pictures with structure, each its own; `size` is width and height."""
+    """Return `count` different JPEG files with structured content; `size` is width and height."""
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(count):
@@ -121,28 +123,28 @@ def jpegs(count: int, size: tuple[int, int] = (640, 480)) -> list[bytes]:
 
 
 def mixed_pictures() -> Workload:
-    """JPEG files of all SIZES, shuffled."""
-    items = [item for size in SIZES for item in jpegs(PICTURES_A_SIZE, size)]
+    """Return a workload of JPEG files of all SIZES, shuffled."""
+    items = [item for size in SIZES for item in jpegs(IMAGES_PER_SIZE, size)]
     order = np.random.default_rng(0).permutation(len(items))
     sizes = ", ".join(f"{width}x{height}" for width, height in SIZES)
     kilobytes = sum(map(len, items)) / len(items) / 1e3
     return Workload(
         model="clip_image",
         tensor="image",
-        items=tuple(items[place] for place in order),
-        mix=f"JPEG files of {sizes} in equal shares, {kilobytes:.0f} kB in the mean",
+        items=tuple(items[index] for index in order),
+        mix=f"JPEG files of {sizes} in equal shares, {kilobytes:.0f} kB on average",
     )
 
 
 def mixed_texts(bundle: Bundle, seed: int, count: int = TEXTS) -> Workload:
-    """`count` different texts, whose lengths fill the model's buckets by BUCKET_COUNTS.
+    """Return a workload of `count` different texts, with lengths according to BUCKET_COUNTS.
 
-    The texts of another `seed` are others, so that no response cache knows them. Each begins with a
-    number, and the shortest are no more than that.
+    Texts differ between seeds, so that no response cache contains them. Each text starts with a
+    unique number; the shortest ones consist only of it.
     """
     spec = bundle.manifest.text
     tokenizer, vocabulary = Tokenizer(bundle.tokenizer, spec), _WORDS.split()
-    # Words and digits are split before they are merged to tokens, so lengths add up.
+    # Words and digits are tokenized separately, so their token counts add up.
     costs = {
         word: int((tokenizer([word])[0] == spec.end_id).argmax()) - 1
         for word in (*vocabulary, *string.digits)
@@ -153,12 +155,12 @@ def mixed_texts(bundle: Bundle, seed: int, count: int = TEXTS) -> Workload:
     rng = random.Random(seed)
     texts: dict[str, int] = {}
     while len(texts) < count:
-        place = len(texts) % len(deck)
-        if not place:
+        index = len(texts) % len(deck)
+        if not index:
             rng.shuffle(deck)
-        least, bucket = deck[place]
+        least, bucket = deck[index]
         wanted = rng.randint(min(least, bucket), bucket)
-        number = (seed * TEXTS + len(texts)) % 10**_DIGITS  # no other text has it
+        number = (seed * TEXTS + len(texts)) % 10**_DIGITS  # unique
         words = [f"{number:0{_DIGITS}}"]
         length = 2 + sum(costs[digit] for digit in words[0])
         for word in rng.choices(vocabulary, k=wanted):
@@ -172,5 +174,5 @@ def mixed_texts(bundle: Bundle, seed: int, count: int = TEXTS) -> Workload:
         model="clip_text",
         tensor="text",
         items=tuple(text.encode() for text in texts),
-        mix=f"{count} different texts a measurement; shares of token buckets {shares}",
+        mix=f"{count} different texts per measurement; shares of token buckets {shares}",
     )

@@ -1,1 +1,1 @@
-"""What a machine is and what it does at best."""
+"""Description, limits and timing of the machine."""

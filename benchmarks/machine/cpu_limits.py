@@ -1,8 +1,9 @@
-"""What this CPU does at best: the fastest product of two squares by any runtime that is here.
+"""Peak rates of this CPU: the fastest matrix product of any installed runtime.
 
-A limit measured by one library is that library's: on CPUs without bfloat16 instructions PyTorch
-multiplies bfloat16 a hundred times slower than float32, and which runtime has the best INT8 kernels
-depends on the CPU. So each precision is multiplied by all of them, and the best rate is kept.
+A rate measured with one library is a limit of that library. On CPUs without bfloat16 instructions,
+PyTorch multiplies bfloat16 a hundred times slower than float32, and the runtime with the best INT8
+kernels depends on the CPU. Each precision is therefore measured with all runtimes, and the best
+rate is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +22,15 @@ from serving.util.results import Limits
 Call = Callable[[], object]
 
 _SIZES = (1024, 2048)
+"""Numbers of rows and columns of the matrices."""
 _SLOW_SECONDS = 0.2
-"""A product that takes longer is not tried in a larger size."""
+"""A product that takes longer than this is not measured."""
 _COPY_BYTES = 256 << 20
-"""Many times what caches hold."""
+"""Size of a copy, many times larger than the caches."""
 
 
 def cpu_limits(rounds: int = 3) -> Limits:
-    """Measure this CPU as it is now, with the threads that runners use."""
+    """Measure this CPU in its current state, with the number of threads that runners use."""
     torch.set_num_threads(cpu_count())
     rates: dict[str, tuple[float, int, str]] = {}
     without = {}
@@ -40,7 +42,7 @@ def cpu_limits(rounds: int = 3) -> Limits:
                 rate = 2 * size**3 / median(timed(call, "cpu", rounds)) / 1e12
                 rates[precision] = max(rates.get(precision, (0.0, 0, "")), (rate, size, library))
         if precision not in rates:
-            without[precision] = "no runtime here has fast kernels for it on this CPU"
+            without[precision] = "no installed runtime has fast kernels for it on this CPU"
     source = np.random.default_rng(0).integers(0, 256, _COPY_BYTES, np.uint8)
     tensor = torch.from_numpy(source)
     target = torch.empty_like(tensor)
@@ -56,7 +58,7 @@ def cpu_limits(rounds: int = 3) -> Limits:
 
 
 def _products(precision: str, size: int) -> Iterator[tuple[str, Call]]:
-    """Calls that multiply two squares, by the library that does."""
+    """Yield libraries, each with a call that multiplies two square matrices."""
     native = not cpu_info()[1].isdisjoint({"avx512_bf16", "amx_bf16"})
     if precision == "bf16" and not native:
         return  # libraries would compute in float32, or take seconds
@@ -66,7 +68,7 @@ def _products(precision: str, size: int) -> Iterator[tuple[str, Call]]:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = torch.from_numpy(x).to(dtype), torch.from_numpy(x.T.copy()).to(dtype)
         yield "PyTorch", lambda: a @ b
-    graph = _graph(size, quantised=precision == "int8").SerializeToString()
+    graph = _graph(size, quantized=precision == "int8").SerializeToString()
     if precision != "bf16":
         yield "ONNX Runtime", _by_onnx_runtime(graph, x)
     try:
@@ -94,13 +96,13 @@ def _by_open_vino(graph: bytes, x: NDArray[np.float32], precision: str) -> Call:
     return lambda: request.infer([x], share_inputs=True, share_outputs=True)
 
 
-def _graph(size: int, *, quantised: bool) -> onnx.ModelProto:
-    """One product with a constant, quantised as `export.int8.qdq` quantises a tower's."""
+def _graph(size: int, *, quantized: bool) -> onnx.ModelProto:
+    """Return a graph of one product with a constant, quantized as in `export.int8.qdq` or not."""
     rng = np.random.default_rng(1)
     shape = (size, size)
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
-    if quantised:
+    if quantized:
         constants = {
             "w": rng.integers(-127, 128, shape, np.int8),
             "w_scale": np.full(size, 1 / 32, np.float32),

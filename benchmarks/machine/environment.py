@@ -1,4 +1,4 @@
-"""The machine, its libraries and the commit that numbers were measured with."""
+"""Description of the machine, its libraries and the measured commit."""
 
 import datetime
 import importlib.metadata
@@ -22,11 +22,11 @@ _LIBRARIES = (
     *("nvidia-pytriton", "tritonclient", "pytest-benchmark"),
 )
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
-"""Environment variables that change how many threads runtimes start."""
+"""Environment variables that affect the threads of runtimes."""
 
 
 def environment() -> Environment:
-    """Describe this machine, its libraries, and the commit that is measured."""
+    """Return a description of this machine, its libraries, and the measured commit."""
     model, flags = cpu_info()
     commit = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
@@ -56,7 +56,7 @@ def environment() -> Environment:
 
 
 def _quota() -> str | None:
-    """Return the CPU time that the cgroup allows: `cpu.max` of v2, `cpu.cfs_*` of v1."""
+    """Return the CPU quota of the cgroup: `cpu.max` of v2, or `cpu.cfs_*` of v1."""
     v1 = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
     return _read("/sys/fs/cgroup/cpu.max") or (f"{v1[0]} {v1[1]}" if all(v1) else None)
 
@@ -68,7 +68,7 @@ def _read(file: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """Return what a program prints, or None if it fails."""
+    """Return the output of a program, or None if it fails."""
     with suppress(OSError, subprocess.SubprocessError):
         checkout = Path(__file__).parent
         done = subprocess.run(command, cwd=checkout, capture_output=True, timeout=30, check=True)

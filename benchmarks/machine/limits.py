@@ -1,4 +1,4 @@
-"""What a device does at best, measured, and what a tower asks of it, counted."""
+"""Measured peak rates of a device, and the counted operations of a tower."""
 
 import functools
 from collections.abc import Callable
@@ -25,14 +25,14 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def measure_limits(
     device: str, rounds: int = 9, *, size: int = 8192, copy_bytes: int = 2 << 30
 ) -> Limits:
-    """Measure `device` as it is now: its clocks, its temperature, its other users."""
+    """Measure `device` in its current state (clocks, temperature, other users)."""
     rates, without = {}, {}
     for precision in PRECISIONS:
         if precision == "tf32" and torch.device(device).type != "cuda":
             continue
         try:
             seconds = timed(_product(precision, size, device), device, rounds)
-        except (RuntimeError, AttributeError) as error:  # the latter: no torch._int_mm
+        except (RuntimeError, AttributeError) as error:  # AttributeError: no torch._int_mm
             without[precision] = str(error).splitlines()[0]
         else:
             rates[precision] = 2 * size**3 / median(seconds) / 1e12
@@ -55,7 +55,7 @@ def _product(precision: str, size: int, device: str) -> Callable[[], Tensor]:
     if precision == "int8":
         shape, dtype = (size, size), torch.int8
         a, b = (torch.randint(-127, 128, shape, dtype=dtype, device=device) for _ in "ab")
-        # The second factor by columns is what cuBLASLt has INT8 kernels for.
+        # cuBLASLt has INT8 kernels for a column-major second factor.
         return lambda: torch._int_mm(a, b.t())
     real = _DTYPES.get(precision, torch.float32)
     x, y = (torch.randn(size, size, device=device).to(real) for _ in "xy")
@@ -68,29 +68,34 @@ def _product(precision: str, size: int, device: str) -> Callable[[], Tensor]:
 
 
 def require(device: str) -> None:
-    """Raises RunnerError, with what to do, unless PyTorch can compute on `device`."""
+    """Check that PyTorch can use `device`.
+
+    Raises:
+        RunnerError: it cannot; the message says what to do.
+    """
     if torch.device(device).type != "cuda" or torch.cuda.is_available():
         return
     here = gpu()
     if here is None:
         raise RunnerError(
-            "expected a machine with an NVIDIA GPU; this one has none, or no driver for it "
-            "(`nvidia-smi` tells); CPUs are measured with --device cpu"
+            "expected a machine with an NVIDIA GPU; this one has none, or no driver for it",
+            advice="check with `nvidia-smi`, or use --device cpu",
         )
     built = torch.version.cuda
     raise RunnerError(
-        f"expected a torch that can use the {here.name} of this machine, whose driver runs CUDA "
-        f"{here.cuda}; torch {torch.__version__} is {f'for CUDA {built}' if built else 'without'}; "
-        "install another build of it"
+        f"expected a torch that can use the {here.name} of this machine, whose driver supports "
+        f"CUDA {here.cuda}; torch {torch.__version__} was built "
+        f"{f'for CUDA {built}' if built else 'without CUDA'}",
+        advice="install another build of torch",
     )
 
 
 @functools.cache
 def count_flops(config: ClipConfig, tower: Tower, batch: int, length: int | None = None) -> int:
-    """Floating-point operations of one run of a tower, a multiplication and an addition being two.
+    """Return the floating-point operations of one run of a tower; a multiply-add counts as two.
 
-    PyTorch counts those of products, convolutions and attention while the tower runs on its `meta`
-    device, where attention is made of products: on a CPU its fused attention counts as nothing.
+    PyTorch counts operations of products, convolutions and attention. The tower runs on the `meta`
+    device, where attention consists of products; the fused attention of CPUs would not be counted.
     """
     with torch.device("meta"):
         clip = Clip(config, OPENAI_MEAN, OPENAI_STD).eval()

@@ -1,4 +1,4 @@
-"""How a call is timed; everything here that times calls uses these functions."""
+"""Timing of calls; all benchmarks use these functions."""
 
 import math
 import time
@@ -13,24 +13,25 @@ from serving.util.results import Timing
 T = TypeVar("T")
 
 _ROUND_SECONDS = 0.02
-"""A round repeats a shorter call, so that the clock and a synchronization weigh nothing."""
+"""A round repeats a shorter call, so that clock and synchronization overhead is negligible."""
 _REPEATS = 200
 _WARM_UP_SECONDS = 0.1
-"""Before the first round, and at least two calls: an idle GPU raises its clocks first."""
+"""Minimum duration of the warm-up, which has two calls at least: an idle GPU has low clocks."""
 _WARM_UPS = 200
 
 
 def once(call: Callable[[], T]) -> tuple[T, float]:
-    """Return what `call` returns and the seconds that it took."""
+    """Return the result of `call` and its duration in seconds."""
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
 
 
 def timed(call: Callable[[], object], device: str, rounds: int) -> list[float]:
-    """Return the seconds that one `call` takes, a value a round, with its work on `device` done.
+    """Return the duration of `call` in seconds for each round, including its work on `device`.
 
-    A round repeats a short call and divides. Calls before the first round warm up.
+    A short call is repeated within a round, and the duration is the mean. Warm-up calls precede the
+    first round.
     """
 
     def finished(repeats: int) -> None:

@@ -1,1 +1,1 @@
-"""Results as tables and plots."""
+"""Reports of benchmark results: Markdown, plots, terminal tables, comparison."""

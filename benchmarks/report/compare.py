@@ -1,9 +1,8 @@
-"""What changed between two results, beyond their noise: for CI on any machine.
+"""Comparison of two results that finds changes beyond their noise, also between CI machines.
 
-Ratios to the reference are compared. The reference ran in turns with the runner, so a machine that
-is slower as a whole today changes nothing. The turns of both are drawn again many times
-(bootstrap); a change counts as slower when it lies past the threshold and all but 2.5 % of the
-draws are slower at all.
+It compares ratios to the reference, which ran in turns with the runner, so that the overall speed
+of the machine cancels out. The turns of both results are resampled (bootstrap). An entry counts as
+slower if its change exceeds the threshold and 97.5 % of the samples are slower.
 """
 
 from collections.abc import Iterator
@@ -23,14 +22,15 @@ Entry = TowerLatency | StageLatency
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One entry of both results."""
+    """Change of an entry between two results."""
 
     name: str
     old: float
-    """Ratio to the reference."""
+    """Older ratio to the reference."""
     new: float
+    """Newer ratio to the reference."""
     change: float
-    """new / old: 0.8 is a fifth slower."""
+    """new / old; 0.8 means 20 % less throughput."""
     low: float
     high: float
     """95 % interval of `change`."""
@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything that two results have in common, and the entries of only one of them."""
+    """Changes of the common entries of two results, and the names of the others."""
 
     threshold: float
     changes: list[Change]
@@ -54,19 +54,24 @@ class Comparison:
 
 
 def compare(old: Path, new: Path, threshold: float = 0.15) -> Comparison:
-    """Compare two results files, or the directories of them.
+    """Compare two results files.
 
     Args:
-        threshold: share of a ratio that may be lost.
+        old: older results file, or its directory.
+        new: newer results file, or its directory.
+        threshold: relative decrease of a ratio that is tolerated.
 
     Raises:
-        InputError: a file is not of this schema, or the two have nothing in common.
+        InputError: a file does not have this schema, or the results have no entry in common.
     """
     before, after = Results.read(old), Results.read(new)
     first, second = dict(_entries(before)), dict(_entries(after))
     both = [name for name in first if name in second]
     if not both:
-        raise InputError(f"{old} and {new} have no entry in common; were they run alike?")
+        raise InputError(
+            f"{old} and {new} have no entry in common",
+            advice="measure both with the same model, device and options",
+        )
     return Comparison(
         threshold=threshold,
         changes=[_change(name, first[name], second[name], threshold) for name in both],
@@ -92,7 +97,7 @@ def _warnings(old: Path, before: Results, new: Path, after: Results) -> Iterator
         if other is None:
             continue
         if (was := run.environment.machine) != (now := other.environment.machine):
-            yield f"different machines ({was}; {now}): ratios need not agree"
+            yield f"different machines ({was}; {now}): ratios may differ"
         if run.model.weights_sha256 != other.model.weights_sha256:
             yield f"different weights of {run.model.name}"
         for path, one in ((old, run), (new, other)):

@@ -1,7 +1,7 @@
-"""`RESULTS.md` of a directory of results, and the README's part of it.
+"""`RESULTS.md` for a directory of results, and the benchmark section of the README.
 
-Every number is computed here from `results.json`, none is typed in; headlines name the entries
-that they can be computed from. Plots are drawn by `plots.py`.
+Every number is computed from `results.json`. Headlines name the entries that they come from.
+`plots.py` draws the plots.
 """
 
 import os
@@ -29,21 +29,21 @@ _PEERS = ("eager", "torchscript", "compiled", "transformers", "onnxruntime-plain
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """A line of the README's table."""
+    """Row of the README's table."""
 
     what: str
     before: str
     after: str
     ratio: float
     source: str
-    """Entries that it can be computed from."""
+    """Entries that it is computed from."""
 
 
 def write_report(directory: Path, readme: Path | None = None) -> list[Path]:
     """Write `RESULTS.md` and the plots of a directory of results, and the marked part of `readme`.
 
     Returns:
-        All files written.
+        The files written.
 
     Raises:
         InputError: there are no results, or `readme` lacks the markers.
@@ -56,7 +56,9 @@ def write_report(directory: Path, readme: Path | None = None) -> list[Path]:
     if readme is not None:
         text = readme.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text.partition(BEGIN)[2]:
-            raise InputError(f"{readme} lacks the lines {BEGIN!r} and {END!r}; put them in it")
+            raise InputError(
+                f"{readme} lacks the lines {BEGIN!r} and {END!r}", advice="add them to the file"
+            )
         head, _, rest = text.partition(BEGIN)
         part = readme_part(results, Path(os.path.relpath(directory, readme.parent)).as_posix())
         write_text(readme, f"{head}{BEGIN}\n{part}{END}{rest.partition(END)[2]}")
@@ -86,14 +88,17 @@ def readme_part(results: Results, directory: str) -> str:
     """Return the headlines, the date, the machine and a plot.
 
     Args:
-        directory: of the results, relative to the README.
+        results: the results.
+        directory: directory of the results, relative to the README.
 
     Raises:
         InputError: there is no latency run.
     """
     run = _first(results)
     if run is None:
-        raise InputError("the README's part needs a latency run: python -m benchmarks latency")
+        raise InputError(
+            "the README section requires a latency run", advice="run `python -m benchmarks latency`"
+        )
     report = f"{directory}/RESULTS.md"
     lines = [
         _headline_table(list(headlines(results)), sources=False),
@@ -107,7 +112,7 @@ def readme_part(results: Results, directory: str) -> str:
 
 
 def headlines(results: Results) -> Iterator[Headline]:
-    """Compare with PyTorch in at most five lines."""
+    """Yield at most five comparisons with PyTorch."""
     run = _first(results)
     if run is not None:
         for what, work in (
@@ -142,7 +147,7 @@ def _headline(what: str, before: str, one: InTurns, runner: str, name: str) -> H
 
 
 def _first(results: Results) -> LatencyRun | None:
-    """Return the run that headlines are of: the first of the short matrix, else the first."""
+    """Return the run for the headlines: the first one of the short matrix, else the first one."""
     short = [run for run in results.latency if run.matrix == "short"]
     return next(iter((*short, *results.latency)), None)
 
@@ -150,7 +155,7 @@ def _first(results: Results) -> LatencyRun | None:
 def _warnings(results: Results) -> Iterator[str]:
     for run in results.latency:
         if warning := disturbed(run):
-            yield f"**Careful, {run.model.name}:** {warning}.\n"
+            yield f"**Warning for {run.model.name}:** {warning}.\n"
 
 
 def _headline_table(rows: Sequence[Headline], *, sources: bool) -> str:

@@ -21,16 +21,18 @@ _COLORS = {
     "openvino": "#d9641c",
     "tensorrt": "#3a8f3a",
 }
-"""By runtime; the first that a name begins with, longest first."""
+"""Color by prefix of the runtime; the longest matching prefix applies."""
 _COLUMNS = 3
-"""Panels beside each other, at most."""
+"""Maximum number of panels per row."""
 _LINE = 0.047
-"""Height of a line of labels, as a share of a panel's."""
+"""Height of a label, as a share of the height of a panel."""
 _DASHES = {"fp32": "-", "tf32": "-", "bf16": "-.", "fp16": ":", "int8": "--"}
 
 
 def draw(results: Results, directory: Path) -> list[Path]:
-    """Write a PNG of each part of the results; old ones stay whole until then.
+    """Write a PNG file for each part of the results.
+
+    An older file stays intact until the new one is complete.
 
     Returns:
         The files written.
@@ -68,7 +70,7 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _look(runner: str) -> dict[str, Any]:
+def _style(runner: str) -> dict[str, Any]:
     spec = RunnerSpec.parse(runner)
     family = max((f for f in _COLORS if spec.runtime.startswith(f)), key=len, default="eager")
     dash = _DASHES[multiplied_in(spec)]
@@ -98,8 +100,8 @@ def _latency(run: LatencyRun) -> Any:
         for runner, points in lines.items():
             points.sort(key=lambda point: point.batch)
             times = [point.timing.milliseconds for point in points]
-            axis.plot([point.batch for point in points], times, label=runner, **_look(runner))
-            ends.append((times[-1], f"{runner}  {points[-1].ratio:.1f}x", _look(runner)["color"]))
+            axis.plot([point.batch for point in points], times, label=runner, **_style(runner))
+            ends.append((times[-1], f"{runner}  {points[-1].ratio:.1f}x", _style(runner)["color"]))
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
@@ -108,7 +110,7 @@ def _latency(run: LatencyRun) -> Any:
         ticks = sorted({one.batch for points in lines.values() for one in points})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_xlabel("batch")
-        axis.set_ylabel("milliseconds a batch")
+        axis.set_ylabel("ms per batch")
         axis.set_title("Images" if tower == "image" else f"Texts of {length} tokens")
     figure.suptitle(
         f"{run.model.name} on {_device(run)}\n"
@@ -125,7 +127,7 @@ def _device(run: LatencyRun) -> str:
 
 
 def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None:
-    """Names beside the lines' ends, moved apart where they would overlap (a log axis)."""
+    """Write names next to the ends of lines, without overlap, on a logarithmic axis."""
     ends.sort()
     low, high = axis.get_ylim()
     step = (high / low) ** _LINE
@@ -149,7 +151,7 @@ def _label_ends(axis: Any, x: float, ends: list[tuple[float, str, str]]) -> None
 
 
 def _stages(run: LatencyRun) -> Any:
-    """Draw stacked bars: the stages alone, and a line where the whole way takes."""
+    """Draw the stages as stacked bars, and the latency of the whole pipeline as a line."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
@@ -215,13 +217,13 @@ def _stages(run: LatencyRun) -> Any:
         axis.legend(handles=handles, fontsize=8, ncols=len(handles), loc="upper right")
         axis.margins(x=0.22)
         axis.set_xlim(left=0)
-    axes[-1].set_xlabel("milliseconds an item; the black line is the whole way in one go")
+    axes[-1].set_xlabel("ms per item; black line: the whole pipeline")
     figure.tight_layout()
     return figure
 
 
 def _load(run: LoadRun) -> Any:
-    """Draw throughput and p99 against concurrency, a column a model."""
+    """Draw throughput and p99 against concurrency, one column per model."""
     from matplotlib import pyplot
 
     points = [p for p in run.points if p.mode == "concurrency"]
@@ -256,15 +258,15 @@ def _load(run: LoadRun) -> Any:
                 axes[0][column].axvline(
                     one.concurrency, color=colors[one.protocol], alpha=0.35, linestyle=":"
                 )
-        axes[0][column].set_title(f"{model}, one item a request")
+        axes[0][column].set_title(f"{model}, one item per request")
         for axis in axes[:, column]:
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axes[1][column].set_xscale("log", base=2)
         ticks = sorted({p.load for p in points if p.model == model})
         axes[1][column].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes[1][column].set_xlabel("requests in flight; dotted: saturation")
-        axes[0][column].set_ylabel("items a second")
-        axes[1][column].set_ylabel("p99, milliseconds")
+        axes[0][column].set_ylabel("items/s")
+        axes[1][column].set_ylabel("p99, ms")
         axes[0][column].legend(fontsize=9, loc="lower right")
     figure.suptitle(f"{run.bundle} served by {run.server}; clients on the same machine")
     figure.tight_layout()
@@ -272,21 +274,23 @@ def _load(run: LoadRun) -> Any:
 
 
 def _accuracy(run: AccuracyRun) -> Any:
-    """Draw top-1 with its interval against milliseconds an image, and the Pareto front."""
+    """Draw top-1 accuracy with its interval against latency per image, and the Pareto front."""
     from matplotlib import pyplot
 
     rows = sorted(run.rows, key=lambda row: (row.image_ms, -row.top1))
     slowest = rows[-1].image_ms
-    wide = (slowest / rows[0].image_ms) ** 0.17  # a name, as a factor on the logarithmic axis
+    wide = (
+        slowest / rows[0].image_ms
+    ) ** 0.17  # width of a name, as a factor on the logarithmic axis
     figure, axis = pyplot.subplots(figsize=(8.6, 5.0))
     lift, before = 0, 0.0
     front: list[tuple[float, float]] = []
     for row in rows:
         milliseconds, top1 = row.image_ms, 100 * row.top1
-        look = _look(row.runner) | {"linestyle": "none", "markersize": 7}
+        style = _style(row.runner) | {"linestyle": "none", "markersize": 7}
         around = [[top1 - 100 * row.top1_low], [100 * row.top1_high - top1]]
-        axis.errorbar(milliseconds, top1, yerr=around, elinewidth=1, capsize=3, **look)
-        lift = lift + 1 if milliseconds < wide * before else 0  # names would run into each other
+        axis.errorbar(milliseconds, top1, yerr=around, elinewidth=1, capsize=3, **style)
+        lift = lift + 1 if milliseconds < wide * before else 0  # names would overlap
         before = milliseconds
         last = milliseconds > slowest / wide
         axis.annotate(
@@ -296,7 +300,7 @@ def _accuracy(run: AccuracyRun) -> Any:
             textcoords="offset points",
             ha="right" if last else "left",
             fontsize=9,
-            color=look["color"],
+            color=style["color"],
         )
         if not front or top1 > front[-1][1]:
             front.append((milliseconds, top1))
@@ -305,7 +309,7 @@ def _accuracy(run: AccuracyRun) -> Any:
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:.2g}")
-    axis.set_xlabel(f"milliseconds an image, batches of {run.image_batch}")
+    axis.set_xlabel(f"ms per image, batches of {run.image_batch}")
     axis.set_ylabel("zero-shot top-1, %")
     axis.set_title(
         f"{run.bundle}: {run.images} images, {run.labels} labels; bars: 95 %, green: Pareto front",

@@ -1,4 +1,4 @@
-"""Sections of `RESULTS.md`: tables, and sentences to be read with them."""
+"""Sections of `RESULTS.md`: tables and their explanations."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +16,7 @@ from serving.util.results import AccuracyRun, Environment, LatencyRun, LoadRun, 
 
 
 def slug(run: LatencyRun) -> str:
-    """Return the end of the names of a run's plots, such as `random-ViT-B-32-cuda`."""
+    """Return the suffix of the names of a run's plots, such as `random-ViT-B-32-cuda`."""
     device = [run.device] if run.device != "cpu" else []
     matrix = [run.matrix] if run.matrix != "short" else []
     return "-".join([run.model.name, *device, *matrix])
@@ -30,7 +30,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def machine_section(environment: Environment) -> Iterator[str]:
-    """Describe where and with what it was measured."""
+    """Describe the machine and the libraries."""
     libraries = ", ".join(f"{name} {v}" for name, v in environment.libraries.items() if v)
     gpu = f"; {environment.gpu.name}, driver {environment.driver}" if environment.gpu else ""
     yield (
@@ -41,7 +41,7 @@ def machine_section(environment: Environment) -> Iterator[str]:
 
 
 def latency_section(run: LatencyRun, directory: str) -> Iterator[str]:
-    """Show the device's limits, every work with its runners, stages, loading and memory."""
+    """Show the limits of the device, every work with its runners, stages, loading and memory."""
     where = "" if run.device == "cpu" else f", {run.device}"
     yield f"## Latency of {run.model.name}{where}{', every batch' * (run.matrix == 'full')}\n"
     yield f"{run.model.architecture}, {run.model.weights} weights.\n"
@@ -51,11 +51,11 @@ def latency_section(run: LatencyRun, directory: str) -> Iterator[str]:
         for name, rate in run.limits.matmul_tflops.items()
     )
     yield (
-        f"The device itself in the same run: matrix products in 1e12 operations a second: {rates}; "
+        f"Limits of the device in the same run: matrix products in 1e12 operations/s: {rates}; "
         f"copying {run.limits.copy_gb_per_s:.1f} GB/s. `of limit` is the rate of the tower's "
-        "counted operations over that of such a product in the runner's precision; `of copy` is "
-        "the rate at which its weights are read over that of a copy. `cosine` is the smallest to "
-        "the reference on the same batch.\n"
+        "operations, relative to such a product in the runner's precision. `of copy` is the rate "
+        "of reading its weights, relative to a copy. `cosine` is the smallest cosine to the "
+        "reference's embeddings of the same batch.\n"
     )
     on_device = any(one.device_timing for one in run.towers)
     columns = ["runner", "ms", *(["ms on the device"] if on_device else [])]
@@ -93,7 +93,7 @@ def _stages(run: LatencyRun, directory: str) -> Iterator[str]:
     yield "### Stages\n"
     yield f"![stages]({directory}/stages-{slug(run)}.png)\n"
     yield table(
-        ("stage", "runner", "ms an item", "x transformers, the whole way"),
+        ("stage", "runner", "ms per item", "x transformers, whole pipeline"),
         [
             (
                 s.stage,
@@ -108,7 +108,7 @@ def _stages(run: LatencyRun, directory: str) -> Iterator[str]:
 
 def _footprints(run: LatencyRun) -> Iterator[str]:
     yield "### Loading and memory\n"
-    yield "Both towers in a process of its own; memory of the process, weights included.\n"
+    yield "Both towers in a separate process; memory of the process, including weights.\n"
     yield table(
         ("runner", "s to load", "s to the first embeddings", "MB loaded", "MB at peak"),
         [
@@ -125,17 +125,17 @@ def _footprints(run: LatencyRun) -> Iterator[str]:
 
 
 def _noise(run: LatencyRun) -> Iterator[str]:
-    """Show how far the numbers can be trusted."""
+    """Describe the noise of the measurements."""
     spreads = sorted(one.timing.spread for one in run.towers)
     if not spreads:
         return
     low, high = itself(run)
     yield "### Noise\n"
     text = (
-        f"The reference measured against itself: {low:.2f} to {high:.2f}. Its median moved by up "
-        f"to {drift(run):.2f}x within one work over the run, which is why ratios are of adjacent "
-        f"turns. Half of the entries spread (between quartiles) by less than "
-        f"{spreads[len(spreads) // 2]:.0%}, the worst by {spreads[-1]:.0%}."
+        f"The reference measured against itself: {low:.2f} to {high:.2f}. Its median on the same "
+        f"work varied by up to {drift(run):.2f}x over the run; ratios are therefore computed from "
+        "adjacent turns. The spread (distance of the quartiles) is below "
+        f"{spreads[len(spreads) // 2]:.0%} for half of the entries, and at most {spreads[-1]:.0%}."
     )
     if (last := run.limits_at_end) is not None:
         rates = "; ".join(
@@ -147,16 +147,16 @@ def _noise(run: LatencyRun) -> Iterator[str]:
 
 
 def load_section(run: LoadRun, directory: str) -> Iterator[str]:
-    """Show every point, saturation, and whether two clients agree."""
+    """Show every point, the saturation, and the agreement of two clients."""
     yield "## Served\n"
     yield f"![throughput and p99 against concurrency]({directory}/load.png)\n"
     runners = run.runners or {}
     towers = ", ".join(f"{tower} tower by {runner}" for tower, runner in runners.items())
     mixes = "; ".join(f"{model}: {mix}" for model, mix in run.mix.items())
-    yield f"{run.bundle}, {run.server}, {towers}. {mixes}. One item a request.\n"
-    columns = ("model", "client", "load", "a second", "p50 ms", "p95 ms", "p99 ms", "errors")
+    yield f"{run.bundle}, {run.server}, {towers}. {mixes}. One item per request.\n"
+    columns = ("model", "client", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "errors")
     yield table(
-        (*columns, "queue + compute ms a step"),
+        (*columns, "queue + compute ms per step"),
         [
             (
                 f"{p.model} {p.protocol}",
@@ -171,16 +171,16 @@ def load_section(run: LoadRun, directory: str) -> Iterator[str]:
         ],
     )
     for one in run.saturation:
-        more = "" if one.confirmed else ", nothing higher was tried"
+        more = "" if one.confirmed else " (the largest concurrency tried)"
         yield (
             f"- {one.model} over {one.protocol} saturates at {one.concurrency} requests in "
-            f"flight: {one.throughput_per_s:.1f} a second{more}."
+            f"flight: {one.throughput_per_s:.1f} items/s{more}."
         )
     for pair in run.agreement:
         yield (
             f"- {pair.model} over {pair.protocol}, {pair.concurrency} in flight: perf_analyzer "
-            f"{each(pair.perf_analyzer_per_s)} a second, the asyncio client "
-            f"{each(pair.asyncio_per_s)} (ratio of the medians {pair.ratio:.2f})."
+            f"{each(pair.perf_analyzer_per_s)} items/s, the asyncio client "
+            f"{each(pair.asyncio_per_s)} items/s (ratio of the medians {pair.ratio:.2f})."
         )
     for left in run.left_out:
         yield f"- {left.what}: {left.reason}."
@@ -188,18 +188,18 @@ def load_section(run: LoadRun, directory: str) -> Iterator[str]:
 
 
 def accuracy_section(run: AccuracyRun, directory: str) -> Iterator[str]:
-    """Show every runner on labelled images."""
+    """Show the accuracy of every runner."""
     yield "## Accuracy\n"
     yield f"![accuracy against latency]({directory}/accuracy.png)\n"
     yield (
         f"{run.bundle}: {run.images} images, {run.labels} labels, templates "
-        f"{', '.join(run.templates)}. Intervals of 95 %: top-1 by {run.methods['top1']}, "
+        f"{', '.join(run.templates)}. 95 % intervals: top-1 by {run.methods['top1']}, "
         f"difference to eager fp32 by {run.methods['difference']}.\n"
     )
     gate = {True: "passed", False: "failed", None: ""}
     columns = ("runner", "top-1", "95 %", "top-5", "same as fp32", "difference", "95 %")
     yield table(
-        (*columns, "ms an image", "gate"),
+        (*columns, "ms per image", "gate"),
         [
             (
                 r.runner,

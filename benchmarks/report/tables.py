@@ -1,4 +1,4 @@
-"""Results as tables on a terminal."""
+"""Tables of results for the terminal."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -14,7 +14,7 @@ _GATE = {True: "passed", False: "failed", None: "-"}
 
 
 def latency_table(run: LatencyRun) -> Table:
-    """Return every work with its runners, fastest first."""
+    """Return a table of every work with its runners, fastest first."""
     table = Table(title=f"{run.model.name} on {run.environment.machine}, {run.device}")
     on_device = any(one.device_timing for one in run.towers)
     columns = ["work", "runner", "ms", *(["ms device"] if on_device else [])]
@@ -43,9 +43,9 @@ def _latency_cells(run: LatencyRun, one: TowerLatency, on_device: bool) -> Itera
 
 
 def load_table(run: LoadRun) -> Table:
-    """Return all points, a section a sweep."""
-    table = Table(title=f"{run.bundle} served by {run.server}, one item a request")
-    for name in ("model", "client", "load", "/s", "p50 ms", "p95", "p99", "errors"):
+    """Return a table of all points, with one section per sweep."""
+    table = Table(title=f"{run.bundle} served by {run.server}, one item per request")
+    for name in ("model", "client", "load", "items/s", "p50 ms", "p95", "p99", "errors"):
         table.add_column(name, justify="left" if name in ("model", "client") else "right")
     table.add_column("steps: queue + compute ms (batch)", min_width=34)
     for (model, protocol), points in groupby(run.points, lambda p: (p.model, p.protocol)):
@@ -68,22 +68,22 @@ def _load_cells(point: Point) -> Iterator[str]:
 
 
 def load_remarks(run: LoadRun) -> Iterator[str]:
-    """Return lines to be read beside the table."""
+    """Yield explanations of the load table."""
     yield from (f"{model}: {mix}" for model, mix in run.mix.items())
-    yield "load: requests in flight, or requests a second (/s) at random moments"
-    yield "steps: image_preprocess, image_tower; text_tokenize, text_tower; batch: of the tower"
+    yield "load: requests in flight, or requests/s at random times"
+    yield "steps: image_preprocess, image_tower; text_tokenize, text_tower; batch: tower's mean"
     if any(not point.stable for point in run.points):
-        yield "~ windows that differ by more than 10 %"
+        yield "~: windows differ by more than 10 %"
     hits = sum(point.cache_hits for point in run.points)
-    yield f"response cache: {run.response_cache}; answered by it: {hits} requests"
+    yield f"response cache: {run.response_cache}; {hits} hits"
     if run.shares_machine:
         most = max((point.client_cpu_share for point in run.points), default=0.0)
-        yield f"clients and server share the machine; a client took up to {most:.0%} of its CPUs"
+        yield f"clients and server share the machine; a client used up to {most:.0%} of its CPUs"
     for found in run.saturation:
         yield (
             f"saturation: {found.model} {found.protocol} at {found.concurrency} in flight, "
             f"{found.throughput_per_s:.1f}/s"
-            + ("" if found.confirmed else " (the largest tried: there may be more)")
+            + ("" if found.confirmed else " (the largest concurrency tried)")
         )
     for pair in run.agreement:
         yield (
@@ -93,21 +93,21 @@ def load_remarks(run: LoadRun) -> Iterator[str]:
         )
     if (eager := run.against_eager) is not None:
         yield (
-            f"JPEG 640x480 over gRPC, 16 a request: {eager.served_per_s:.1f} images/s, "
-            f"{eager.eager_per_s:.1f} by the eager fp32 loop: {eager.speedup:.2f}x; one at a time "
-            f"{eager.latency_ms:.1f} ms"
+            f"JPEG files of 640x480 over gRPC, 16 per request: {eager.served_per_s:.1f} images/s; "
+            f"eager fp32 loop: {eager.eager_per_s:.1f} images/s; speedup {eager.speedup:.2f}x; "
+            f"one image at a time: {eager.latency_ms:.1f} ms"
         )
     for left in run.left_out:
         yield f"left out: {left.what}: {left.reason}"
 
 
 def accuracy_table(run: AccuracyRun) -> Table:
-    """Return a row a runner."""
+    """Return a table with one row per runner."""
     counts = f"{run.images} images, {run.labels} labels x {len(run.templates)} templates"
     table = Table(
         title=f"{run.bundle} on {run.dataset}: {counts}",
-        caption=f"in brackets: 95 %; ms an item in batches of {run.image_batch} images, "
-        f"{run.text_batch} texts",
+        caption=f"in brackets: 95 % interval; ms per item in batches of {run.image_batch} images "
+        f"or {run.text_batch} texts",
         caption_justify="left",
     )
     table.add_column("runner")
@@ -121,7 +121,7 @@ def accuracy_table(run: AccuracyRun) -> Table:
             escape(f"{row.top1:.2%} [{100 * row.top1_low:.1f}, {100 * row.top1_high:.1f}]"),
             "-" if row.top5 is None else f"{row.top5:.2%}",
             f"{row.agreement:.2%}",
-            escape(away) if number else "-",  # the first is the reference
+            escape(away) if number else "-",  # the first row is the reference
             _GATE[row.passed],
             f"{row.image_ms:.2f}",
             f"{row.text_ms:.2f}",
@@ -130,16 +130,16 @@ def accuracy_table(run: AccuracyRun) -> Table:
 
 
 def accuracy_remarks(run: AccuracyRun) -> Iterator[str]:
-    """Return lines to be read beside the table."""
+    """Yield explanations of the accuracy table."""
     yield from (f"note: {note}" for note in run.notes)
-    yield from (f"without {one.what}: {one.reason}" for one in run.left_out)
+    yield from (f"left out: {one.what}: {one.reason}" for one in run.left_out)
     yield from (f"skipped {reason}" for reason in run.skipped[:5])
     if run.skipped:
         yield f"skipped {len(run.skipped)} images that cannot be read"
 
 
 def comparison_table(found: Comparison) -> Table:
-    """Return the changes, worst first; the unchanged entries are counted."""
+    """Return a table of the changed entries, worst first; unchanged ones are only counted."""
     moved = sorted((c for c in found.changes if c.verdict != "same"), key=lambda c: c.change)
     same = len(found.changes) - len(moved)
     title = f"{len(moved)} of {len(found.changes)} changed by more than {found.threshold:.0%}"

@@ -1,1 +1,1 @@
-"""From the name of a checkpoint to weights, configuration and tokenizer."""
+"""Loading and saving of checkpoints: weights, configuration and tokenizer."""

@@ -1,6 +1,7 @@
-"""The architectures people call by name, and the published checkpoints that have them.
+"""Registry of named architectures and of published checkpoints.
 
-Sizes are OpenAI's (Radford et al. 2021, tables 19 and 20) and OpenCLIP's `model_configs/*.json`.
+Sizes are from OpenAI (Radford et al. 2021, tables 19 and 20) and from OpenCLIP's
+`model_configs/*.json`.
 """
 
 from dataclasses import dataclass
@@ -87,25 +88,25 @@ ARCHITECTURES: dict[str, ClipConfig] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
-    """A published checkpoint: a short name, its architecture, and where its weights come from."""
+    """Published checkpoint: its name, its architecture, and the source of its weights."""
 
     name: str
     architecture: str
     source: str
-    """An https URL of a file, or a Hugging Face hub id."""
+    """The https URL of a file, or a Hugging Face hub id."""
     sha256: str | None = None
-    """Of the file behind a URL, as its publisher states it."""
+    """sha256 of the file at the URL, as stated by its publisher."""
     tokenizer_repo: str = "openai/clip-vit-base-patch32"
-    """Hub repository whose tokenizer fits, for files that bring none."""
+    """Hub repository with the tokenizer, for weights files without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownCheckpoints:
-    """What `clip-deploy list --json` prints."""
+    """Document printed by `clip-deploy list --json`."""
 
     models: tuple[KnownModel, ...]
     architectures: dict[str, ClipConfig]
-    """By name, as `KnownModel.architecture` and `random:NAME` give it."""
+    """Architectures by the name used in `KnownModel.architecture` and `random:NAME`."""
 
 
 def _openai(name: str, architecture: str, sha256: str) -> KnownModel:
@@ -122,7 +123,7 @@ def _hub(name: str, architecture: str) -> KnownModel:
     return KnownModel(name=name, architecture=architecture, source=name)
 
 
-# The sha256 sums are those in the URLs of openai/CLIP, clip/clip.py, `_MODELS`.
+# The sha256 sums are from the URLs in openai/CLIP, clip/clip.py, `_MODELS`.
 KNOWN_MODELS: tuple[KnownModel, ...] = (
     _openai("RN50", "RN50", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
     _openai("RN101", "RN101", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),

@@ -1,6 +1,8 @@
-"""Configurations: Hugging Face's `config.json`, OpenCLIP's `open_clip_config.json`, bare shapes.
+"""Model configurations: Hugging Face's `config.json`, OpenCLIP's `open_clip_config.json`, and
+configurations inferred from the shapes of weights.
 
-Does not know: weight names other than those whose shapes tell sizes (`formats.py`).
+The only weight names used here are those whose shapes determine the configuration.
+`export.checkpoints.weight_names` has the others.
 """
 
 from collections.abc import Mapping
@@ -30,28 +32,31 @@ def _activation(name: str) -> Activation:
 
 
 def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
-    """The architecture that a Hugging Face CLIP `config.json` describes.
+    """Read the architecture from a Hugging Face CLIP `config.json`.
 
-    A key that is left out means the default of `transformers.CLIPTextConfig` / `CLIPVisionConfig`
-    (those of ViT-B/32), as it does there.
+    A missing key has the default of `transformers.CLIPTextConfig` or `CLIPVisionConfig`, which are
+    the sizes of ViT-B/32.
+
+    Raises:
+        CheckpointError: the configuration is not of a CLIP model, or a size is invalid.
     """
     if config.get("model_type") != "clip":
         raise CheckpointError(
-            f"config.json is of model_type {config.get('model_type')!r}; expected 'clip'"
+            f"config.json has model_type {config.get('model_type')!r}; expected 'clip'"
         )
     try:
         return _checked(_hugging_face_sizes(config), "config.json")
     except (AttributeError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"config.json: a size is not what it should be: {error}") from error
+        raise CheckpointError(f"config.json: a size is invalid: {error}") from error
 
 
 def _hugging_face_sizes(config: Mapping[str, Any]) -> ClipConfig:
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     vocab_size = int(text.get("vocab_size", 49408))
-    # Configurations written before 2023 carry a wrong 2 and mean the highest id
-    # (transformers, modeling_clip.py, CLIPTextTransformer.forward).
+    # Configurations written before 2023 have an eos_token_id of 2, which is wrong: the end-of-text
+    # token has the highest id (transformers, modeling_clip.py, CLIPTextTransformer.forward).
     end_id = int(text.get("eos_token_id", 49407))
     return ClipConfig(
         embed_dim=int(config.get("projection_dim", 512)),
@@ -80,30 +85,38 @@ def _hugging_face_sizes(config: Mapping[str, Any]) -> ClipConfig:
 
 
 def _checked(config: ClipConfig, file: str) -> ClipConfig:
-    """`config`, if towers can be built of it."""
+    """Return `config`, or raise a CheckpointError if no towers can be built from it."""
     for name, tower in (("image", config.image), ("text", config.text)):
         if isinstance(tower, ResNetConfig):
             continue
         smallest = min(tower.width, tower.layers, tower.heads, tower.mlp_width, config.embed_dim)
         if smallest < 1 or tower.width % tower.heads:
             raise CheckpointError(
-                f"{file}: an {name} tower of width {tower.width}, {tower.layers} layers and "
-                f"{tower.heads} heads; expected positive sizes, and heads that divide the width"
+                f"{file}: the {name} tower has width {tower.width}, {tower.layers} layers and "
+                f"{tower.heads} heads; expected positive sizes and a width divisible by the number "
+                "of heads"
             )
         if isinstance(tower, VisionTransformerConfig) and not (
             0 < tower.patch_size <= tower.image_size
         ):
             raise CheckpointError(
-                f"{file}: patches of {tower.patch_size} px in pictures of {tower.image_size} px"
+                f"{file}: patch_size is {tower.patch_size} and image_size is {tower.image_size}; "
+                "expected a positive patch_size that is at most image_size"
             )
     return config
 
 
 def config_to_hugging_face(config: ClipConfig, start_id: int) -> dict[str, Any]:
-    """A `config.json` that `transformers.CLIPModel.from_pretrained` reads back as `config`."""
+    """Return the `config.json` from which `transformers.CLIPModel.from_pretrained` reads `config`.
+
+    Raises:
+        CheckpointError: the image tower is a ResNet.
+    """
     image, text = config.image, config.text
     if isinstance(image, ResNetConfig):
-        raise CheckpointError("a ResNet has no Hugging Face layout; save it in OpenCLIP's")
+        raise CheckpointError(
+            "a ResNet has no Hugging Face layout", advice="save it in OpenCLIP's layout"
+        )
 
     def common(tower: VisionTransformerConfig | TextConfig) -> dict[str, Any]:
         return {
@@ -140,10 +153,17 @@ def config_to_hugging_face(config: ClipConfig, start_id: int) -> dict[str, Any]:
 
 
 def config_to_open_clip(config: ClipConfig, image: ImageSpec) -> dict[str, Any]:
-    """An `open_clip_config.json`, as OpenCLIP's `push_to_hf_hub` writes it, of a ResNet."""
+    """Return the `open_clip_config.json` of a ResNet, as OpenCLIP's `push_to_hf_hub` writes it.
+
+    Raises:
+        CheckpointError: the image tower is not a ResNet.
+    """
     vision, text = config.image, config.text
     if not isinstance(vision, ResNetConfig):
-        raise CheckpointError("a vision transformer is saved in Hugging Face's layout")
+        raise CheckpointError(
+            "expected a ResNet, got a vision transformer",
+            advice="save it in Hugging Face's layout",
+        )
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
@@ -170,8 +190,8 @@ def config_to_open_clip(config: ClipConfig, image: ImageSpec) -> dict[str, Any]:
     }
 
 
-# What a plain CLIP's sections may hold. Anything else (timm towers, attentional pooling, layer
-# scale, sigmoid losses ...) changes what the towers compute, so it is refused, not ignored.
+# Keys of a plain CLIP. Any other key (timm towers, attentional pooling, layer scale, sigmoid
+# losses, ...) changes the computation of a tower, so it raises an error.
 _OPEN_CLIP_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
@@ -179,10 +199,16 @@ _OPEN_CLIP_KEYS = {
 
 
 def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConfig:
-    """The architecture of OpenCLIP weights: sizes from shapes, heads and activation from the file.
+    """Read the architecture of OpenCLIP weights.
+
+    Sizes come from the shapes of `state`, head counts and the activation from `document`.
+
+    Args:
+        state: the weights.
+        document: the content of `open_clip_config.json`.
 
     Raises:
-        CheckpointError: the configuration asks for something a plain CLIP does not have.
+        CheckpointError: the configuration has a setting that a plain CLIP does not have.
     """
     model = document.get("model_cfg") or {}
     for section, known in _OPEN_CLIP_KEYS.items():
@@ -190,7 +216,8 @@ def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConf
         if unknown:
             raise CheckpointError(
                 f"open_clip_config.json: {section} has {', '.join(unknown)}, which a plain CLIP "
-                "does not have; only ViT and ModifiedResNet towers with a causal text tower load"
+                "does not have; only ViT and ModifiedResNet towers with a causal text tower are "
+                "supported"
             )
     vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
     config = config_from_openai(
@@ -209,8 +236,8 @@ def _depth(state: State, prefix: str) -> int:
 def _head_count(width: int, head_width: int) -> int:
     if width % head_width:
         raise CheckpointError(
-            f"a width of {width} does not divide into heads of {head_width}; "
-            "put the open_clip_config.json of this model beside the weights"
+            f"a width of {width} is not divisible by {head_width}, the usual width of a head",
+            advice="put the model's open_clip_config.json in the directory of the weights",
         )
     return width // head_width
 
@@ -220,11 +247,17 @@ def config_from_openai(
 ) -> ClipConfig:
     """Infer the architecture from the shapes of a state dict in OpenAI's layout.
 
-    Head counts leave no trace in the shapes: 64 channels a head is the convention of every OpenAI
-    model (clip/model.py, `build_model`); OpenCLIP's configuration overrides it.
+    Shapes do not determine the number of attention heads. All OpenAI models have 64 channels per
+    head (clip/model.py, `build_model`); an OpenCLIP configuration can set other values.
+
+    Args:
+        state: the weights.
+        activation: activation function of both towers.
+        head_width: channels per head of the image tower.
+        text_heads: heads of the text tower; by default, 64 channels each.
 
     Raises:
-        CheckpointError: the weights that tell the sizes are not there.
+        CheckpointError: a weight whose shape is needed is missing.
     """
     try:
         return ClipConfig(

@@ -1,7 +1,7 @@
-"""Fetch published weights: OpenAI's files by URL and sha256, the hub's repositories by id.
+"""Download of published weights: OpenAI's files by URL, Hugging Face repositories by id.
 
-Both keep what they fetched in the Hugging Face cache directory, so HF_HOME moves it and
-HF_HUB_OFFLINE=1 keeps either from touching the network.
+Both are cached in the Hugging Face cache directory, which HF_HOME sets. HF_HUB_OFFLINE=1 disables
+all downloads.
 """
 
 from pathlib import Path
@@ -17,31 +17,44 @@ _SMALL = ["*.json", "merges.txt"]
 
 
 def download_file(url: str, sha256: str) -> Path:
-    """The file behind `url`, from the cache when it is there, checked against `sha256`."""
+    """Return the cached file of `url`, downloading it if needed.
+
+    Raises:
+        CheckpointError: the file cannot be downloaded, or its sha256 is not `sha256`.
+    """
     target = Path(constants.HF_HOME) / "clip-deploy" / sha256[:12] / url.rsplit("/", 1)[-1]
     if not target.exists():
         if constants.HF_HUB_OFFLINE:
             raise CheckpointError(
-                f"{url} is not in the cache and HF_HUB_OFFLINE is set; put the file at {target}"
+                f"{url} is not in the cache and HF_HUB_OFFLINE is set",
+                advice=f"put the file at {target}",
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Writes to a temporary name, checks the hash, then renames; shows its progress.
+            # This downloads to a temporary file, checks the hash, then renames the file.
             torch.hub.download_url_to_file(url, str(target), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{url} could not be downloaded: {error}") from error
     if (found := sha256_of(target)) != sha256:
         raise CheckpointError(
-            f"{target} has sha256 {found}, its publisher says {sha256}; delete it and try again"
+            f"{target} has sha256 {found}, but its publisher states {sha256}",
+            advice="delete it and try again",
         )
     return target
 
 
 def download_hub(repo: str, *, only_tokenizer: bool = False) -> Path:
-    """A local directory with the repository's configuration and, by default, its weights.
+    """Return a local directory with the repository's configuration, tokenizer and weights.
 
-    Weights are fetched in the best form the repository has: Hugging Face safetensors, then
-    Hugging Face pickles, then OpenCLIP's.
+    Only one form of the weights is downloaded: safetensors if the repository has them, otherwise a
+    pickle.
+
+    Args:
+        repo: id of a Hugging Face hub repository, in Hugging Face's or OpenCLIP's layout.
+        only_tokenizer: download only `tokenizer.json`.
+
+    Raises:
+        CheckpointError: the repository cannot be downloaded, or is not a CLIP checkpoint.
     """
     if only_tokenizer:
         return _snapshot(repo, ["tokenizer.json"], "tokenizer.json")
@@ -54,7 +67,7 @@ def download_hub(repo: str, *, only_tokenizer: bool = False) -> Path:
         path = _snapshot(repo, [*_SMALL, kind], "*config.json")
         if any(path.glob(kind)):
             return path
-    raise CheckpointError(f"{repo} holds no weights; expected one of {', '.join(kinds)}")
+    raise CheckpointError(f"{repo} has no weights; expected one of {', '.join(kinds)}")
 
 
 def _snapshot(repo: str, patterns: list[str], needed: str) -> Path:
@@ -62,10 +75,11 @@ def _snapshot(repo: str, patterns: list[str], needed: str) -> Path:
         path = Path(snapshot_download(repo, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{repo!r} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the id "
-            "(`clip-deploy list` shows known ones), the network, or give a local directory"
+            f"{repo!r} could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})",
+            advice="check the id (`clip-deploy list` shows known ones) and the network, or give a "
+            "local directory",
         ) from error
     if not any(path.glob(needed)):
-        raise CheckpointError(f"{repo} holds no {needed}; it is not a CLIP checkpoint")
+        raise CheckpointError(f"{repo} has no {needed}; it is not a CLIP checkpoint")
     return path

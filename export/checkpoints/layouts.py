@@ -1,6 +1,6 @@
-"""Files and directories of the layouts CLIP comes in -> weights with the facts that belong to them.
+"""Reading of checkpoint files and directories in the layouts of Hugging Face, OpenCLIP and OpenAI.
 
-Does not know: how a checkpoint is named or found (`checkpoint.py`).
+`export.checkpoints.load` resolves the name of a checkpoint to a path.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ from serving.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What was found, before towers are built of it."""
+    """Contents of a checkpoint: weights, configuration, preprocessing and tokenizer file."""
 
     state: State
     layout: Layout
@@ -35,14 +35,18 @@ class Files:
 
 
 def read_directory(path: Path) -> Files:
-    """Read a Hugging Face or an OpenCLIP directory."""
+    """Read a checkpoint directory in Hugging Face's or OpenCLIP's layout.
+
+    Raises:
+        CheckpointError: a file is missing, cannot be read, or describes an unsupported model.
+    """
     if (path / "config.json").exists():
         return _read_hugging_face(path)
     if (path / "open_clip_config.json").exists():
         return _read_open_clip(path)
     raise CheckpointError(
-        f"{path}: no config.json (Hugging Face) and no open_clip_config.json (OpenCLIP) in it; "
-        "a checkpoint directory has one of them beside its weights"
+        f"{path}: no config.json (Hugging Face) and no open_clip_config.json (OpenCLIP); expected "
+        "one of them and the weights"
     )
 
 
@@ -60,7 +64,7 @@ def _read_hugging_face(path: Path) -> Files:
     }
     absent = [name for name, file in found.items() if file is None]
     if weights is None or processor is None or tokenizer is None:
-        raise CheckpointError(f"{path}: half a checkpoint: {', '.join(absent)} not there")
+        raise CheckpointError(f"{path}: incomplete checkpoint: missing {', '.join(absent)}")
     config = config_from_hugging_face(document)
     state, sha256 = read_weights(weights)
     return Files(
@@ -92,20 +96,21 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
         reason = f"{error} is missing or not supported" if type(error) is KeyError else str(error)
         raise CheckpointError(
             f"{path}: {reason}; expected a CLIPImageProcessor that resizes the shortest edge and "
-            "crops the centre"
+            "crops the center"
         ) from None
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     if off := [step for step in steps if not document.get(step, True)]:
         raise CheckpointError(
-            f"{path}: {', '.join(off)} switched off; expected a CLIPImageProcessor that does it"
+            f"{path}: {', '.join(off)} is off; expected a CLIPImageProcessor with all steps on"
         )
     if abs(255 * document.get("rescale_factor", 1 / 255) - 1) > 1e-3:
         raise CheckpointError(
-            f"{path}: rescale_factor {document['rescale_factor']}; expected 1/255, which CLIP has"
+            f"{path}: rescale_factor is {document['rescale_factor']}; expected 1/255, as in CLIP"
         )
     if spec.size != image_size:
         raise CheckpointError(
-            f"{path}: pictures are cropped to {spec.size}, but the image tower takes {image_size}"
+            f"{path}: images are cropped to {spec.size} px, but the image tower takes "
+            f"{image_size} px"
         )
     return spec
 
@@ -120,7 +125,7 @@ def _read_open_clip(path: Path) -> Files:
     weights = _first(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     if weights is None:
         raise CheckpointError(
-            f"{path}: half a checkpoint: open_clip_model.safetensors is not there"
+            f"{path}: incomplete checkpoint: missing weights (open_clip_model.safetensors)"
         )
     state, sha256 = read_weights(weights)
     state = strip_wrappers(state)
@@ -141,15 +146,24 @@ def _first(directory: Path, *names: str) -> Path | None:
 
 
 def read_file(path: Path, activation: Activation | None) -> Files:
-    """Read a weights file in OpenAI's layout."""
+    """Read a weights file in OpenAI's layout, with the `open_clip_config.json` next to it, if any.
+
+    Args:
+        path: the weights file.
+        activation: activation function, if neither a known sha256 nor a configuration gives it.
+
+    Raises:
+        CheckpointError: the file cannot be read, is not a CLIP, or its activation is unknown.
+    """
     state, sha256 = read_weights(path)
     state = strip_wrappers(state)
     known = next((model for model in KNOWN_MODELS if model.sha256 == sha256), None)
     namesake = next((m for m in KNOWN_MODELS if m.source.endswith(f"/{path.name}")), None)
     if namesake and not known:
         raise CheckpointError(
-            f"{path} is named like OpenAI's {namesake.name}, whose sha256 is {namesake.sha256}, "
-            f"but has {sha256}: a damaged download? If it is your own model, rename it"
+            f"{path} has the name of OpenAI's {namesake.name}, whose sha256 is {namesake.sha256}, "
+            f"but its sha256 is {sha256}",
+            advice="download it again if it is damaged, or rename it if it is your own model",
         )
     sidecar = path.with_name("open_clip_config.json")
     document = read_json(sidecar) if sidecar.exists() else None
@@ -159,9 +173,10 @@ def read_file(path: Path, activation: Activation | None) -> Files:
         activation = "quick_gelu" if known else activation
         if activation is None:
             raise CheckpointError(
-                f"{path}: weights do not say which activation they were trained with; give "
-                "--activation quick_gelu (OpenAI's, and OpenCLIP's '-quickgelu' models) or "
-                "--activation gelu (OpenCLIP's others), or put open_clip_config.json beside them"
+                f"{path}: the weights do not tell the activation function they were trained with",
+                advice="give --activation quick_gelu (OpenAI's models, and OpenCLIP's with "
+                "'-quickgelu') or --activation gelu (other OpenCLIP models), or put "
+                "open_clip_config.json in the same directory",
             )
         config = config_from_openai(state, activation)
     return Files(
@@ -177,11 +192,19 @@ def read_file(path: Path, activation: Activation | None) -> Files:
 
 
 def openai_image_spec(size: int, preprocess: Mapping[str, Any] | None = None) -> ImageSpec:
-    """OpenAI's preprocessing, or what an `open_clip_config.json` says of it."""
+    """Return OpenAI's preprocessing.
+
+    Args:
+        size: input size of the image tower, in pixels.
+        preprocess: `preprocess_cfg` of an `open_clip_config.json`, which overrides the defaults.
+
+    Raises:
+        CheckpointError: the resize mode is not 'shortest'.
+    """
     facts = preprocess or {}
     if facts.get("resize_mode", "shortest") != "shortest":
         raise CheckpointError(
-            f"open_clip_config.json: resize_mode {facts['resize_mode']!r}; expected 'shortest'"
+            f"open_clip_config.json: resize_mode is {facts['resize_mode']!r}; expected 'shortest'"
         )
     return ImageSpec(
         size=size,

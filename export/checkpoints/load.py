@@ -1,10 +1,10 @@
-"""A checkpoint's name -> loaded towers, their preprocessing facts and their tokenizer.
+"""Loading of a checkpoint by name: towers, preprocessing and tokenizer.
 
 A name is one of
-    random:ViT-B-32[@seed]           seeded weights of a true architecture, for latency work
-    ViT-B/32                         OpenAI's published file, by the name OpenAI gave it
-    openai/clip-vit-base-patch32     a Hugging Face hub id
-    path/to/directory                Hugging Face or OpenCLIP layout
+    random:ViT-B-32[@seed]           seeded random weights, to measure latency
+    ViT-B/32                         OpenAI's published file, by OpenAI's name
+    openai/clip-vit-base-patch32     Hugging Face hub id
+    path/to/directory                directory in Hugging Face's or OpenCLIP's layout
     path/to/file                     OpenAI .pt (TorchScript archive or state dict), OpenCLIP
                                      .safetensors / .bin / .pt
 """
@@ -34,20 +34,21 @@ from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
 
 _NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
-_TOKENIZER_HINT = (
+_TOKENIZER_ADVICE = (
     "give OpenAI's bpe_simple_vocab_16e6.txt.gz or a tokenizer.json with --vocabulary FILE"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Everything that is known about a model before anything is made of it."""
+    """Loaded checkpoint: both towers, preprocessing, tokenizer and provenance."""
 
     name: str
-    """Good for a directory name."""
+    """Short name without slashes, which can name a directory."""
     source: str
+    """Name that the checkpoint was loaded by."""
     clip: Clip
-    """float32, eval mode."""
+    """Both towers, float32, in eval mode."""
     image: ImageSpec
     text: TextSpec
     tokenizer: tokenizers.Tokenizer
@@ -62,15 +63,17 @@ def load_checkpoint(
     vocabulary: Path | None = None,
     activation: Activation | None = None,
 ) -> Checkpoint:
-    """Load the checkpoint `name` (see the module's text for what a name may be).
+    """Load a checkpoint.
 
     Args:
+        name: one of the forms in the module's docstring.
         vocabulary: OpenAI's `bpe_simple_vocab_16e6.txt.gz` or a `tokenizer.json`, for checkpoints
-            that bring no tokenizer.
-        activation: of a bare weights file, which does not say.
+            without a tokenizer.
+        activation: activation function of a weights file without a configuration.
 
     Raises:
-        CheckpointError: unknown name, incomplete directory, not a CLIP, or sizes that disagree.
+        CheckpointError: the name is unknown, the checkpoint is incomplete or not a CLIP, or its
+            files do not belong together.
     """
     if name.startswith("random:"):
         return _random(name, vocabulary)
@@ -90,7 +93,9 @@ def load_checkpoint(
     clip = Clip(files.config, files.image.mean, files.image.std)
     load_state(clip, files.state, files.layout)
     return Checkpoint(
-        name=path.stem if path.is_file() else Path(name).resolve().name,  # also of "." and "x/.."
+        name=path.stem
+        if path.is_file()
+        else Path(name).resolve().name,  # resolved for "." and "x/.."
         source=name,
         clip=clip.eval(),
         image=files.image,
@@ -110,10 +115,10 @@ def _from_hub(name: str) -> Path:
     try:
         return download_hub(name)
     except CheckpointError as error:
-        # "ViT-B/33" looks like a hub id, too.
-        if name in _NAMES or not (hint := _suggestion(name, cutoff=0.8)):
+        # A misspelled known name such as "ViT-B/33" also looks like a hub id.
+        if name in _NAMES or not (suggestion := _suggestion(name, cutoff=0.8)):
             raise
-        raise CheckpointError(f"{error}; {hint.rstrip()}") from error
+        raise CheckpointError(f"{error}; {suggestion.rstrip()}") from error
 
 
 def _suggestion(name: str, cutoff: float) -> str:
@@ -122,10 +127,10 @@ def _suggestion(name: str, cutoff: float) -> str:
 
 
 def _unknown(name: str) -> CheckpointError:
-    hint = _suggestion(name, cutoff=0.5)
     return CheckpointError(
-        f"unknown checkpoint {name!r}: no such file or directory, and not a known name; {hint}"
-        "`clip-deploy list` shows the known ones, any Hugging Face id 'owner/name' works too"
+        f"unknown checkpoint {name!r}: no such file or directory, and not a known name",
+        advice=f"{_suggestion(name, cutoff=0.5)}run `clip-deploy list` for the known names, or "
+        "give a Hugging Face id 'owner/name'",
     )
 
 
@@ -135,8 +140,8 @@ def _hub_tokenizer(known: KnownModel | None) -> Path:
         return download_hub(repo, only_tokenizer=True) / "tokenizer.json"
     except CheckpointError as error:
         raise CheckpointError(
-            f"the checkpoint brings no tokenizer, and {repo}'s was not to be had: {error}; "
-            f"{_TOKENIZER_HINT}"
+            f"the checkpoint has no tokenizer, and that of {repo} is not available: {error}",
+            advice=_TOKENIZER_ADVICE,
         ) from error
 
 
@@ -146,12 +151,12 @@ def _text_spec(config: ClipConfig, tokenizer: tokenizers.Tokenizer) -> TextSpec:
     end_id = tokenizer.token_to_id("<|endoftext|>")
     if start_id is None or end_id != text.end_id:
         raise CheckpointError(
-            f"the tokenizer's <|endoftext|> is {end_id}, its <|startoftext|> {start_id}; the text "
-            f"tower pools at {text.end_id}: tokenizer and weights are of different models"
+            f"the tokenizer's <|endoftext|> is {end_id} and its <|startoftext|> is {start_id}, but "
+            f"the text tower pools at {text.end_id}: tokenizer and weights are of different models"
         )
     if tokenizer.get_vocab_size() > text.vocab_size:
         raise CheckpointError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the text tower embeds "
+            f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the text tower has "
             f"{text.vocab_size}: tokenizer and weights are of different models"
         )
     return TextSpec(
@@ -168,8 +173,8 @@ def _random(name: str, vocabulary: Path | None) -> Checkpoint:
     config = ARCHITECTURES.get(architecture)
     if config is None or not (seed or "0").isdecimal():
         raise CheckpointError(
-            f"{name!r}: expected random:ARCHITECTURE or random:ARCHITECTURE@SEED with an "
-            f"architecture of {', '.join(ARCHITECTURES)}"
+            f"{name!r}: expected random:ARCHITECTURE or random:ARCHITECTURE@SEED, where "
+            f"ARCHITECTURE is one of {', '.join(ARCHITECTURES)}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))

@@ -1,4 +1,7 @@
-"""OpenAI's vocabulary file -> a `tokenizers` tokenizer, in the form transformers has for CLIP."""
+"""Tokenizers in CLIP's format, from OpenAI's vocabulary file, a `tokenizer.json` or a vocabulary.
+
+The saved `tokenizer.json` has the form that transformers uses for CLIP.
+"""
 
 import gzip
 import json
@@ -13,30 +16,30 @@ from serving.errors import CheckpointError
 from serving.inputs.tokenizer import END, START
 
 MERGES = 49152 - 256 - 2
-"""How many of the file's merges OpenAI uses (`clip/simple_tokenizer.py`); it holds 262144."""
+"""Number of merges that OpenAI uses (`clip/simple_tokenizer.py`), of the 262144 in the file."""
 
 PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
     r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-"""How OpenAI splits a cleaned text into words. (Its pattern also ignores case, which matters to
-two characters after lower-casing: the long s in a contraction, and U+0345, which it loses.)"""
+"""OpenAI's pattern that splits a cleaned text into words, without its flag to ignore case. After
+lowercasing, the flag affects only two characters: the long s in a contraction, and U+0345, which
+OpenAI's tokenizer drops."""
 
 _EXPECTED = "expected OpenAI's bpe_simple_vocab_16e6.txt.gz"
 
 
 def openai_tokenizer(bpe_path: Path) -> Tokenizer:
-    """Builds CLIP's tokenizer from OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+    """Build CLIP's tokenizer from OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
 
     Normalizer, pre-tokenizer and post-processor are those of transformers'
-    `tokenization_clip.py`, so that the saved file means the same to transformers.
+    `tokenization_clip.py`, so that transformers tokenizes in the same way with the saved file.
 
     Args:
-        bpe_path: the vocabulary file, as in OpenAI's and OpenCLIP's packages.
+        bpe_path: the vocabulary file from OpenAI's or OpenCLIP's package.
 
     Returns:
-        A tokenizer of 49408 entries, the last two `<|startoftext|>` and `<|endoftext|>`, ready to
-        `.save()` as `tokenizer.json`.
+        A tokenizer with 49408 entries. The last two are `<|startoftext|>` and `<|endoftext|>`.
 
     Raises:
         CheckpointError: the file is missing, not gzip, or not this vocabulary.
@@ -51,14 +54,14 @@ def openai_tokenizer(bpe_path: Path) -> Tokenizer:
         return clip_tokenizer(vocabulary, merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise CheckpointError(
-            f"{bpe_path}: its merges do not build on one another ({error}); {_EXPECTED}"
+            f"{bpe_path}: its merges are inconsistent ({error}); {_EXPECTED}"
         ) from error
 
 
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer without merges, a token or two a character, for weights drawn at random.
+    """Return a tokenizer without merges, for random weights. A token is one UTF-8 byte.
 
-    Its special tokens are the last two ids of `vocab_size`, as in OpenAI's vocabulary.
+    Its special tokens have the last two ids of `vocab_size`, as in OpenAI's vocabulary.
     """
     symbols = _byte_symbols()
     entries = [*symbols, *(s + "</w>" for s in symbols)]
@@ -70,7 +73,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load a `tokenizer.json`, a `vocab.json` with its `merges.txt`, or OpenAI's vocabulary file.
 
     Raises:
-        CheckpointError: it is none of these, or damaged.
+        CheckpointError: the file is none of these, or is damaged.
     """
     if path.suffix == ".gz":
         return openai_tokenizer(path)
@@ -81,12 +84,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
             pairs = [line.split() for line in lines if line and not line.startswith("#version")]
             return clip_tokenizer(vocabulary, [(first, second) for first, second in pairs])
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception for what it cannot parse
+    except Exception as error:  # tokenizers raises bare Exception on a parse error
         raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from error
 
 
 def clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The tokenizer that CLIP's format makes of a vocabulary; it has START and END in it."""
+    """Return a tokenizer in CLIP's format. `vocabulary` has to contain START and END."""
     tokenizer = with_clip_steps(
         BPE(
             vocabulary,
@@ -107,7 +110,7 @@ def clip_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
 
 
 def with_clip_steps(model: BPE) -> Tokenizer:
-    """`model` with CLIP's normalisation, splitting into words, and decoding."""
+    """Return a tokenizer of `model` with CLIP's normalization, word pattern and decoding."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -135,17 +138,17 @@ def _merges(bpe_path: Path) -> list[tuple[str, str]]:
     if len(pairs) < MERGES or "#version" not in lines[0]:
         raise CheckpointError(
             f"{bpe_path} has {len(lines)} lines and starts with {lines[0][:40]!r}; {_EXPECTED}, "
-            f"a header with '#version' and at least {MERGES} merges"
+            f"which has a header with '#version' and at least {MERGES} merges"
         )
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
     if len(merges) < MERGES:
         number = next(n for n, pair in enumerate(pairs, 2) if len(pair) != 2)
-        raise CheckpointError(f"{bpe_path}: line {number} is no pair of symbols; {_EXPECTED}")
+        raise CheckpointError(f"{bpe_path}: line {number} is not a pair of symbols; {_EXPECTED}")
     return merges
 
 
 def _byte_symbols() -> list[str]:
-    """One printable character per byte value, in the order of OpenAI's `bytes_to_unicode`."""
+    """Return a printable character per byte value, in the order of OpenAI's `bytes_to_unicode`."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
     others = 256 - len(printable)

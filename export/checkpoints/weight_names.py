@@ -1,10 +1,8 @@
-"""The weight layouts CLIP comes in: Hugging Face's, and OpenAI's (which OpenCLIP keeps).
+"""Weight names of the two layouts of CLIP: Hugging Face's, and OpenAI's, which OpenCLIP also uses.
 
-One function per layout says what it calls each of our parameters; reading and writing both go
-through it. OpenAI's layout also packs query, key and value into one matrix and stores projections
-transposed, which `unpack_openai` and `pack_openai` undo and redo.
-
-Does not know: where files come from (`checkpoint.py`).
+One function per layout translates the names of our parameters, for reading and for writing.
+OpenAI's layout also packs query, key and value into one matrix and stores projections transposed;
+`unpack_openai` and `pack_openai` convert from and to this form.
 """
 
 import json
@@ -74,23 +72,23 @@ _OPENAI = {
     ".mlp.up.": ".mlp.c_fc.",
     ".mlp.down.": ".mlp.c_proj.",
 }
-# Constants that some files carry beside the weights.
+# Constants that some files contain in addition to the weights.
 _IGNORED = re.compile(
     r"(input_resolution|context_length|vocab_size|attn_mask|.*position_ids|.*num_batches_tracked)$"
 )
 
 
 def hugging_face_name(name: str) -> str:
-    """What `transformers.CLIPModel` calls our parameter `name`."""
+    """Translate the name of one of our parameters to that in `transformers.CLIPModel`."""
     for ours, theirs in _HUGGING_FACE.items():
         name = name.replace(ours, theirs)
     return name
 
 
 def openai_name(name: str) -> str:
-    """What OpenAI's and OpenCLIP's `CLIP` call our parameter `name`, once unpacked."""
+    """Translate the name of one of our parameters to that in OpenAI's `CLIP`, once unpacked."""
     if name == "image.encoder.position_embedding":
-        return "visual.positional_embedding"  # a ResNet's is inside the pooling: see load_state
+        return "visual.positional_embedding"  # `unpack_openai` gives a ResNet's the same name
     name = re.sub(r"image\.encoder\.stages\.(\d)", lambda m: f"visual.layer{int(m[1]) + 1}", name)
     for ours, theirs in _OPENAI.items():
         name = name.replace(ours, theirs)
@@ -98,7 +96,7 @@ def openai_name(name: str) -> str:
 
 
 def unpack_openai(state: State) -> dict[str, Tensor]:
-    """Split packed attention matrices and turn projections the way `nn.Linear` stores them."""
+    """Split packed attention matrices, and transpose projections to the layout of `nn.Linear`."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith((".in_proj_weight", ".in_proj_bias")):
@@ -115,7 +113,7 @@ def unpack_openai(state: State) -> dict[str, Tensor]:
 
 
 def pack_openai(state: State) -> dict[str, Tensor]:
-    """Undo `unpack_openai`."""
+    """Reverse `unpack_openai`."""
     out: dict[str, Tensor] = {}
     resnet = "visual.attnpool.q_proj.weight" in state
     for name, tensor in state.items():
@@ -138,7 +136,7 @@ def _namer(layout: Layout) -> Callable[[str], str]:
 
 
 def to_layout(clip: Clip, layout: Layout) -> dict[str, Tensor]:
-    """`clip`'s weights as a state dict of the given layout, float32, contiguous."""
+    """Return the weights of `clip` as a state dict in the given layout, float32, contiguous."""
     rename = _namer(layout)
     state = {
         rename(name): tensor.detach().float().contiguous()
@@ -152,7 +150,7 @@ def load_state(clip: Clip, state: State, layout: Layout) -> None:
     """Copy `state` into `clip`, as float32.
 
     Raises:
-        CheckpointError: a weight is missing, superfluous, or of another shape than `clip`'s.
+        CheckpointError: a weight is missing, unknown, or has another shape than in `clip`.
     """
     rename = _namer(layout)
     theirs = dict(state) if layout == "hugging_face" else unpack_openai(state)
@@ -163,23 +161,23 @@ def load_state(clip: Clip, state: State, layout: Layout) -> None:
     if missing or extra:
         raise CheckpointError(
             "the weights are not those of a plain CLIP: "
-            f"{_some(missing, 'missing')}, {_some(extra, 'not known')}"
+            f"{_some(missing, 'missing')}, {_some(extra, 'unknown')}"
         )
     for name, target in wanted.items():
         got, expected = tuple(theirs[name].shape), tuple(ours[target].shape)
         if got != expected:
             raise CheckpointError(
-                f"weight {name!r} has shape {list(got)}, but the checkpoint's other sizes ask for "
-                f"{list(expected)}; config.json and weights may be of different models"
+                f"weight {name!r} has shape {list(got)}, but the checkpoint's configuration needs "
+                f"{list(expected)}; configuration and weights may be of different models"
             )
     clip.load_state_dict(
         {target: theirs[name].float() for name, target in wanted.items()}, strict=False
     )
 
 
-def _some(names: list[str], what: str) -> str:
+def _some(names: list[str], adjective: str) -> str:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} {what}" + (f" ({shown})" if names else "")
+    return f"{len(names)} {adjective}" + (f" ({shown})" if names else "")
 
 
 def save_checkpoint(
@@ -189,11 +187,20 @@ def save_checkpoint(
     tokenizer: tokenizers.Tokenizer,
     templates: Sequence[str] = (),
 ) -> None:
-    """Write `clip` as a checkpoint that this project and the layout's own library load.
+    """Write `clip` as a checkpoint directory that this project loads.
 
-    A ViT is written in Hugging Face's layout (`transformers.CLIPModel.from_pretrained` reads it), a
-    ResNet in OpenCLIP's. `templates` are the prompts that zero-shot labels are put into, such as
-    "a photo of a {}.". Every file is written under a temporary name and then renamed.
+    A ViT is written in Hugging Face's layout, which `transformers.CLIPModel.from_pretrained` reads,
+    a ResNet in OpenCLIP's. Every file is written under a temporary name and then renamed.
+
+    Args:
+        directory: directory to write to; it is created if needed.
+        clip: both towers.
+        image: preprocessing of the image tower.
+        tokenizer: tokenizer in CLIP's format.
+        templates: zero-shot prompt templates, such as "a photo of a {}.".
+
+    Raises:
+        CheckpointError: the tokenizer has no start-of-text token.
     """
     directory.mkdir(parents=True, exist_ok=True)
     start_id = tokenizer.token_to_id("<|startoftext|>")
@@ -226,7 +233,7 @@ def save_checkpoint(
         }
     temporary = directory / f".{weights}.tmp"
     save_file(to_layout(clip, layout), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner reads
+    temporary.chmod(0o644)  # safetensors creates files that only their owner can read
     temporary.replace(directory / weights)
     for name, document in {**documents, "tokenizer.json": json.loads(tokenizer.to_str())}.items():
         temporary = directory / f".{name}.tmp"

@@ -1,7 +1,7 @@
-"""Weights files -> tensors, and no more than tensors.
+"""Reading of weights files without running code from them.
 
-safetensors hold nothing else; pickles are read with `weights_only=True`; a TorchScript archive
-(what OpenAI published) is read by `torch.jit.load`, which runs no Python.
+A safetensors file contains only tensors. A pickle is read with `weights_only=True`. A TorchScript
+archive, the form of OpenAI's published files, is read by `torch.jit.load`, which runs no Python.
 """
 
 import hashlib
@@ -23,7 +23,15 @@ from serving.util.files import sha256_of
 
 
 def read_weights(path: Path) -> tuple[State, str]:
-    """All tensors of a weights file (or of the shards that an index names), and their sha256."""
+    """Read all tensors of a weights file, or of the shards that an index lists.
+
+    Returns:
+        The tensors by name, and the sha256 of the file. For an index, it is the sha256 of the
+        shards' concatenated hexadecimal sha256.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or contains anything other than tensors.
+    """
     try:
         if path.suffix == ".json":
             shards = _shards(path)
@@ -34,10 +42,10 @@ def read_weights(path: Path) -> tuple[State, str]:
             return load_file(path), sha256_of(path)
         return _read_torch(path), sha256_of(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: a part of the weights is not there: {error}") from error
+        raise CheckpointError(f"{path}: a weights file is missing: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); download it again"
+            f"{path}: not a complete safetensors file ({error})", advice="download it again"
         ) from error
 
 
@@ -53,9 +61,9 @@ def _read_torch(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(
-            f"{path}: refused: {str(error).splitlines()[0]}. Only tensors are loaded from a pickle "
-            "(weights_only=True), because a pickle can run any code; if you trust this file, "
-            "convert it to safetensors"
+            f"{path}: not loaded: {str(error).splitlines()[0]}. Only tensors are loaded from a "
+            "pickle (weights_only=True), because a pickle can run any code",
+            advice="if you trust this file, convert it to safetensors",
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(
@@ -69,8 +77,8 @@ def _shards(index: Path) -> list[str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise CheckpointError(
-            f"{index}: no weight_map in it; expected an index of sharded weights as transformers "
-            "writes it"
+            f"{index} has no weight_map; expected an index of sharded weights as written by "
+            "transformers"
         )
     return sorted(set(names.values()))
 
@@ -78,13 +86,13 @@ def _shards(index: Path) -> list[str]:
 def _read_torchscript(path: Path) -> State:
     try:
         with warnings.catch_warnings():
-            # Deprecated, and the only reader of the form in which OpenAI published its weights.
+            # Deprecated, but nothing else reads the archives that OpenAI published.
             warnings.filterwarnings("ignore", ".*torch.jit.load", DeprecationWarning)
             state: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: a TorchScript archive that cannot be read ({reason}); download it again"
+            f"{path}: the TorchScript archive cannot be read ({reason})", advice="download it again"
         ) from error
     return state
 
@@ -95,7 +103,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def strip_wrappers(state: State) -> dict[str, torch.Tensor]:
-    """Take off what training wrappers and OpenCLIP's CustomTextCLIP put before names."""
+    """Remove prefixes that training wrappers and OpenCLIP's CustomTextCLIP add to weight names."""
     out = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if "text.token_embedding.weight" in out:
         out = {name.removeprefix("text."): tensor for name, tensor in out.items()}
@@ -103,10 +111,10 @@ def strip_wrappers(state: State) -> dict[str, torch.Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it is not there, or not a JSON object.
+        CheckpointError: the file is missing or is not a JSON object.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

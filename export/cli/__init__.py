@@ -1,1 +1,1 @@
-"""The command line of `export`, and `clip-deploy`, which carries the commands of `serving` too."""
+"""Command line of `export`, and the program `clip-deploy`, which adds the commands of `serving`."""

@@ -1,7 +1,7 @@
-"""The program `clip-deploy`: the commands of `export` and `serving` in one place.
+"""Program `clip-deploy`: the commands of `export` and `serving`.
 
-Nothing that a command does not need is imported before it runs: `clip-deploy classify` works where
-torch is not installed.
+Each command imports its dependencies when it runs, so that `clip-deploy classify` works without
+torch.
 """
 
 import typer
@@ -11,7 +11,7 @@ import serving.cli.app
 from serving.cli.console import run
 
 app = typer.Typer(
-    help="Export a CLIP checkpoint, serve it with Triton, and use it.",
+    help="Export a CLIP checkpoint, serve it with Triton, and send requests to it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

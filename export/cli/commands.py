@@ -1,4 +1,4 @@
-"""The commands of `python -m export`: from a checkpoint to a verified bundle."""
+"""Commands of `python -m export`."""
 
 import sys
 from collections.abc import Iterator
@@ -18,16 +18,23 @@ from serving.errors import InputError
 from serving.util.extras import require
 
 _EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "huggingface_hub")
-"""Modules that the extra `export` brings."""
+"""Modules installed by the extra `export`."""
 
 EngineLibrary = Annotated[
     Library,
-    typer.Option("--engine", help="tensorrt needs the GPU it builds for; tensorrt-rtx needs none."),
+    typer.Option(
+        "--engine",
+        help="Library to build with. tensorrt builds for the GPU of this machine; tensorrt-rtx "
+        "needs no GPU.",
+    ),
 ]
 
-LabelledFolder = Annotated[
+LabeledDirectory = Annotated[
     Path | None,
-    typer.Option(help="Folder of pictures with captions.txt (`file, label`), for the gate."),
+    typer.Option(
+        help="Directory of labeled images. Adds zero-shot accuracy to the parity gate. Its "
+        "captions.txt has one `file, label` per line."
+    ),
 ]
 
 
@@ -35,53 +42,69 @@ def bundle(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="random:ViT-B-32, ViT-B/32, openai/clip-vit-base-patch32, a directory or a file"
+            help="Checkpoint to export: a name such as ViT-B/32, a Hugging Face id such as "
+            "openai/clip-vit-base-patch32, a directory, a weights file, or random:ViT-B-32 for "
+            "random weights. `clip-deploy list` shows the known names."
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="Directory of the bundle; default artifacts/<name>.")
+        Path | None,
+        typer.Option(help="Directory to write the bundle to. Default: artifacts/<name>."),
     ] = None,
     vocabulary: Annotated[
         Path | None,
         typer.Option(
-            help="bpe_simple_vocab_16e6.txt.gz or tokenizer.json, for weights that bring none.",
+            help="Tokenizer of a checkpoint that has none: OpenAI's bpe_simple_vocab_16e6.txt.gz "
+            "or a tokenizer.json.",
             exists=True,
             dir_okay=False,
         ),
     ] = None,
     activation: Annotated[
         Literal["quick_gelu", "gelu"] | None,
-        typer.Option(help="Of a bare weights file, which does not say."),
+        typer.Option(help="Activation function of a weights file that has no configuration."),
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="What to make beside fp32; may be repeated. Default: fp16 and int8."),
+        typer.Option(
+            help="Precision to export in addition to fp32. Can be repeated. Default: fp16 and int8."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Folder of pictures like those to come, for INT8 ranges."),
+        typer.Option(
+            help="Directory of representative images. INT8 activation ranges are measured on them."
+        ),
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 file of texts like those to come, a line each, likewise."),
+        typer.Option(
+            help="UTF-8 file of representative texts, one per line. INT8 activation ranges are "
+            "measured on them."
+        ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How INT8 ranges are chosen.")] = "percentile",
+    method: Annotated[
+        Method, typer.Option(help="Method that chooses INT8 activation ranges.")
+    ] = "percentile",
     torchscript: Annotated[
-        bool, typer.Option("--torchscript", help="Trace both towers to TorchScript too, in fp32.")
+        bool, typer.Option("--torchscript", help="Also trace both towers to TorchScript, in fp32.")
     ] = False,
     prefix_tree: Annotated[
         bool,
         typer.Option(
             "--prefix-tree",
-            help="Make text graphs too that compute beginnings which texts share once, in fp32 and "
-            "int8: label sets on CPUs need 3.7 tokens a prompt instead of 9.5, the bundle a second "
-            "copy of the text tower's weights.",
+            help="Also export prefix-tree graphs of the text tower, in fp32 and int8. They compute "
+            "a shared prefix of several texts only once: a label set on a CPU needs 3.7 tokens per "
+            "prompt instead of 9.5. The bundle then has another copy of the text tower's weights.",
         ),
     ] = False,
-    labelled: LabelledFolder = None,
+    labelled: LabeledDirectory = None,
     library: Annotated[
         Library | None,
-        typer.Option("--engine", help="Build plans too, as `clip-deploy engine` does."),
+        typer.Option(
+            "--engine",
+            help="Also build engines with this library, with the defaults of `clip-deploy engine`.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +115,7 @@ def bundle(
 
     with progress(f"loading {checkpoint}") as show:
         loaded = load_checkpoint(checkpoint, vocabulary=vocabulary, activation=activation)
-        made = build(
+        written = build(
             loaded,
             output or Path("artifacts") / loaded.name,
             show,
@@ -106,59 +129,83 @@ def bundle(
                 prefix_tree=prefix_tree,
             ),
         )
-        show(f"wrote {made.path}")
+        show(f"wrote {written.path}")
         if library is not None:
             from export.engines.builder import EngineOptions
             from export.engines.bundle_engines import add_engines, buildable
 
             options = EngineOptions(library=library)
-            made = add_engines(made, buildable(made), options, show)
-    _report(made, as_json)
+            written = add_engines(written, buildable(written), options, show)
+    _report(written, as_json)
 
 
 def engine(
     path: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
+        Path,
+        typer.Argument(metavar="BUNDLE", help="Bundle directory written by `clip-deploy export`."),
     ],
     library: EngineLibrary = "tensorrt",
     precision: Annotated[
         list[Precision] | None,
         typer.Option(
-            help="Of the graphs to build; may be repeated. Default: fp16, and int8-fp16 or int8."
+            help="Precision of the graphs to build engines from. Can be repeated. Default: fp16, "
+            "and int8-fp16 or else int8."
         ),
     ] = None,
     max_batch_size: Annotated[
-        int, typer.Option(min=1, help="Largest batch that an engine takes.")
+        int, typer.Option(min=1, help="Maximum batch size of an engine.")
     ] = 64,
     workspace_gb: Annotated[
-        float, typer.Option(min=0.1, help="Scratch memory a kernel may ask for.")
+        float, typer.Option(min=0.1, help="Maximum scratch memory of a kernel, in GiB.")
     ] = 4,
     optimization_level: Annotated[
-        int, typer.Option(min=0, max=5, help="0 builds fastest, 5 searches longest.")
+        int,
+        typer.Option(
+            min=0,
+            max=5,
+            help="Effort of the search for fast kernels: 0 builds fastest, 5 searches longest.",
+        ),
     ] = 3,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="For later versions of the same major.")
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="Build engines that later versions with the same major version also load.",
+        ),
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="For any GPU from Ampere on.")
+        bool,
+        typer.Option(
+            "--hardware-compatible",
+            help="Build engines that run on any GPU of the Ampere generation or later.",
+        ),
     ] = False,
     strip_weights: Annotated[
-        bool, typer.Option("--strip-weights", help="Small plans, filled from the graph on loading.")
+        bool,
+        typer.Option(
+            "--strip-weights",
+            help="Write small engines without weights. The weights are read from the graph when an "
+            "engine is loaded.",
+        ),
     ] = False,
     timing_cache: Annotated[
         Path | None,
-        typer.Option(help="File of kernel times; default one a device under ~/.cache/clip-deploy."),
+        typer.Option(
+            help="File that keeps measured kernel times between builds. Default: one file per "
+            "device under ~/.cache/clip-deploy."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build plans of a bundle's graphs for this machine's GPU, judge them, and record them."""
+    """Build TensorRT engines from a bundle's graphs, run the parity gate, and add them to it."""
     require("engine", "export", "onnxruntime")
     from export.engines.builder import EngineOptions
     from export.engines.bundle_engines import add_engines, buildable
 
     if Precision.INT8_DYNAMIC in (precision or ()):
         raise InputError(
-            "engines are built from fp32, fp16, int8 and int8-fp16 graphs, not from int8-dynamic"
+            "engines are built from fp32, fp16, int8 and int8-fp16 graphs, not from int8-dynamic",
+            advice="choose another --precision",
         )
     options = EngineOptions(
         library=library,
@@ -172,12 +219,12 @@ def engine(
     )
     with progress(f"reading {path}") as show:
         opened = Bundle.open(path)
-        made = add_engines(opened, precision or buildable(opened), options, show)
-    _report(made, as_json)
+        extended = add_engines(opened, precision or buildable(opened), options, show)
+    _report(extended, as_json)
 
 
 def list_models(as_json: Json = False) -> None:
-    """Known checkpoints: name, sizes, and where the weights come from."""
+    """List known checkpoints with their sizes and the source of their weights."""
     require("the list of checkpoints", "export", *_EXPORT)
     from export.checkpoints.architectures import ARCHITECTURES, KNOWN_MODELS, KnownCheckpoints
 
@@ -199,27 +246,32 @@ def list_models(as_json: Json = False) -> None:
             )
         )
     columns = ("checkpoint", "image", ">parameters", ">dim", "source")
-    made = table("Known checkpoints", columns, rows)
-    made.columns[0].no_wrap = True  # to be copied whole
-    result(made)
+    listing = table("Known checkpoints", columns, rows)
+    listing.columns[0].no_wrap = True  # users copy these names
+    result(listing)
     result(
-        "Any Hugging Face id of a CLIP works, any local directory or file, and seeded random "
-        f"weights for latency work: random:{', random:'.join(ARCHITECTURES)}"
+        "`clip-deploy export` also takes any Hugging Face id of a CLIP model, any local directory "
+        "or weights file, and, to measure latency, seeded random weights: "
+        f"random:{', random:'.join(ARCHITECTURES)}"
     )
 
 
 def verify(
     path: Annotated[
-        Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
+        Path,
+        typer.Argument(metavar="BUNDLE", help="Bundle directory written by `clip-deploy export`."),
     ],
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="The checkpoint it was made from; default: what its manifest says."),
+        typer.Option(
+            help="Checkpoint that the bundle was exported from. Default: the source in its "
+            "manifest."
+        ),
     ] = None,
-    labelled: LabelledFolder = None,
+    labelled: LabeledDirectory = None,
     as_json: Json = False,
 ) -> None:
-    """Check a bundle's files and graphs, and run the gate again on this machine."""
+    """Check a bundle's files and graphs, and run the parity gate again on this machine."""
     require("verify", "export", *_EXPORT)
     from export.gate.verify import verify as verify_bundle
 
@@ -228,29 +280,29 @@ def verify(
     _report(verified, as_json)
 
 
-def _report(made: Bundle, as_json: bool) -> None:
+def _report(bundle: Bundle, as_json: bool) -> None:
     failed = [
         f"{artifact.file} by {verdict.runner}"
-        for artifact in made.manifest.artifacts
+        for artifact in bundle.manifest.artifacts
         for verdict in artifact.verdicts
         if not verdict.passed
     ]
     if as_json:
-        document(ExportedBundle(path=str(made.path), manifest=made.manifest))
+        document(ExportedBundle(path=str(bundle.path), manifest=bundle.manifest))
     else:
-        title = f"{made.path}  ({made.manifest.architecture})"
+        title = f"{bundle.path}  ({bundle.manifest.architecture})"
         columns = ("artifact", ">MB", "runner", ">cosine min", ">mean", ">top-1", ">accuracy")
-        result(table(title, (*columns, "verdict"), _rows(made)))
+        result(table(title, (*columns, "verdict"), _rows(bundle)))
     if failed:
-        note(f"the parity gate failed {', '.join(failed)}", "yellow")
-    # An engine has no verdict where it cannot be run, and is not served before it has one.
-    judged = [a for a in made.manifest.artifacts if a.verdicts or a.kind != "engine"]
-    if not all(any(v.passed for v in a.verdicts) for a in judged):
+        note(f"failed the parity gate: {', '.join(failed)}", "yellow")
+    # An engine that cannot run on this machine has no verdict. It is not served until it has one.
+    required = [a for a in bundle.manifest.artifacts if a.verdicts or a.kind != "engine"]
+    if not all(any(v.passed for v in a.verdicts) for a in required):
         sys.exit(1)
 
 
-def _rows(made: Bundle) -> Iterator[tuple[Cell, ...]]:
-    for artifact in made.manifest.artifacts:
+def _rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
+    for artifact in bundle.manifest.artifacts:
         size = f"{sum(file.bytes for file in artifact.files) / 1e6:.1f}"
         int8 = artifact.quantisation
         excluded = len(int8.excluded) if int8 else 0
@@ -273,7 +325,7 @@ def _rows(made: Bundle) -> Iterator[tuple[Cell, ...]]:
 
 
 def doctor(as_json: Json = False) -> None:
-    """What this machine has, what can be built and served with it, and what mends the rest."""
+    """Show what this machine can build and run, and how to install what is missing."""
     from export.cli.doctor_table import tables
     from export.doctor.report import examine
 
@@ -281,12 +333,17 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         document(report)
         return
-    for made in tables(report):
-        result(made)
+    for section in tables(report):
+        result(section)
 
 
 def add_commands(app: typer.Typer, bundle_name: str) -> None:
-    """Add every command of this package to `app`; `bundle` is called `bundle_name` there."""
+    """Add every command of this package to `app`.
+
+    Args:
+        app: the program to extend.
+        bundle_name: name of the command `bundle` in it.
+    """
     app.command(bundle_name)(bundle)
     for command in (engine, verify, doctor):
         app.command()(command)

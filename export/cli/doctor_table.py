@@ -1,4 +1,4 @@
-"""The report of `doctor` as tables."""
+"""Tables of the `doctor` report."""
 
 import re
 from collections.abc import Iterable
@@ -13,63 +13,67 @@ from serving.runners.spec import RunnerSpec
 
 
 def tables(report: DoctorReport) -> list[Table]:
-    """Return the machine, what can be done with it, and what can run towers."""
-    same: dict[Row, list[str]] = {}
-    for one in report.runners:
-        spec = RunnerSpec.parse(one.name)
-        same.setdefault((spec.runtime, one.why, one.mend), []).append(spec.precision)
-    runners = [(f"{row[0]}: {', '.join(names)}", *row[1:]) for row, names in same.items()]
-    abilities = [(one.name, one.why, one.mend) for one in report.abilities]
-    done = _possible("What can be done here", abilities)
-    return [_here(report), done, _possible("What can run towers here", runners)]
+    """Return the tables of the machine, of the tasks it can do, and of the runners it can run."""
+    precisions: dict[Row, list[str]] = {}
+    for runner in report.runners:
+        spec = RunnerSpec.parse(runner.name)
+        row = (spec.runtime, runner.why, runner.mend)
+        precisions.setdefault(row, []).append(spec.precision)
+    runners = [(f"{row[0]}: {', '.join(names)}", *row[1:]) for row, names in precisions.items()]
+    abilities = [(ability.name, ability.why, ability.mend) for ability in report.abilities]
+    return [
+        _machine(report),
+        _possible("Tasks on this machine", abilities),
+        _possible("Runners on this machine", runners),
+    ]
 
 
 def _possible(title: str, rows: Iterable[Row]) -> Table:
-    made = table(title, ("", "possible", "why not", "what to do"))
+    listing = table(title, ("", "possible", "reason", "what to do"))
     for name, why, mend in rows:
         answer = Text("no", "red") if why else Text("yes", "green")
-        add(made, (name, answer, "\n".join(why), "\n".join(mend)))
-    return made
+        add(listing, (name, answer, "\n".join(why), "\n".join(mend)))
+    return listing
 
 
-def _here(report: DoctorReport) -> Table:
+def _machine(report: DoctorReport) -> Table:
     machine, device = report.machine, report.machine.gpu
     card, driver = "none", machine.nvidia_driver or "not found"
     if device:
-        size, driver = device.memory_bytes / 2**30, f"{driver}, for CUDA up to {device.cuda}"
+        size, driver = device.memory_bytes / 2**30, f"{driver}, supports CUDA up to {device.cuda}"
         card = f"{device.name}, {size:.0f} GiB, compute capability {device.compute_capability}"
-    gain = "int8 faster than fp32"
+    gain = "int8 is faster than fp32"
     if machine.int8 == "none":  # measured: docs/decisions/0043-exact-int8-without-vnni.md
-        gain = "without: int8 little faster than fp32, openvino:int8 less exact"
+        gain = "int8 is hardly faster than fp32, openvino:int8 is less exact"
     hardware = (
         ("Python", machine.python, ""),
-        ("CPU", f"{machine.cpu}, {machine.cpus} usable", ""),
+        ("CPU", f"{machine.cpu}, {machine.cpus} usable cores", ""),
         ("CPU int8", machine.int8, gain),
         ("CPU bfloat16", "yes" if machine.bf16 else "no", "openvino:bf16"),
         ("memory", f"{machine.memory_bytes / 2**30:.1f} GiB usable", ""),
         ("NVIDIA GPU", card, ""),
         ("NVIDIA driver", driver, ""),
     )
-    made = table("This machine", ("", "here", "for"), hardware)
-    made.add_section()
-    for one in report.software:
-        add(made, (one.name, _state(one), one.purpose))
-    return made
+    listing = table("This machine", ("", "found", "used for"), hardware)
+    listing.add_section()
+    for software in report.software:
+        add(listing, (software.name, _state(software), software.purpose))
+    return listing
 
 
-def _state(one: Software) -> Text:
-    if one.state == "missing":
-        return Text.assemble(("not installed", "yellow"), f": {one.mend or ''}")
-    if one.state == "broken":
-        version = f"{one.version} " if one.version else ""
-        return Text.assemble(version, ("broken", "red"), f": {one.error or ''}")
-    facts, words = one.facts, list[str]()
-    if one.name == "torch":
+def _state(software: Software) -> Text:
+    if software.state == "missing":
+        return Text.assemble(("not installed", "yellow"), f": {software.mend or ''}")
+    if software.state == "broken":
+        version = f"{software.version} " if software.version else ""
+        return Text.assemble(version, ("broken", "red"), f": {software.error or ''}")
+    facts, details = software.facts, list[str]()
+    if software.name == "torch":
         built = f"for CUDA {facts['cuda']}, {'finds a GPU' if facts['gpu'] else 'finds no GPU'}"
-        words += [built if facts["cuda"] else "for CPUs only"]
-    words += [name.removesuffix("ExecutionProvider") for name in facts.get("providers", ())]
-    words += [name for name in facts.get("cpu", ()) if re.fullmatch(r"[A-Z]+\d+", name)]
-    words += [f"{name}: {facts[name]}" for name in ("path", "libpython") if name in facts]
+        details += [built if facts["cuda"] else "for CPUs only"]
+    details += [name.removesuffix("ExecutionProvider") for name in facts.get("providers", ())]
+    details += [name for name in facts.get("cpu", ()) if re.fullmatch(r"[A-Z]+\d+", name)]
+    details += [f"{name}: {facts[name]}" for name in ("path", "libpython") if name in facts]
     if {"onnxruntime", "onnxruntime-gpu"} <= set(facts.get("distributions", ())):
-        words += ["onnxruntime and onnxruntime-gpu overwrite each other: keep one"]
-    return Text((one.version or "works") + (f" ({', '.join(words)})" if words else ""))
+        details += ["onnxruntime and onnxruntime-gpu overwrite each other: keep one"]
+    return Text((software.version or "works") + (f" ({', '.join(details)})" if details else ""))

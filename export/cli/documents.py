@@ -1,6 +1,6 @@
-"""The JSON documents that commands print with `--json`, as dataclasses.
+"""JSON documents that commands print with `--json`, as dataclasses.
 
-Those of `doctor` and `list` lie with what makes them: `export.doctor.report.DoctorReport`,
+`doctor` prints an `export.doctor.report.DoctorReport`, `list` an
 `export.checkpoints.architectures.KnownCheckpoints`.
 """
 
@@ -11,8 +11,8 @@ from serving.bundles.manifest import Manifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportedBundle:
-    """`export`, `engine` and `verify`"""
+    """Document printed by `export`, `engine` and `verify`."""
 
     path: str
     manifest: Manifest
-    """With verdicts measured on this machine by `verify`."""
+    """Manifest of the bundle. `verify` replaces its verdicts with those of this machine."""

@@ -1,1 +1,1 @@
-"""What this machine can build and run, and what is missing."""
+"""Report of what a machine can build and run, and of what is missing."""

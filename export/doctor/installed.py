@@ -1,6 +1,6 @@
-"""Which of the packages and programs that we can use are here, and whether they work.
+"""Checks of the Python packages and programs that this project can use: installed, and working.
 
-Does not know: what each ability needs of them (`export.doctor.report`).
+`export.doctor.report` lists which of them each task needs.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from serving.triton.embedded import find_embedded
 from serving.util.extras import install_command
 
 IMPORTS_TIMEOUT_S = 60
-"""All packages together take about 3 s, and far longer when the disk is cold."""
+"""Time limit for importing all packages. It takes about 3 s, and much longer from a cold disk."""
 
 PROGRAM_TIMEOUT_S = 5
 
@@ -35,30 +35,30 @@ EXPORT, CPU, EMBEDDED, GPU, RTX = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
-    """A Python package or a program."""
+    """Python package or program, and its state on this machine."""
 
     name: str
     purpose: str
     state: Literal["works", "missing", "broken"]
-    """broken: it is installed and cannot be used."""
+    """`broken` means that it is installed but cannot be used."""
     version: str | None = None
     error: str | None = None
-    """Of what is broken."""
+    """Error of a broken one."""
     mend: str | None = None
-    """What to do about it, unless it works."""
+    """Command or advice that fixes it; None if it works."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What more it says of itself."""
+    """Further facts, such as the execution providers of ONNX Runtime."""
 
 
 class _Package(NamedTuple):
     purpose: str
     install: str
     modules: tuple[str, ...]
-    """Any of which will do."""
+    """Alternative module names; one of them is enough."""
 
 
-# Imported from the last to the first: torch loads CUDA libraries, which others would then find
-# here, and not in the processes that use them without torch.
+# Packages are imported from the last to the first. torch has to come last: it loads CUDA libraries,
+# with which other packages would work here but fail in a process without torch.
 _PACKAGES = {
     "torch": _Package("export", EXPORT, ("torch",)),
     "onnx": _Package("export", EXPORT, ("onnx",)),
@@ -66,7 +66,7 @@ _PACKAGES = {
     "safetensors": _Package("export", EXPORT, ("safetensors",)),
     "huggingface-hub": _Package("export", EXPORT, ("huggingface_hub",)),
     "onnxruntime": _Package("export, serving", CPU, ("onnxruntime",)),
-    "openvino": _Package("serving by the CPU", CPU, ("openvino",)),
+    "openvino": _Package("serving on the CPU", CPU, ("openvino",)),
     "tensorrt": _Package("engines for one GPU", GPU, MODULES["tensorrt"]),
     "tensorrt-rtx": _Package("engines for many GPUs", RTX, MODULES["tensorrt-rtx"]),
     "cuda-bindings": _Package("running engines", GPU, ("cuda.bindings.runtime",)),
@@ -83,7 +83,7 @@ class _Program(NamedTuple):
     purpose: str
     install: str
     arguments: str
-    """To which it answers if it works."""
+    """Arguments of a command that succeeds if the program works."""
 
 
 _CONTAINER = "serving in a container"
@@ -91,10 +91,10 @@ _DOCKER = "apt-get install docker.io && systemctl start docker"
 _PROGRAMS = {
     "docker": _Program(_CONTAINER, _DOCKER, "version --format {{.Server.Version}}"),
     "podman": _Program(_CONTAINER, "apt-get install podman", "info --format {{.Version.Version}}"),
-    "trtexec": _Program("timing engines", "in the container nvcr.io/nvidia/tensorrt", "--help"),
+    "trtexec": _Program("timing engines", "use the container nvcr.io/nvidia/tensorrt", "--help"),
     "perf_analyzer": _Program(
-        "load on a server",
-        "in the container nvcr.io/nvidia/tritonserver:26.07-py3-sdk",
+        "load tests of a server",
+        "use the container nvcr.io/nvidia/tritonserver:26.07-py3-sdk",
         "--version",
     ),
 }
@@ -106,32 +106,32 @@ import_all(sys.argv[2:])"""
 
 
 def packages() -> list[Software]:
-    """Import each package in another process, since a native one can end the interpreter.
+    """Import each package in a child process, because a native library can crash the interpreter.
 
-    One process imports them all; if it ends early, another goes on with the next package.
+    One process imports all packages. If it crashes, another one continues with the next package.
     """
     answers: dict[str, dict[str, Any]] = {}
     while names := [name for name in reversed(_PACKAGES) if name not in answers]:
-        # It looks for packages where this process does.
+        # The child gets this process's sys.path, so that it finds the same packages.
         command = [sys.executable, "-c", _IMPORT_ALL, json.dumps(sys.path), *names]
         end, out, err = _run(command, IMPORTS_TIMEOUT_S)
         answers.update(json.loads(line) for line in out.splitlines())
         if culprit := next((name for name in names if name not in answers), None):
-            said = _last_line(err)
+            last = _last_line(err)
             answers[culprit] = {
-                "error": f"importing it ended Python ({end or 'exit code 0'}){said}"
+                "error": f"importing it ended Python ({end or 'exit code 0'}){last}"
             }
     return [_package(name, answers[name]) for name in _PACKAGES]
 
 
 def import_all(names: list[str]) -> None:
-    """Import packages, write a line of JSON on each, and end this process."""
+    """Import packages, write a line of JSON for each, and end this process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # packages print too
+    os.dup2(2, 1)  # some packages print to standard output
     for name in names:
         answers.write(json.dumps([name, _import(name)]) + "\n")
-    os._exit(0)  # some crash while they are unloaded
+    os._exit(0)  # some packages crash when they are unloaded
 
 
 def _import(name: str) -> dict[str, Any]:
@@ -141,11 +141,11 @@ def _import(name: str) -> dict[str, Any]:
             imported = importlib.import_module(module)
             facts = _FACTS.get(name, lambda _: {})(imported)
             return {"version": getattr(imported, "__version__", None), "facts": facts}
-        except BaseException as error:  # whatever one of them does, the others have their turn
+        except BaseException as error:  # the other packages are still checked
             absent = isinstance(error, ModuleNotFoundError) and error.name
             if not absent or not f"{module}.".startswith(f"{absent}."):
                 errors.append(f"{type(error).__name__}: {error}")
-    return {"error": " ".join("; ".join(errors).split())}  # empty: no such module
+    return {"error": " ".join("; ".join(errors).split())}  # empty if there is no such module
 
 
 def _package(name: str, answer: dict[str, Any]) -> Software:
@@ -165,13 +165,13 @@ def _package(name: str, answer: dict[str, Any]) -> Software:
         purpose=purpose,
         state="broken",
         version=version,
-        error=answer["error"] or f"no module {modules[0]}, though it is installed",
+        error=answer["error"] or f"the distribution is installed, but not its module {modules[0]}",
         mend=f"pip uninstall --yes {' '.join(versions)}; {install}" if versions else install,
     )
 
 
 def embedded() -> Software:
-    """The Triton server in the wheel of nvidia-pytriton, with the libpython that it needs."""
+    """Check the Triton server in the wheel of nvidia-pytriton, and the libpython that it needs."""
     name, purpose = "nvidia-pytriton", "serving on loopback"
     try:
         version = importlib.metadata.version(name)
@@ -191,7 +191,7 @@ def embedded() -> Software:
 
 
 def programs() -> list[Software]:
-    """Look for programs on PATH, and ask each whether it works."""
+    """Find programs on PATH and check that each works."""
     return [_program(name, *program) for name, program in _PROGRAMS.items()]
 
 
@@ -213,7 +213,12 @@ def _program(name: str, purpose: str, install: str, arguments: str) -> Software:
 
 
 def _run(command: list[str], timeout_s: int) -> tuple[str, str, str]:
-    """How a program ended, nothing if well, and what it wrote to standard output and error."""
+    """Run a program.
+
+    Returns:
+        The reason of its failure, empty if it succeeded, its standard output and its standard
+        error.
+    """
     pipe = subprocess.PIPE
     try:
         child = subprocess.Popen(

@@ -1,6 +1,6 @@
-"""What this machine has, what can therefore be built and served, and what mends the rest.
+"""Report of this machine's hardware and software, and of the tasks and runners they allow.
 
-Does not know: how a package is tried (`export.doctor.installed`), how the report is asked for.
+`export.doctor.installed` checks the packages; `export.cli.doctor_table` prints the report.
 """
 
 import platform
@@ -32,45 +32,45 @@ _EXPORTING = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "hugg
 
 Installed = Mapping[str, Software]
 Row = tuple[str, tuple[str, ...], tuple[str, ...]]
-"""What it is about, why it is not possible, what to do about that."""
+"""Name of a task or runner, the reasons why it is not possible, and how to fix them."""
 
 Obstacles = dict[str, str]
-"""Why something is not possible, and what to do about each reason."""
+"""Reasons why a task or runner is not possible, each with its fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The hardware, as far as it decides what runs and how fast."""
+    """Hardware that determines what runs on this machine, and how fast."""
 
     python: str
     cpu: str
     cpus: int
-    """That this process may use."""
+    """Number of CPU cores that this process may use."""
     int8: str
-    """Instructions that make INT8 fast: AMX, VNNI or none."""
+    """CPU instructions that make INT8 fast: AMX, VNNI or none."""
     bf16: bool
-    """Whether the CPU has instructions for bfloat16."""
+    """True if the CPU has bfloat16 instructions."""
     memory_bytes: int
-    """That this process may use."""
+    """Memory that this process may use."""
     gpu: Gpu | None
     nvidia_driver: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ability:
-    """What people do with this project."""
+    """Task or runner, and what prevents it on this machine."""
 
     name: str
     possible: bool
     why: tuple[str, ...]
-    """It is not possible."""
+    """Reasons why it is not possible; empty if it is."""
     mend: tuple[str, ...]
-    """What to do about it: all of these."""
+    """Commands or advice that make it possible; all of them are needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
-    """All there is to tell."""
+    """Report printed by `clip-deploy doctor`."""
 
     machine: Machine
     software: tuple[Software, ...]
@@ -79,10 +79,10 @@ class DoctorReport:
 
 
 def examine() -> DoctorReport:
-    """Look at this machine."""
+    """Examine this machine and the installed software."""
     machine = _machine()
     software = (*packages(), embedded(), *programs())
-    installed = {one.name: one for one in software}
+    installed = {item.name: item for item in software}
     return DoctorReport(
         machine=machine,
         software=software,
@@ -94,7 +94,12 @@ def examine() -> DoctorReport:
 
 
 def memory_limit(root: Path, own: Path) -> int:
-    """Bytes that there are, or that the cgroups (v1, v2) at `root` and named by `own` allow."""
+    """Return the memory that this process may use, in bytes.
+
+    Args:
+        root: mount point of the cgroup file systems, v1 or v2.
+        own: file that names the cgroups of this process.
+    """
     limits = [psutil.virtual_memory().total]
     lines = own.read_text().splitlines() if own.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
@@ -102,7 +107,7 @@ def memory_limit(root: Path, own: Path) -> int:
         file = "memory.limit_in_bytes" if v1 else "memory.max"
         group = (root / "memory" if v1 else root) / path.lstrip("/")
         for directory in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such file; `max`
+            with suppress(OSError, ValueError):  # the file is missing, or its content is `max`
                 limits.append(int((directory / file).read_text()))
     return min(limits)
 
@@ -131,7 +136,7 @@ def _ability(name: str, obstacles: Obstacles) -> Ability:
 
 
 def _obstacles(machine: Machine, installed: Installed) -> dict[str, Obstacles]:
-    """What keeps us from each ability."""
+    """Return the obstacles of each task."""
     lacks = partial(_lacking, installed)
     trt_gpu, rtx_gpu = (_no_gpu(machine, installed[name]) for name in ("tensorrt", "tensorrt-rtx"))
     return {
@@ -152,33 +157,41 @@ def _obstacles_of(runner: RunnerSpec, machine: Machine, installed: Installed) ->
     name = runtime.library or runtime.modules[0]
     library, needed = installed[name], [name, *(["cuda-bindings"] if runtime.library else [])]
     obstacles = _no_gpu(machine, library) if runtime.device == "cuda" else {}
-    broken = [one for one in needed if installed[one].state == "broken"]
-    if broken:  # `missing` sees only that they are installed, or falls over them
+    broken = [package for package in needed if installed[package].state == "broken"]
+    if broken:  # `missing` does not detect broken packages, or fails on them
         return obstacles | _lacking(installed, broken)
     error = missing(runner)
-    if error is not None and (error.advice or not obstacles):  # else it is the GPU
+    # An error without advice is about the GPU, which the obstacles may already name.
+    if error is not None and (error.advice or not obstacles):
         obstacles[error.reason] = error.advice
     works = library.state == "works"
     if runner.precision == "bf16" and works and "BF16" not in library.facts["cpu"]:
-        obstacles["this CPU has no bfloat16 (avx512_bf16, amx_bf16)"] = "use fp32 or int8"
+        reason = "this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16)"
+        obstacles[reason] = "use fp32 or int8"
     return obstacles
 
 
 def _lacking(installed: Installed, names: Iterable[str], install: str | None = None) -> Obstacles:
-    """When all `names` are needed; `install` brings every one that is missing."""
+    """Return the obstacles of a task that needs all of `names`.
+
+    Args:
+        installed: all software by name.
+        names: the software that the task needs.
+        install: command that installs everything missing; by default, one command for each.
+    """
     lacking: dict[tuple[str, str], list[str]] = {}
-    for one in (installed[name] for name in names):
-        if one.state == "missing":
-            lacking.setdefault(("not installed", install or one.mend or ""), []).append(one.name)
-        elif one.state == "broken":
-            lacking.setdefault(("installed but broken", one.mend or ""), []).append(one.name)
-    return {f"{what}: {', '.join(names)}": mend for (what, mend), names in lacking.items()}
+    for item in (installed[name] for name in names):
+        if item.state == "missing":
+            lacking.setdefault(("not installed", install or item.mend or ""), []).append(item.name)
+        elif item.state == "broken":
+            lacking.setdefault(("installed but broken", item.mend or ""), []).append(item.name)
+    return {f"{state}: {', '.join(names)}": mend for (state, mend), names in lacking.items()}
 
 
 def _lacking_all(
     installed: Installed, names: Sequence[str], install: str | None = None
 ) -> Obstacles:
-    """When one of `names` is enough; `install` brings one."""
+    """Return the obstacles of a task that needs one of `names`, which `install` installs."""
     if any(installed[name].state == "works" for name in names):
         return {}
     mend = install or ", or ".join(dict.fromkeys(installed[name].mend or "" for name in names))
@@ -186,14 +199,17 @@ def _lacking_all(
 
 
 def _no_gpu(machine: Machine, library: Software) -> Obstacles:
-    """For what runs on a GPU by `library`."""
+    """Return the obstacles of running `library` on this machine's GPU."""
     if machine.gpu is None and machine.nvidia_driver is None:
         return {"no NVIDIA GPU": "needs an NVIDIA GPU and its driver"}
     if machine.gpu is None:
-        why = f"NVIDIA driver {machine.nvidia_driver} shows this process no GPU"
-        return {why: "look at CUDA_VISIBLE_DEVICES; start a container with --gpus all"}
+        reason = f"NVIDIA driver {machine.nvidia_driver} shows this process no GPU"
+        return {reason: "check CUDA_VISIBLE_DEVICES; start a container with --gpus all"}
     built = re.search(r"-cu(\d+)", " ".join(library.facts.get("distributions", ())))
     if built and int(built[1]) > int(machine.gpu.cuda.partition(".")[0]):
-        why = f"{library.name} is built for CUDA {built[1]}, the driver runs {machine.gpu.cuda}"
-        return {why: "install a newer NVIDIA driver"}
+        reason = (
+            f"{library.name} is built for CUDA {built[1]}, but the driver supports "
+            f"{machine.gpu.cuda}"
+        )
+        return {reason: "install a newer NVIDIA driver"}
     return {}

@@ -1,1 +1,1 @@
-"""TensorRT engines: built from graphs, added to a bundle."""
+"""TensorRT engines: building them from ONNX graphs, and adding them to a bundle."""

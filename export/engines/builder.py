@@ -1,10 +1,10 @@
-"""ONNX graph -> TensorRT plan, the same lines for TensorRT 10.13 to 11 and for TensorRT-RTX.
+"""Building of TensorRT engines from ONNX graphs, for TensorRT 10.13 to 11 and TensorRT-RTX.
 
-Networks are strongly typed: precision is what the graph says, never a builder flag. The one flag
-that touches numbers is TF32, for plans of the float32 graph.
+Networks are strongly typed: the graph determines the precision, and no builder flag changes it. The
+only flag that affects results is TF32, for engines of the float32 graph.
 
-Does not know: whether a plan fits a machine (`serving.bundles.engine_facts`) or computes the
-right thing (`export.gate.parity`).
+`serving.bundles.engine_facts` decides which machine an engine fits; `export.gate.parity` checks its
+embeddings.
 """
 
 from __future__ import annotations
@@ -32,32 +32,37 @@ if TYPE_CHECKING:
 
 _INPUTS: dict[Tower, str] = {"image": "pixels", "text": "input_ids"}
 _OPTIMUM = 16
-"""Tokens that the short profile is tuned for, and the batch that all are."""
+"""Batch size that all profiles are tuned for, and text length that the short profile is tuned for,
+in tokens."""
 
 
 _DEPTH = 1
-"""Of phases within phases, down to which they are shown; further down there are hundreds."""
+"""Maximum depth of nested build phases to report. Deeper levels have hundreds of phases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How plans are built."""
+    """Settings of the engine builder."""
 
     library: Library = "tensorrt"
     max_batch: int = 64
     workspace_bytes: int = 4 << 30
-    """Scratch memory that a kernel may ask for."""
+    """Maximum scratch memory of a kernel."""
     optimization_level: int = 3
-    """0 builds fastest, 5 searches longest."""
+    """Effort of the search for fast kernels: 0 builds fastest, 5 searches longest."""
     version_compatible: bool = False
     hardware_compatible: bool = False
     strip_weights: bool = False
     timing_cache: Path | None = None
-    """Measured kernel times of this device, read and written: later builds take seconds."""
+    """File with measured kernel times of this device. A build reads and updates it, so that later
+    builds take seconds."""
 
 
 def profiles_of(tower: Tower, manifest: Manifest, max_batch: int) -> tuple[Profile, ...]:
-    """Image: one, over the batch. Text: one for short texts, one for all others."""
+    """Return the optimization profiles of a tower's engine.
+
+    The image tower has one profile. The text tower has one for short texts and one for longer ones.
+    """
     batch = min(_OPTIMUM, max_batch)
     if tower == "image":
         shape = (3, manifest.image.size, manifest.image.size)
@@ -81,25 +86,34 @@ def build_plan(
     options: EngineOptions,
     progress: Progress,
 ) -> tuple[bytes, Engine]:
-    """Build the plan of one graph; with a GPU for that GPU, TensorRT-RTX also without one.
+    """Build an engine from one graph.
+
+    TensorRT builds for the GPU of this machine. TensorRT-RTX also builds without a GPU.
 
     Args:
         graph: an ONNX file of this project.
         graph_sha256: its sha256.
+        tower: tower that the graph computes.
+        manifest: manifest of the bundle.
+        options: settings of the builder.
+        progress: called with each build phase.
+
+    Returns:
+        The content of the .plan file, and the facts about the engine.
 
     Raises:
         RunnerError: the library cannot be loaded.
-        ExportError: it cannot parse or build the graph; with the node and the reason.
+        ExportError: the library cannot parse or build the graph; the message has node and reason.
         InputError: the timing cache cannot be read.
     """
     device = gpu()
-    _refuse_impossible(options, has_gpu=device is not None)
+    _check_options(options, has_gpu=device is not None)
     library = load_library(options.library)
     name, start = f"{options.library} {library.__version__}", time.monotonic()
     messages: deque[str] = deque(maxlen=3)
     logger = collecting(library, messages)
     builder: trt.Builder = library.Builder(logger)
-    # The member's number is another in TensorRT 11 than in 10.
+    # By name, because the value of this flag differs between TensorRT 10 and 11.
     typed = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network: trt.INetworkDefinition = builder.create_network(typed)
     parser: trt.OnnxParser = library.OnnxParser(network, logger)
@@ -112,7 +126,7 @@ def build_plan(
         shapes: trt.IOptimizationProfile = builder.create_optimization_profile()
         shapes.set_shape(_INPUTS[tower], profile.minimum, profile.optimum, profile.maximum)
         config.add_optimization_profile(shapes)
-    # Kept in a variable: the builder calls into it for as long as it builds.
+    # The variable keeps the monitor alive, since the builder calls it throughout the build.
     stopped: list[BaseException] = []
     monitor = config.progress_monitor = _monitor(library, graph.name, progress, stopped)
     cache = _read_cache(config, options.timing_cache)
@@ -123,7 +137,7 @@ def build_plan(
         raise stopped[0]
     if plan is None:
         raise ExportError(
-            f"{name} cannot build {graph}: {'; '.join(messages) or 'it gives no reason'}"
+            f"{name} cannot build {graph}: {'; '.join(messages) or 'it gave no reason'}"
         )
     _write_cache(cache, options.timing_cache, progress)
     tuned = device if options.library == "tensorrt" else None
@@ -144,38 +158,42 @@ def build_plan(
     )
 
 
-def _refuse_impossible(options: EngineOptions, *, has_gpu: bool) -> None:
+def _check_options(options: EngineOptions, *, has_gpu: bool) -> None:
     if options.library == "tensorrt":
         if not has_gpu:
             raise ExportError(
-                "TensorRT tunes a plan on the GPU it is for, and this machine has none, or no "
-                "driver for it; run this on the machine that will serve it, or build for "
-                "TensorRT-RTX, which needs no GPU: --engine tensorrt-rtx"
+                "TensorRT builds an engine on the GPU that will run it, but this machine has no "
+                "NVIDIA GPU or no driver for it",
+                advice="build on the machine that will serve the engine, or build for TensorRT-RTX "
+                "with --engine tensorrt-rtx, which needs no GPU",
             )
         return
     if options.version_compatible or options.hardware_compatible:
         raise ExportError(
-            "plans of TensorRT-RTX run on every RTX GPU and belong to one version of the library; "
-            "leave --version-compatible and --hardware-compatible out"
+            "TensorRT-RTX engines always run on every RTX GPU, and only with the version of the "
+            "library that built them",
+            advice="leave out --version-compatible and --hardware-compatible",
         )
     if options.timing_cache:
         raise ExportError(
-            "TensorRT-RTX measures no kernels when it builds; leave --timing-cache out"
+            "TensorRT-RTX does not time kernels during a build",
+            advice="leave out --timing-cache",
         )
     if options.strip_weights and not has_gpu:
         raise ExportError(
-            "TensorRT-RTX strips weights only where there is an RTX GPU; leave --strip-weights out"
+            "TensorRT-RTX can strip weights only on a machine with an RTX GPU",
+            advice="leave out --strip-weights",
         )
 
 
 def _reasons(parser: trt.OnnxParser) -> str:
-    """What the parser found fault with, by node."""
+    """Return the errors of the parser, with their nodes."""
     reasons = []
     for index in range(parser.num_errors):
         error: trt.ParserError = parser.get_error(index)
         node = f"node {error.node_name()} ({error.node_operator()}): " if error.node_name() else ""
         reasons.append(node + error.desc())
-    return "; ".join(reasons) or "there is no graph in it"
+    return "; ".join(reasons) or "it contains no graph"
 
 
 def _configure(library: Any, config: trt.IBuilderConfig, options: EngineOptions) -> None:
@@ -192,17 +210,17 @@ def _configure(library: Any, config: trt.IBuilderConfig, options: EngineOptions)
 
 
 def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCache | None:
-    """The timing cache in `config`, with what earlier builds on this device measured."""
+    """Set and return the timing cache of `config`, with the measurements of earlier builds."""
     if path is None:
         return None
     try:
         known = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise InputError(
-            f"the timing cache {path} cannot be read ({error.strerror}); name another file with "
-            "--timing-cache"
+            f"the timing cache {path} cannot be read ({error.strerror})",
+            advice="name another file with --timing-cache",
         ) from error
-    for content in (known, b""):  # an empty one where the known one is of another device
+    for content in (known, b""):  # an empty cache if the file is of another device
         cache: trt.ITimingCache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
@@ -216,13 +234,16 @@ def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Pr
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, bytes(measured))
-    except OSError as error:  # a plan that took minutes is worth more
-        progress(f"kernel times are not kept: {path}: {error.strerror}")
+    except OSError as error:  # an engine that took minutes to build must not be lost
+        progress(f"the timing cache was not written: {path}: {error.strerror}")
 
 
 @contextmanager
 def _interrupts(stopped: list[BaseException]) -> Iterator[None]:
-    """Ctrl-C is put into `stopped`: raised in a callback, the library prints it and may go on."""
+    """Append a KeyboardInterrupt to `stopped` on Ctrl-C, instead of raising it.
+
+    If a callback raises it, the library prints the exception and may continue the build.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -234,9 +255,12 @@ def _interrupts(stopped: list[BaseException]) -> Iterator[None]:
 
 
 def _monitor(library: Any, name: str, progress: Progress, stopped: list[BaseException]) -> Any:
-    """An `IProgressMonitor` that shows the outer phases, and ends the build if one is `stopped`."""
+    """Return an `IProgressMonitor` that reports the outer phases.
 
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # the base is known only here
+    It ends the build as soon as `stopped` holds an exception.
+    """
+
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc]  # the base is loaded at run time
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self._open: dict[str, tuple[int, int]] = {}  # phase -> depth, steps
@@ -250,7 +274,7 @@ def _monitor(library: Any, name: str, progress: Progress, stopped: list[BaseExce
             try:
                 if depth <= _DEPTH:
                     progress(f"{name}: {phase.lower()}", step + 1, steps)
-            except BaseException as error:  # raised later, outside the library
+            except BaseException as error:  # build_plan raises it after the library has returned
                 stopped.append(error)
             return not stopped
 

@@ -1,9 +1,10 @@
-"""Plans of a bundle: built for this machine, judged on it, and put into the manifest.
+"""Engines of a bundle: building them on this machine, the parity gate, and the manifest entry.
 
-Needs neither torch nor the checkpoint, so that it runs in the container that will serve the plans:
-they are judged against the bundle's float32 graph, which was itself judged against eager float32.
+This needs neither torch nor the checkpoint, so that it runs in the container that will serve the
+engines. The parity gate compares engines with the bundle's float32 graph, which the export has
+compared with eager float32.
 
-Does not know: how one plan is built (`to_engine.py`).
+`export.engines.builder` builds a single engine.
 """
 
 import json
@@ -30,18 +31,25 @@ from serving.util.progress import Progress
 def add_engines(
     bundle: Bundle, precisions: Sequence[str], options: EngineOptions, progress: Progress
 ) -> Bundle:
-    """Build, judge and record a plan of both towers in each of `precisions`.
+    """Build an engine of both towers in each of `precisions`, and add it with its verdict.
 
-    The manifest is written after each plan: what was finished before an error or a kill stays. A
-    plan of the same device, library and version gives way to the new one.
+    The manifest is written after each engine, so that engines finished before an error or a kill
+    are kept. A new engine replaces one for the same graph, precision, device, library and version.
 
     Args:
-        precisions: of the bundle's graphs: `fp32` (runs in TF32), `fp16`, `int8`, `int8-fp16`.
+        bundle: the bundle to extend.
+        precisions: precisions of the graphs to build from: `fp32` (which runs in TF32), `fp16`,
+            `int8`, `int8-fp16`.
+        options: settings of the builder.
+        progress: called with each step.
+
+    Returns:
+        The extended bundle.
 
     Raises:
-        BundleError: the bundle has no such graph, or it is not the exported one.
+        BundleError: the bundle has no such graph, or the file differs from the exported one.
         RunnerError: the library cannot be loaded.
-        ExportError: it cannot parse or build a graph.
+        ExportError: the library cannot parse or build a graph.
     """
     wanted = [(tower, bundle.artifact(tower, name)) for tower in TOWERS for name in precisions]
     expected = _expected(bundle, progress)
@@ -54,14 +62,14 @@ def add_engines(
         )
         artifact = _write(bundle, tower, graph.precision, plan, engine)
         artifact = judged_plan(bundle, artifact, expected[tower], progress)
-        bundle = _recorded(bundle, artifact)
+        bundle = _record(bundle, artifact)
     return bundle
 
 
 def buildable(bundle: Bundle) -> list[str]:
-    """What plans are built of unless asked for: fp16, and INT8 with what is best beside it on GPUs.
+    """Return the default precisions for engines: fp16 and INT8, or else fp32.
 
-    With an fp16 remainder where the bundle has that: a float32 one would run attention in TF32.
+    INT8 is `int8-fp16` if the bundle has it, since `int8` would run attention in TF32.
     """
     has = {a.precision for a in bundle.manifest.artifacts if a.kind == "onnx"}
     chosen = ["fp16", "int8-fp16" if "int8-fp16" in has else "int8"]
@@ -69,7 +77,7 @@ def buildable(bundle: Bundle) -> list[str]:
 
 
 def _expected(bundle: Bundle, progress: Progress) -> dict[Tower, Expected]:
-    """What the float32 graphs make of the probes; nothing where no plan can be run anyway."""
+    """Run the float32 graphs on the probes. Without a GPU no engine can run, so it is skipped."""
     if gpu() is None:
         return {tower: Expected(probes=[], labelled=None) for tower in TOWERS}
     progress("reference embeddings by the float32 graphs")
@@ -86,16 +94,16 @@ def _expected(bundle: Bundle, progress: Progress) -> dict[Tower, Expected]:
 
 
 def _write(bundle: Bundle, tower: Tower, precision: str, plan: bytes, engine: Engine) -> Artifact:
-    """The plan and its sidecar on disk, described.
+    """Write the .plan file and its sidecar, and return the artifact.
 
-    Their name is one that the manifest does not vouch for yet: a plan that gives way is whole until
-    the manifest has the new one.
+    If the manifest already lists a file of that name, the new one gets another name, so that the
+    old engine stays valid until the manifest lists the new one.
     """
     root, known = bundle.path, {a.file for a in bundle.manifest.artifacts}
     device = re.sub(r"[^a-z0-9]+", "-", (engine.device or "any").lower()).strip("-")
-    folder = root / "engines" / f"{device}-{engine.library}-{engine.version}"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{tower}.{precision}.plan"
+    directory = root / "engines" / f"{device}-{engine.library}-{engine.version}"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{tower}.{precision}.plan"
     if path.relative_to(root).as_posix() in known:
         path = path.with_suffix(".new.plan")
     write_bytes(path, plan)
@@ -112,28 +120,28 @@ def _write(bundle: Bundle, tower: Tower, precision: str, plan: bytes, engine: En
     )
 
 
-def _recorded(bundle: Bundle, artifact: Artifact) -> Bundle:
-    """`bundle` with a new plan in its manifest, and without the one that gives way to it."""
-    old = [a for a in bundle.manifest.artifacts if _made_for(a) == _made_for(artifact)]
+def _record(bundle: Bundle, artifact: Artifact) -> Bundle:
+    """Write the manifest with a new engine, and remove the engine that it replaces."""
+    old = [a for a in bundle.manifest.artifacts if _identity(a) == _identity(artifact)]
     kept = (a for a in bundle.manifest.artifacts if a not in old)
     bundle = Bundle(bundle.path, replace(bundle.manifest, artifacts=(*kept, artifact)))
     write_text(bundle.path / "manifest.json", bundle.manifest.to_json())
-    folder = (bundle.path / artifact.file).parent
+    directory = (bundle.path / artifact.file).parent
     for path in (bundle.path / file.name for a in old for file in a.files):
-        if path.parent == folder:  # whatever else a manifest may say
+        if path.parent == directory:  # a forged manifest could list files outside the bundle
             path.unlink(missing_ok=True)
     return bundle
 
 
-def _made_for(artifact: Artifact) -> tuple[object, ...]:
-    """What of a bundle's plans can only one have."""
+def _identity(artifact: Artifact) -> tuple[object, ...]:
+    """Return the fields that no two engines of a bundle share."""
     engine = artifact.engine
     facts = (engine.library, engine.version, engine.device) if engine else (artifact.file,)
     return artifact.graph, artifact.precision, *facts
 
 
 def _timing_cache(options: EngineOptions) -> Path | None:
-    """Where kernel times of this device are kept between builds; None where nothing is timed."""
+    """Return the default timing cache of this device; None if a build does not time kernels."""
     device, version = gpu(), library_version(options.library)
     if device is None or options.library != "tensorrt":
         return None

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Builds the plans of a bundle inside the Triton container that will serve them, so that the GPU and
-# the TensorRT that tune them are the ones that will load them. `make engines BUNDLE=artifacts/NAME`
-# runs it; arguments are those of `python -m export engine`.
+# Build the engines of a bundle inside the Triton container that will serve them, so that the same
+# GPU and the same TensorRT version build and load them. `make engines BUNDLE=artifacts/NAME` runs
+# this script; its arguments are those of `python -m export engine`.
 #
-# The container brings TensorRT's libraries but not its Python bindings: installed are those of the
-# very version that its libraries have.
+# The container has TensorRT's libraries but not its Python bindings. The script installs the
+# bindings of the same version as the libraries.
 set -eu
 version=$(python3 -c '
 import ctypes, sys
@@ -15,7 +15,7 @@ for major in (11, 10):
         continue
     number = library.getInferLibVersion()  # major * 10000 + minor * 100 + patch
     sys.exit(print(f"{number // 10000}.{number // 100 % 100}.{number % 100}"))
-sys.exit("no libnvinfer.so.10 or .11 here; expected a Triton or TensorRT container")
+sys.exit("no libnvinfer.so.10 or .11 found; run this in a Triton or TensorRT container")
 ')
 cuda=$(python3 -c '
 import ctypes

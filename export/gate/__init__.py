@@ -1,1 +1,1 @@
-"""The parity gate: datasets, verdicts, and the PyTorch runners it compares with."""
+"""Parity gate: data sets, verdicts, and the PyTorch reference runners."""

@@ -1,6 +1,6 @@
-"""The batches models are probed with, INT8 ranges are measured on, and accuracy is judged by.
+"""Batches for the parity gate, for INT8 calibration and for zero-shot accuracy.
 
-Does not know: what is done with the batches.
+This module only makes the batches. Their consumers are `export.gate.parity` and `export.int8`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,32 +26,32 @@ _IMAGE_BATCHES = (1, 2, 5, 8)
 _TEXT_BATCHES = (1, 3, 8)
 _PROMPTS = 8
 _SEED = 1000
-"""Of what INT8 is calibrated on: not the pictures and texts that it is then judged by."""
+"""Seed of synthetic calibration data. It differs from the seeds of the parity gate's probes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """What an export knows of the data its model will see."""
+    """Data that an export calibrates with and measures accuracy on."""
 
     calibration: dict[Tower, list[Batch]]
     source: str
-    """For people: where the calibration batches come from."""
+    """Description of the calibration data, for the manifest."""
     labelled: "Labelled | None"
     skipped: tuple[str, ...] = ()
-    """Pictures that could not be read, each with its reason."""
+    """Images that could not be read, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labelled:
-    """Pictures with labels, to measure zero-shot accuracy on."""
+    """Labeled images, for zero-shot accuracy."""
 
     images: list[Batch]
     texts: list[Batch]
-    """Token ids of every label in every template, label by label."""
+    """Token ids of every label in every prompt template, label by label."""
     templates: int
-    """How many texts a label has."""
+    """Number of prompt templates, and so of texts per label."""
     truth: NDArray[np.intp]
-    """For each picture, the number of its label."""
+    """Label index of each image."""
 
 
 def load_data(
@@ -65,36 +65,41 @@ def load_data(
     labelled: Path | None = None,
     progress: Callable[[str], None],
 ) -> Data:
-    """Read the folders a user gave, or fall back on probes.
+    """Read the user's data. Without `pictures` or `captions`, use synthetic probes instead.
 
     Args:
-        pictures: a folder of pictures like those the model will see.
-        captions: a text file, a caption a line, or `captions.txt` (`file, caption` a line).
-        labelled: a folder of pictures with `captions.txt`, and `labels.txt` where the captions
-            that are labels are listed; without it every caption is a label.
+        image: preprocessing of the image tower.
+        tokenizer: tokenizer of the text tower.
+        templates: prompt templates that labels are put into.
+        text: token ids and lengths of the text tower.
+        pictures: directory of representative images.
+        captions: text file with one caption per line, or with one `file, caption` per line.
+        labelled: directory of images with a `captions.txt`. A `labels.txt` in it lists the captions
+            that are labels; without it, every caption is a label.
+        progress: called with each step.
 
     Raises:
-        InputError: a folder holds no picture that can be read, or a file is not UTF-8.
+        InputError: a directory has no readable image, or a file is not UTF-8.
     """
     skipped: list[str] = []
     sources = []
     images: list[Batch] = [probe_images(image, 8, _SEED + n) for n in range(4)]
     if pictures is not None:
-        progress(f"reading pictures of {pictures}")
+        progress(f"reading images of {pictures}")
         found = find_images(pictures)
-        # Evenly spaced: folders are often sorted by what the pictures show.
+        # Evenly spaced, because directories are often sorted by the content of the images.
         spaced = found[:: -(-len(found) // CALIBRATION_IMAGES)]
         images = _batches(image, spaced, skipped)
         if not images:
-            raise InputError(f"{pictures}: none of its pictures can be read; first {skipped[0]}")
-        sources.append(f"{sum(map(len, images))} pictures of {pictures.name}")
+            raise InputError(f"{pictures}: none of its images can be read; first {skipped[0]}")
+        sources.append(f"{sum(map(len, images))} images of {pictures.name}")
     texts: list[Batch] = [
         probe_texts(text, 8, length, _SEED + n) for length in text.buckets for n in range(2)
     ]
     if captions is not None:
         lines = [_caption(line) for line in read_lines(captions)][:CALIBRATION_TEXTS]
         if not lines:
-            raise InputError(f"{captions} holds no captions; expected one a line")
+            raise InputError(f"{captions} has no captions; expected one per line")
         chunks = range(0, len(lines), _BATCH)
         texts = [tokenizer(lines[i : i + _BATCH], truncate=True) for i in chunks]
         sources.append(f"{len(lines)} captions of {captions.name}")
@@ -107,7 +112,7 @@ def load_data(
 
 
 def _caption(line: str) -> str:
-    """The caption of a line, which may start with a picture's file name and a comma."""
+    """Return the caption of a line, without a leading image file name and comma."""
     name, comma, caption = line.partition(",")
     return caption.strip() if comma and Path(name).suffix.lower() in SUFFIXES else line
 
@@ -131,27 +136,27 @@ def _read_labelled(
     spec: ImageSpec,
     tokenizer: Tokenizer,
     templates: Sequence[str],
-    folder: Path | None,
+    directory: Path | None,
     skipped: list[str],
     progress: Callable[[str], None],
 ) -> Labelled | None:
-    if folder is None:
+    if directory is None:
         return None
-    progress(f"reading labelled pictures of {folder}")
-    captions = read_captions(folder)
-    listed = folder / "labels.txt"
+    progress(f"reading labeled images of {directory}")
+    captions = read_captions(directory)
+    listed = directory / "labels.txt"
     labels = read_lines(listed) if listed.exists() else sorted(set(captions.values()))
-    files = [file for file in find_images(folder) if captions.get(file.name) in labels]
+    files = [file for file in find_images(directory) if captions.get(file.name) in labels]
     if not files:
         raise InputError(
-            f"{folder}: no picture has one of its {len(labels)} labels as caption; expected "
-            "captions.txt with `file, label` a line"
+            f"{directory}: no image has one of its {len(labels)} labels as its caption; expected "
+            "captions.txt with one `file, label` per line"
         )
     kept: list[Path] = []
     images = _batches(spec, files, skipped, kept)
     if not images:
         raise InputError(
-            f"{folder}: none of its pictures can be read; first {skipped[-len(files)]}"
+            f"{directory}: none of its images can be read; first {skipped[-len(files)]}"
         )
     texts = [template.replace("{}", label) for label in labels for template in templates]
     ids = tokenizer(texts, truncate=True)
@@ -164,24 +169,27 @@ def _read_labelled(
 
 
 def probe_images(spec: ImageSpec, count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """`count` pictures [count, 3, size, size] that are smooth in places and noisy in others.
+    """Return `count` synthetic images, uint8 [count, 3, size, size].
 
-    Pure noise would look alike to any tower. These are coarse colour grids enlarged to the size,
-    each with its own coarseness, contrast and noise.
+    Each is a coarse grid of random colors, enlarged to the size of the tower's input, with its own
+    coarseness, contrast and noise. Pure noise would get nearly the same embedding every time.
     """
     rng = np.random.default_rng(seed)
-    pictures = np.empty((count, 3, spec.size, spec.size), np.uint8)
+    images = np.empty((count, 3, spec.size, spec.size), np.uint8)
     for index in range(count):
         cells = int(rng.integers(2, 24))
         grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
         smooth = np.asarray(grid.resize((spec.size, spec.size), Image.Resampling.BICUBIC), float)
         noisy = smooth * rng.uniform(0.3, 1) + rng.normal(0, rng.uniform(0, 40), smooth.shape)
-        pictures[index] = np.clip(noisy, 0, 255).astype(np.uint8).transpose(2, 0, 1)
-    return pictures
+        images[index] = np.clip(noisy, 0, 255).astype(np.uint8).transpose(2, 0, 1)
+    return images
 
 
 def probe_texts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDArray[np.int32]:
-    """`count` token rows [count, length]: start, random tokens, end, padding; no two end alike."""
+    """Return `count` synthetic texts, token ids int32 [count, length].
+
+    A text is the start token, random tokens, the end token at a random position, and padding.
+    """
     rng = np.random.default_rng((seed, length))
     ids = np.full((count, length), spec.pad_id, np.int32)
     for row in ids:
@@ -192,7 +200,10 @@ def probe_texts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDArr
 
 
 def probe_prompts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDArray[np.int32]:
-    """As `probe_texts`, but each begins as one before it does, as labels in templates do."""
+    """Return texts as `probe_texts` does, but each shares a prefix with an earlier one.
+
+    Prompts that put labels into the same templates share prefixes in this way.
+    """
     rng, ids = np.random.default_rng((seed, length)), probe_texts(spec, count, length, seed)
     ends = (ids == spec.end_id).argmax(axis=1)
     for row in range(1, count):
@@ -203,8 +214,10 @@ def probe_prompts(spec: TextSpec, count: int, length: int, seed: int = 0) -> NDA
 
 
 def probes(tower: Tower, image: ImageSpec, text: TextSpec, seed: int = 0) -> Iterator[Batch]:
-    """Batches of several sizes and, for text, of every bucket and the shortest length there is;
-    and texts that begin alike, which the text tower's tree graph must keep apart.
+    """Yield the parity gate's batches for a tower, in several batch sizes.
+
+    Texts come in every bucket's length and in the minimum length of 2 tokens. The last batch has
+    texts with shared prefixes, which the prefix-tree graph must embed separately.
     """
     if tower == "image":
         for size in _IMAGE_BATCHES:

@@ -1,7 +1,8 @@
-"""THE gate: a runner's embeddings against eager float32's, on the same batches.
+"""Parity gate: compares a runner's embeddings with those of eager float32 on the same batches.
 
-Judged are the worst cosine, for float32 the largest difference, and with labelled pictures the
-zero-shot accuracy as a share of eager float32's. What fails is recorded with its numbers.
+A verdict depends on the smallest cosine, for float32 on the largest absolute difference, and with
+labeled images on the zero-shot accuracy relative to eager float32. A failed verdict records the
+same numbers as a passed one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,17 +25,17 @@ from serving.util.progress import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What eager float32 makes of the probes of one tower, and of the labelled data."""
+    """Reference results of one tower, from eager float32."""
 
     probes: list[tuple[Batch, Embeddings]]
     labelled: "LabelledReference | None"
     candidates: Embeddings | None = None
-    """The other tower's probe embeddings: what top-1 is chosen from without labelled data."""
+    """Probe embeddings of the other tower. Without labeled data, top-1 is chosen among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledReference:
-    """Eager float32's embeddings of labelled pictures and of their labels."""
+    """Eager float32 embeddings of labeled images and of their labels."""
 
     data: Labelled
     images: Embeddings
@@ -42,17 +43,20 @@ class LabelledReference:
 
     @property
     def accuracy(self) -> float:
-        """Zero-shot top-1."""
+        """Zero-shot top-1 accuracy, 0..1."""
         return self._accuracy(top1(self.images, self.labels))
 
     def scores(self, runner: Runner, tower: Tower) -> tuple[float, float]:
-        """Agreement with eager's top-1, and accuracy, with `runner` in place of one tower."""
+        """Return the top-1 agreement with eager float32, and the accuracy, of `runner`.
+
+        `runner` replaces `tower`; the other tower stays eager float32.
+        """
         if tower == "image":
-            mine = top1(embed(runner, self.data.images), self.labels)
+            chosen = top1(embed(runner, self.data.images), self.labels)
         else:
-            mine = top1(self.images, embed_labels(runner, self.data))
-        agreement = float((mine == top1(self.images, self.labels)).mean())
-        return agreement, self._accuracy(mine)
+            chosen = top1(self.images, embed_labels(runner, self.data))
+        agreement = float((chosen == top1(self.images, self.labels)).mean())
+        return agreement, self._accuracy(chosen)
 
     def _accuracy(self, chosen: NDArray[np.intp]) -> float:
         return float((chosen == self.data.truth).mean())
@@ -61,81 +65,81 @@ class LabelledReference:
 def expect(
     runner: Runner, batches: Iterable[Batch], labelled: LabelledReference | None
 ) -> Expected:
-    """What `runner` (entered; the reference) makes of each batch."""
+    """Run the reference `runner`, which must be open, on each batch."""
     return Expected(probes=[(batch, runner.run(batch)) for batch in batches], labelled=labelled)
 
 
 def refer(images: Runner, texts: Runner, data: Labelled) -> LabelledReference:
-    """Embed labelled data with both reference towers (entered)."""
+    """Embed labeled data with the reference runners of both towers, which must be open."""
     return LabelledReference(
         data=data, images=embed(images, data.images), labels=embed_labels(texts, data)
     )
 
 
 def embed(runner: Runner, batches: Sequence[Batch]) -> Embeddings:
-    """All embeddings of `batches`, float32 [n, dim]."""
+    """Return the embeddings of all `batches`, float32 [n, dim]."""
     return np.concatenate([runner.run(batch) for batch in batches])
 
 
 def embed_labels(runner: Runner, data: Labelled) -> Embeddings:
-    """One embedding a label: the mean over its templates, float32 [labels, dim], unit length."""
-    every = embed(runner, data.texts)
-    classes = ClassEmbeddings(len(every) // data.templates, data.templates)
-    classes.add(range(len(every)), every)
+    """Return the class embeddings of all labels, float32 [labels, dim], unit length.
+
+    A class embedding is the mean over the label's prompt templates.
+    """
+    embeddings = embed(runner, data.texts)
+    classes = ClassEmbeddings(len(embeddings) // data.templates, data.templates)
+    classes.add(range(len(embeddings)), embeddings)
     return classes.unit()
 
 
 def top1(images: Embeddings, labels: Embeddings) -> NDArray[np.intp]:
-    """For each picture the number of the nearest label."""
+    """Return the index of the nearest label for each image."""
     nearest: NDArray[np.intp] = (images @ labels.T).argmax(axis=1)
     return nearest
 
 
 def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
-    """Run `runner` (entered) over the batches of `expected` and compare.
+    """Run `runner`, which must be open, on the batches of `expected` and compare the embeddings.
 
-    A batch that cannot be run, comes back in another shape, or with a number that is not finite,
-    fails with a cosine of -1: there is no such thing as nearly right there.
+    A batch gets a cosine of -1, which fails the gate, if the runner raises an error on it or
+    returns another shape or a number that is not finite.
     """
-    cosines, differences, same = [], [], []
+    cosine_parts, differences, same = [], [], []
     for batch, want in expected.probes:
         got = _run(runner, batch)
         if got is None or got.shape != want.shape or not np.isfinite(got).all():
-            cosines.append(np.full(len(want), -1.0))
+            cosine_parts.append(np.full(len(want), -1.0))
             differences.append(2.0)
             continue
         norms = np.linalg.norm(got, axis=1) * np.linalg.norm(want, axis=1)
         products = (got.astype(np.float64) * want).sum(axis=1)
-        cosines.append(np.where(norms > 0, products / np.maximum(norms, 1e-12), -1.0))
+        cosine_parts.append(np.where(norms > 0, products / np.maximum(norms, 1e-12), -1.0))
         differences.append(float(np.abs(got - want).max()))
         if expected.candidates is not None:
             same.append(top1(got, expected.candidates) == top1(want, expected.candidates))
-    every = np.concatenate(cosines)
+    cosines = np.concatenate(cosine_parts)
     agreement = float(np.concatenate(same).mean()) if same else None
     accuracy = relative = None
     tolerance = TOLERANCES[runner.spec.precision]
-    lost_too_many = False
-    if expected.labelled is not None and every.min() > -1:
+    accuracy_lost = False
+    if expected.labelled is not None and cosines.min() > -1:
         agreement, accuracy = expected.labelled.scores(runner, tower)
-        # Where float32 is never right there is nothing to lose.
         fp32 = expected.labelled.accuracy
-        relative = accuracy / fp32 if fp32 else 1.0
-        # One picture more or less is noise, however few there are.
-        pictures = len(expected.labelled.data.truth)
-        lost_too_many = (
-            relative < tolerance.relative_accuracy and (fp32 - accuracy) * pictures > 1.5
-        )
+        relative = accuracy / fp32 if fp32 else 1.0  # at 0 there is no accuracy to lose
+        # In a small data set, one image can exceed the relative tolerance; one is never enough.
+        images = len(expected.labelled.data.truth)
+        accuracy_lost = relative < tolerance.relative_accuracy and (fp32 - accuracy) * images > 1.5
     passed = (
-        every.min() >= tolerance.min_cosine
+        cosines.min() >= tolerance.min_cosine
         and max(differences) <= tolerance.max_abs_difference
-        and not lost_too_many
+        and not accuracy_lost
     )
     return Verdict(
         runner=runner.name,
         passed=bool(passed),
-        embeddings=len(every),
-        min_cosine=float(every.min()),
-        mean_cosine=float(every.mean()),
+        embeddings=len(cosines),
+        min_cosine=float(cosines.min()),
+        mean_cosine=float(cosines.mean()),
         max_abs_difference=max(differences),
         top1_agreement=agreement,
         accuracy=accuracy,
@@ -155,7 +159,7 @@ def _run(runner: Runner, batch: Batch) -> Embeddings | None:
 def judged_plan(
     bundle: Bundle, artifact: Artifact, expected: Expected, progress: Progress
 ) -> Artifact:
-    """`artifact`, a plan, with its verdict on this machine; without one where it cannot run."""
+    """Return an engine's artifact with its verdict, or without one if it cannot run here."""
     (spec,) = runners_of(artifact)
     if (reason := missing(spec)) is not None:
         progress(f"no verdict on {artifact.file}: {reason}")
@@ -169,7 +173,7 @@ def judged_plan(
 
 
 def alone(bundle: Bundle, artifact: Artifact) -> Bundle:
-    """`bundle` with `artifact` as its only plan, so that no other can be taken for it."""
+    """Return `bundle` with `artifact` as its only engine, so that a runner selects this one."""
     graphs = tuple(a for a in bundle.manifest.artifacts if a.kind != "engine")
     manifest: Manifest = replace(bundle.manifest, artifacts=(*graphs, artifact))
     return Bundle(bundle.path, manifest)

@@ -1,6 +1,6 @@
-"""PyTorch behind the runner interface: eager (the reference), compiled, and TorchScript.
+"""Runners of PyTorch: eager (the reference), compiled and TorchScript.
 
-On the CPU a runner is called `eager:fp32`, on an NVIDIA GPU `eager-cuda:fp16`.
+A runner on the CPU has a name such as `eager:fp32`, on an NVIDIA GPU `eager-cuda:fp16`.
 """
 
 import warnings
@@ -19,13 +19,13 @@ from serving.runners.spec import RunnerSpec
 from serving.util.machine import cpu_count
 
 TorchPrecision = Literal["fp32", "tf32", "fp16", "bf16"]
-"""Of matrix products; tf32 is float32 whose factors a GPU rounds to ten bits of mantissa."""
+"""Precision of matrix products. In tf32, a GPU rounds float32 factors to a 10-bit mantissa."""
 
 _HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchRunner(LoadedRunner):
-    """A callable on tensors: on the CPU with explicit threads, or on a GPU with explicit TF32."""
+    """Base of the PyTorch runners. Sets the thread count on the CPU and TF32 on a GPU."""
 
     kind: ClassVar[str]
     runtime_version = f"torch {torch.__version__}"
@@ -37,13 +37,13 @@ class TorchRunner(LoadedRunner):
         self.spec = RunnerSpec(runtime, precision)
 
     def launcher(self, batch: Batch) -> Callable[[], Tensor]:
-        """A call that runs `batch`, which is on the device already, and waits for nothing.
+        """Return a function that runs `batch` without synchronizing with the device.
 
-        For timing without the transfers; whoever reads a clock synchronises first.
+        `batch` is copied to the device here, so that timings leave the transfers out. Synchronize
+        before you read a clock.
         """
-        with (
-            torch.inference_mode()
-        ):  # as in `run`: compiled code is specific to how a tensor was made
+        # As in `run`: torch.compile specializes code on inference tensors.
+        with torch.inference_mode():
             prepared = self._tensor(batch)
 
         def launch() -> Tensor:
@@ -55,19 +55,21 @@ class TorchRunner(LoadedRunner):
     def _load(self) -> Any:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             built = torch.version.cuda
-            here = "sees no NVIDIA GPU" if built else "is built without CUDA"
+            here = "finds none" if built else "is built without CUDA"
+            fix = "check `nvidia-smi`" if built else "install a CUDA build of torch"
             raise RunnerError(
-                f"{self.name} needs an NVIDIA GPU, and torch {torch.__version__} {here}; "
-                f"{'look at `nvidia-smi`' if built else 'install a CUDA build of it'}, "
-                "or run it on the CPU"
+                f"{self.name} needs an NVIDIA GPU, and torch {torch.__version__} {here}",
+                advice=f"{fix}, or run it on the CPU",
             )
         if self.device.type != "cuda" and self.precision == "tf32":
-            raise RunnerError(f"{self.name}: only NVIDIA GPUs compute in TF32; take fp32")
+            raise RunnerError(
+                f"{self.name}: only NVIDIA GPUs compute in TF32", advice="use fp32 on the CPU"
+            )
         return self._module()
 
     @abstractmethod
     def _module(self) -> Any:
-        """The callable, on `self.device`, in `self.precision`."""
+        """Return the callable, on `self.device` and in `self.precision`."""
 
     def _tensor(self, batch: Batch) -> Tensor:
         return torch.from_numpy(batch).to(self.device)
@@ -87,9 +89,9 @@ class TorchRunner(LoadedRunner):
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may compute float32 products and convolutions in TF32, in this process.
+    """Set whether GPUs compute float32 matrix products and convolutions in TF32, in this process.
 
-    PyTorch's own default is yes in convolutions and no in products, which is neither of the two.
+    PyTorch's default allows TF32 in convolutions but not in matrix products.
     """
     if (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) != (allowed,) * 2:
         torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -97,7 +99,10 @@ def allow_tf32(allowed: bool) -> None:
 
 
 class EagerRunner(TorchRunner):
-    """A tower as PyTorch runs it: on the CPU in float32, what everything else is compared with."""
+    """Runner of a tower in eager PyTorch. On the CPU in float32 it is the parity gate's reference.
+
+    On a GPU it runs a copy of the tower; the caller's tower stays on its device.
+    """
 
     kind = "eager"
 
@@ -115,27 +120,27 @@ class EagerRunner(TorchRunner):
             return half_precision(self._tower, half).to(self.device)
         if self.device.type == "cpu":
             return self._tower.eval()
-        return for_inference(self._tower).to(self.device)  # a copy: the caller's stays where it is
+        return for_inference(self._tower).to(self.device)
 
 
 class CompiledRunner(EagerRunner):
-    """A tower through `torch.compile`; its first run compiles, and needs a C++ compiler, on a GPU
-    Triton and a C compiler.
+    """Runner of a tower compiled by `torch.compile`.
 
-    One compilation holds for all batches of two and more, another for single items.
+    The first run compiles. It needs a C++ compiler, or on a GPU the Triton compiler and a C
+    compiler. One compilation serves all batches of two or more items, another serves single items.
     """
 
     kind = "compiled"
 
     def _module(self) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it imports uses torch.jit, which is deprecated
+            warnings.simplefilter("ignore")  # the import below uses torch.jit, which is deprecated
             from torch._inductor import compile_fx  # noqa: F401 - else the first run imports it
 
-            # On a GPU the batch alone is dynamic, see _tensor: sizes that are known make better
-            # kernels, and a second length of texts makes lengths dynamic by itself.
+            # On a GPU only the batch axis is dynamic (see _tensor), because kernels for known sizes
+            # are faster. A second text length makes PyTorch treat the length as dynamic.
             dynamic = True if self.device.type == "cpu" else None
-            # Whole or not at all: without fullgraph what cannot be compiled would run eagerly.
+            # Without fullgraph, code that cannot be compiled would silently run in eager mode.
             return torch.compile(super()._module(), dynamic=dynamic, fullgraph=True)
 
     def _tensor(self, batch: Batch) -> Tensor:
@@ -146,7 +151,7 @@ class CompiledRunner(EagerRunner):
 
 
 class TorchScriptRunner(TorchRunner):
-    """A file that `export.graphs.torchscript` wrote of a tower in `precision`."""
+    """Runner of a file written by `export.graphs.torchscript`, in `precision`."""
 
     kind = "torchscript"
 
@@ -156,5 +161,5 @@ class TorchScriptRunner(TorchRunner):
 
     def _module(self) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit's own deprecation
+            warnings.simplefilter("ignore")  # torch.jit is deprecated
             return torch.jit.load(self._path, map_location=self.device)  # type: ignore[no-untyped-call]

@@ -1,8 +1,7 @@
-"""The gate over a whole bundle: every artifact by every runner that there is, here and now.
+"""Parity gate for a whole bundle: every artifact with every runner of this machine.
 
-`build.py` asks this of what it has made, `clip-deploy verify` of what was made before.
-
-Does not know: how embeddings are compared (`parity.py`), what is a fault of a graph (`lint.py`).
+`export.pipeline` runs it on each new artifact, `clip-deploy verify` on an existing bundle.
+`export.gate.parity` compares embeddings, `export.graphs.lint` checks graphs.
 """
 
 from contextlib import ExitStack
@@ -36,10 +35,10 @@ def data_for(
     captions: Path | None = None,
     labelled: Path | None = None,
 ) -> Data:
-    """What to calibrate and to judge by; see `export.gate.datasets.load_data`.
+    """Load calibration and labeled data for a checkpoint: see `export.gate.datasets.load_data`.
 
     Raises:
-        InputError: a folder or file cannot be used.
+        InputError: a directory or file cannot be used.
     """
     return load_data(
         checkpoint.image,
@@ -54,7 +53,7 @@ def data_for(
 
 
 def references(checkpoint: Checkpoint, data: Data, progress: Progress) -> dict[Tower, Expected]:
-    """What eager float32 makes of the probes and of the labelled data."""
+    """Run eager float32 on the probes and on the labeled data."""
     progress("reference embeddings by eager fp32")
     with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
         labelled: LabelledReference | None = None
@@ -71,16 +70,16 @@ def references(checkpoint: Checkpoint, data: Data, progress: Progress) -> dict[T
 def judged(
     bundle: Bundle, artifact: Artifact, expected: Expected, progress: Progress = silent
 ) -> Artifact:
-    """`artifact` with the verdict of every runner that this environment and machine have.
+    """Return `artifact` with a verdict for every runner that works on this machine.
 
     Raises:
-        BundleError: a file is not the exported one, or lint found fault with the graph.
+        BundleError: a file differs from the exported one, or lint found a problem in the graph.
     """
     is_graph = artifact.kind == "onnx"
     if is_graph and (problems := lint(bundle.verified(artifact), artifact.graph)):
         raise BundleError("; ".join(problems))
     if artifact.kind == "engine":
-        bundle.verified(artifact)  # also where it cannot run
+        bundle.verified(artifact)  # judged_plan does not check files if the engine cannot run here
         return judged_plan(bundle, artifact, expected, progress)
     if artifact.kind == "torchscript":
         candidates: list[Runner] = [TorchScriptRunner(bundle.verified(artifact))]
@@ -97,7 +96,7 @@ def judged(
         with ExitStack() as stack:
             try:
                 runner = stack.enter_context(candidate)
-            except RunnerError as error:  # such as bfloat16 on a CPU without it: never served
+            except RunnerError as error:  # for example bfloat16 on a CPU without it
                 progress(f"no verdict: {error}")
                 continue
             verdicts.append(judge(runner, expected, artifact.tower))
@@ -105,27 +104,37 @@ def judged(
 
 
 def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Progress) -> Bundle:
-    """`bundle` with verdicts measured here and now; nothing on disk changes.
+    """Return `bundle` with verdicts of this machine. Files on disk do not change.
+
+    Args:
+        bundle: the bundle to verify.
+        source: checkpoint it was exported from; by default, the source in its manifest.
+        labelled: directory of labeled images for zero-shot accuracy.
+        progress: called with each step.
 
     Raises:
-        BundleError: a file is not the exported one, or `source` has other weights.
+        BundleError: a file differs from the exported one, or `source` has other weights.
     """
     checkpoint = checkpoint_of(bundle, source)
     data = data_for(checkpoint, bundle.tokenizer, progress, labelled=labelled)
     expected = references(checkpoint, data, progress)
     artifacts = []
     for artifact in bundle.manifest.artifacts:
-        progress(f"parity of {artifact.file}")
+        progress(f"parity gate: {artifact.file}")
         artifacts.append(judged(bundle, artifact, expected[artifact.tower], progress))
     return Bundle(bundle.path, replace(bundle.manifest, artifacts=tuple(artifacts)))
 
 
 def checkpoint_of(bundle: Bundle, source: str | None = None) -> Checkpoint:
-    """The checkpoint that `bundle` was made of, from `source` or from where it was then.
+    """Load the checkpoint that `bundle` was exported from.
+
+    Args:
+        bundle: a bundle.
+        source: name or path of the checkpoint; by default, the source in the manifest.
 
     Raises:
-        CheckpointError: it is not there any more.
-        BundleError: `source` has other weights.
+        CheckpointError: the checkpoint does not exist or cannot be loaded.
+        BundleError: the checkpoint has other weights than the bundle.
     """
     provenance = bundle.manifest.provenance
     checkpoint = load_checkpoint(
@@ -135,7 +144,8 @@ def checkpoint_of(bundle: Bundle, source: str | None = None) -> Checkpoint:
     )
     if checkpoint.weights_sha256 != provenance.weights_sha256:
         raise BundleError(
-            f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., the bundle was "
-            f"made of {provenance.weights_sha256[:16]}...; give its --checkpoint"
+            f"{checkpoint.source} has weights {checkpoint.weights_sha256[:16]}..., but the bundle "
+            f"was exported from {provenance.weights_sha256[:16]}...",
+            advice="give the checkpoint of the bundle with --checkpoint",
         )
     return checkpoint

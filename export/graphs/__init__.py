@@ -1,1 +1,1 @@
-"""Graphs of the towers: ONNX export, TorchScript, lint."""
+"""Graphs of the towers: ONNX export, TorchScript export, and lint rules for ONNX graphs."""

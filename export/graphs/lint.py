@@ -1,8 +1,8 @@
-"""What is known to ruin a CLIP graph quietly, looked for in the graph itself.
+"""Lint rules for CLIP graphs: known export faults that give wrong embeddings without an error.
 
-Each rule is a failure that somebody shipped: a LayerNorm taken apart and computed in half
-precision, token ids compared as floats (in float16, 49406 and 49407 are the same number), a mask of
-infinities that becomes NaN, a client that was expected to normalise, a batch axis that is 1.
+Each rule covers a fault found in published exports: a LayerNorm decomposed and computed in half
+precision; token ids compared as floats (in float16, 49406 and 49407 are the same number); a mask of
+infinities that becomes NaN; pixel normalization left to the client; a batch axis fixed at 1.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,23 @@ _BOUNDARY = {
     "text": ("input_ids", TensorProto.INT32, 2, (0, 1), "text_embeds"),
     "prefix_tree": ("trees", TensorProto.INT32, 3, (0, 2), "text_embeds"),
 }
-"""Of each graph: its input, the input's dtype, rank and dynamic axes, and its output."""
+"""For each graph: the name, dtype, rank and dynamic axes of its input, and the output's name."""
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _MIN_OPSET = 17
 
 
 def lint(path: Path, form: Graph) -> list[str]:
-    """Return what is wrong with the graph at `path`, in words; empty if nothing is.
+    """Check the ONNX file at `path`.
 
     Args:
-        form: which graph it is.
+        path: the ONNX file.
+        form: the graph that the file has to be.
+
+    Returns:
+        One message per problem; empty if there is none.
     """
-    # Without weights that lie in a file of their own: protobuf ends at 2 GB, and nothing here
-    # needs them, but the finiteness of constants, which reads them from there.
+    # External weights stay on disk, since a protobuf message is limited to 2 GB. The rule on
+    # constants reads them from their file.
     model = onnx.load(path, load_external_data=False)
     graph = _Graph(onnx.shape_inference.infer_shapes(model, data_prop=True))
     rules = [
@@ -46,7 +50,7 @@ def lint(path: Path, form: Graph) -> list[str]:
 
 
 class _Graph:
-    """A graph with the look-ups that rules need."""
+    """ONNX graph with the lookup tables that the rules use."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
@@ -85,14 +89,14 @@ def _boundary(graph: _Graph, kind: str) -> Iterator[str]:
 
 def _layer_norm(graph: _Graph) -> Iterator[str]:
     if graph.opset < _MIN_OPSET:
-        yield f"opset {graph.opset}; LayerNormalization is a node from {_MIN_OPSET} on"
+        yield f"opset {graph.opset}; expected at least {_MIN_OPSET}, which has LayerNormalization"
     for node in graph.of("ReduceMean"):
-        taken_apart = any(
+        decomposed = any(
             other.op_type == "Sub" and set(other.input) == {node.input[0], node.output[0]}
             for other in graph.graph.node
         )
-        if taken_apart:
-            yield f"{node.name}: a LayerNorm taken apart into ReduceMean, Sub, ..."
+        if decomposed:
+            yield f"{node.name}: a LayerNorm decomposed into ReduceMean, Sub, ..."
     for node in graph.of("LayerNormalization"):
         if graph.types.get(node.input[0]) not in (None, TensorProto.FLOAT):
             yield f"{node.name}: LayerNorm in half precision"
@@ -104,7 +108,7 @@ def _softmax(graph: _Graph) -> Iterator[str]:
             yield f"{node.name}: softmax in half precision"
 
 
-def _constants(graph: _Graph, folder: Path) -> Iterator[str]:
+def _constants(graph: _Graph, directory: Path) -> Iterator[str]:
     tensors = list(graph.graph.initializer)
     for node in graph.of("Constant", "ConstantOfShape"):
         for attribute in node.attribute:
@@ -118,36 +122,36 @@ def _constants(graph: _Graph, folder: Path) -> Iterator[str]:
     for tensor in tensors:
         if (
             tensor.data_type in _FLOATS
-            and not np.isfinite(numpy_helper.to_array(tensor, str(folder))).all()
+            and not np.isfinite(numpy_helper.to_array(tensor, str(directory))).all()
         ):
             yield f"constant {tensor.name!r} is not finite; a mask must be a large finite number"
 
 
 def _pooling(graph: _Graph, operator: str) -> Iterator[str]:
-    """From what finds the end of texts up to the token ids, nothing may be a float."""
+    """Check that the token ids stay integers up to the node that finds the end of each text."""
     pooled = graph.of(operator)
     if len(pooled) != 1:
-        yield f"{len(pooled)} {operator} nodes; expected the one that finds the end-of-text token"
+        yield f"{len(pooled)} {operator} nodes; expected one, which finds the end-of-text token"
     waiting = [name for node in pooled for name in node.input]
     while waiting:
         node = graph.producer.get(waiting.pop())
         if node is None:
             continue
         if node.op_type == "Cast" and helper.get_node_attr_value(node, "to") in _FLOATS:
-            yield f"{node.name}: token ids become floats before the end-of-text {operator}"
+            yield f"{node.name}: token ids are cast to floats before the end-of-text {operator}"
         waiting += node.input
 
 
 def _pixels(graph: _Graph) -> Iterator[str]:
-    """uint8 -> Cast -> minus a mean a channel -> ... inside the graph."""
+    """Check that the graph itself casts the uint8 pixels and subtracts a mean per channel."""
     casts = [node for node in graph.of("Cast") if node.input[0] == "pixels"]
-    centred = [
+    centered = [
         node
         for node in graph.of("Sub")
         if casts and node.input[0] == casts[0].output[0] and _size(graph, node.input[1]) == 3
     ]
-    if not centred:
-        yield "pixels are not normalised inside the graph (Cast, then a mean a channel)"
+    if not centered:
+        yield "pixels are not normalized inside the graph (Cast, then Sub of a mean per channel)"
 
 
 def _size(graph: _Graph, name: str) -> int:

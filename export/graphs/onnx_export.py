@@ -1,6 +1,6 @@
-"""A tower -> one ONNX file with dynamic axes, checked.
+"""Export of a tower to an ONNX file with dynamic axes.
 
-Does not know: whether the graph computes the right thing (`parity.py`).
+The ONNX checker validates the file. `export.gate` checks that its embeddings are right.
 """
 
 import logging
@@ -15,10 +15,11 @@ from export.towers.clip import ImageTower, TextTower
 from export.towers.prefix_tree import PrefixTreeTower
 
 OPSET = 20
-"""LayerNormalization is one node from 17 on; every runtime we export for takes 20."""
+"""ONNX opset of the graphs. LayerNormalization is one node since 17; every runtime supports 20."""
 
 PROTOBUF_LIMIT = 2_000_000_000
-"""Bytes of weights above which they go to a file beside the graph; protobuf ends at 2 GiB."""
+"""Maximum size of weights inside the ONNX file, in bytes. Larger ones go to a separate file,
+because a protobuf message is limited to 2 GiB."""
 
 
 BOUNDARY = {
@@ -26,11 +27,11 @@ BOUNDARY = {
     TextTower: ("input_ids", "text_embeds"),
     PrefixTreeTower: ("trees", "text_embeds"),
 }
-"""Names of input and output of each kind of graph."""
+"""Names of the input and the output of each graph."""
 
 
 def example_batch(tower: nn.Module) -> tuple[torch.Tensor, dict[int, torch.export.Dim]]:
-    """A batch that the tower takes, and which of its axes are dynamic."""
+    """Return an example input of the tower, and its dynamic axes."""
     batch = torch.export.Dim("batch", min=1)
     if isinstance(tower, ImageTower):
         size = tower.config.image_size
@@ -43,53 +44,59 @@ def example_batch(tower: nn.Module) -> tuple[torch.Tensor, dict[int, torch.expor
     if isinstance(tower, PrefixTreeTower):
         trees = torch.full((2, 2, 9), tower.tower.config.end_id, dtype=torch.int32)
         return trees, {0: torch.export.Dim("rows", min=1), 2: torch.export.Dim("nodes", min=2)}
-    raise TypeError(f"expected an ImageTower or a TextTower, got {type(tower).__name__}")
+    raise TypeError(
+        f"expected an ImageTower, a TextTower or a PrefixTreeTower, got {type(tower).__name__}"
+    )
 
 
 def export_onnx(tower: nn.Module, path: Path, metadata: dict[str, str]) -> list[Path]:
-    """Write `tower` to `path`, and its weights to `<path>.data` when they are over 2 GB.
+    """Write `tower` to `path`. Weights above 2 GB go to `<path>.data`.
 
-    The graph's boundary is that of `export.towers.clip` or `export.towers.prefix_tree`; `metadata`
-    becomes its `metadata_props`.
+    The input and output are those of `export.towers.clip` or `export.towers.prefix_tree`.
+
+    Args:
+        tower: the tower to export.
+        path: the ONNX file to write.
+        metadata: properties to store as the graph's `metadata_props`.
 
     Returns:
         The files written, the graph first.
     """
     example, dynamic = example_batch(tower)
-    given, made = BOUNDARY[type(tower)]
-    # The exporter logs one line per torchvision operator that it could not register.
+    input_name, output_name = BOUNDARY[type(tower)]
+    # The exporter logs a line for every torchvision operator that it cannot register.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # its own deprecations; the result is checked below
+        warnings.simplefilter("ignore")  # deprecations in the exporter's own code
         program = torch.onnx.export(
             tower.eval(),
             (example,),
             dynamo=True,
             dynamic_shapes=(dynamic,),
             opset_version=OPSET,
-            input_names=[given],
-            output_names=[made],
+            input_names=[input_name],
+            output_names=[output_name],
             verbose=False,
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     external = weights_bytes(tower) > PROTOBUF_LIMIT
     program.save(path, external_data=external)
-    _tidy(path, metadata)
+    _clean(path, metadata)
     onnx.checker.check_model(path, full_check=True)
     return [path, path.with_name(path.name + ".data")] if external else [path]
 
 
 def weights_bytes(tower: nn.Module) -> int:
-    """Size of a tower's weights."""
+    """Return the size of a tower's weights in bytes."""
     return sum(t.numel() * t.element_size() for t in tower.state_dict().values())
 
 
-def _tidy(path: Path, metadata: dict[str, str]) -> None:
-    """Add metadata; drop stack traces (they name files of this machine) and stale shapes.
+def _clean(path: Path, metadata: dict[str, str]) -> None:
+    """Add metadata, and remove stack traces, which name local files, and stale shapes.
 
-    ONNX Runtime's quantizer refuses the exporter's `value_info` ("Inferred shape and existing
-    shape differ").
+    ONNX Runtime's quantizer rejects the exporter's `value_info`: "Inferred shape and existing shape
+    differ".
     """
     model = onnx.load(path, load_external_data=False)
     model.producer_name = "clip-deploy"

@@ -1,6 +1,6 @@
-"""INT8 graphs: activation ranges, Q/DQ nodes, layers kept in floating point."""
+"""INT8 graphs: activation ranges, Q/DQ nodes, and the choice of layers to leave unquantized."""
 
 from typing import Literal
 
 Method = Literal["minmax", "percentile", "entropy"]
-"""How the range of an activation is chosen for INT8."""
+"""Method that chooses the INT8 range of an activation."""

@@ -1,17 +1,18 @@
-"""A floating-point graph -> the same graph with explicit INT8 Q/DQ, as TensorRT's parser takes it.
+"""Quantization of a floating-point ONNX graph to INT8 with explicit Q/DQ nodes.
 
-Quantised are matrix products (and convolutions) with constant weights: the activation gets a
-QuantizeLinear/DequantizeLinear pair with one scale a tensor, the weight becomes an INT8 initializer
-behind a DequantizeLinear with one scale an output channel. All symmetric, zero points 0. Left
-alone are the patch embedding (or stem), LayerNorm, softmax, attention products, biases and the
-final projection. The same file is what ONNX Runtime, OpenVINO and TensorRT fuse into INT8 kernels.
+Matrix products and convolutions with constant weights are quantized. The activation gets a
+QuantizeLinear/DequantizeLinear pair with one scale per tensor; the weight becomes an INT8
+initializer followed by a DequantizeLinear with one scale per output channel. Quantization is
+symmetric: all zero points are 0. The patch embedding (or ResNet stem), LayerNorm, softmax,
+attention products, biases and the final projection stay in floating point. ONNX Runtime, OpenVINO
+and TensorRT all fuse this form into INT8 kernels.
 
-Every layer has a pair of its own, as in graphs of NVIDIA's ModelOpt, query, key and value too,
-which share their activation and its scale: on x86 ONNX Runtime (1.31) takes signed activations only
-from a QuantizeLinear with one consumer, and computes the rest in float with weights that it
-dequantises in every run.
+Every layer has its own Q/DQ pair, as in graphs of NVIDIA's ModelOpt. This includes query, key and
+value, which share an activation and its scale. On x86, ONNX Runtime (1.31) accepts signed
+activations only from a QuantizeLinear with one consumer; otherwise it computes in float and
+dequantizes the weights in every run.
 
-Does not know: where ranges come from (`ranges.py`), whether the result is any good (`parity.py`).
+`export.int8.ranges` measures the ranges; `export.gate.parity` checks the result.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,14 +23,14 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-_QUANTISED = ("MatMul", "Conv")
-_LEAST = 1e-5
-"""The smallest magnitude that becomes 127, of dead channels; its step is not yet 0 in float16."""
+_QUANTIZED = ("MatMul", "Conv")
+_MIN_RANGE = 1e-5
+"""Lower limit of a range, for channels that are always 0. Its scale is not yet 0 in float16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A node that can be quantised."""
+    """Node that can be quantized."""
 
     name: str
     activation: str
@@ -37,20 +38,20 @@ class Layer:
     weight: str
     """Initializer that becomes INT8."""
     channel_axis: int
-    """The weight's output channels: one scale each."""
+    """Axis of the weight's output channels, which have one scale each."""
 
 
 def layers(model: onnx.ModelProto) -> list[Layer]:
-    """What can be quantised in `model`, in graph order.
+    """Return the layers of `model` that can be quantized, in graph order.
 
-    The first convolution reads the picture itself, and the last product is the projection into the
-    shared space: both are small, and their errors reach every embedding unaveraged.
+    The first convolution and the last product, which projects into the shared embedding space, are
+    left out. Both are small, and their errors reach the embedding without being averaged.
     """
     weights = {tensor.name for tensor in model.graph.initializer}
     found = [
         Layer(node.name, node.input[0], node.input[1], 1 if node.op_type == "MatMul" else 0)
         for node in model.graph.node
-        if node.op_type in _QUANTISED and node.input[1] in weights
+        if node.op_type in _QUANTIZED and node.input[1] in weights
     ]
     stem = next((n.name for n in model.graph.node if n.op_type == "Conv"), None)
     products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
@@ -61,11 +62,12 @@ def layers(model: onnx.ModelProto) -> list[Layer]:
 def quantise(
     model: onnx.ModelProto, ranges: Mapping[str, float], exclude: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """A copy of `model` with every layer but those in `exclude` in INT8.
+    """Return a copy of `model` with all layers in INT8, except those in `exclude`.
 
     Args:
-        ranges: for each layer's activation, the magnitude that becomes 127.
-        exclude: names of layers that stay as they are.
+        model: a floating-point graph.
+        ranges: for each layer's activation, the magnitude that is mapped to 127.
+        exclude: names of layers that stay in floating point.
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)
@@ -76,10 +78,11 @@ def quantise(
     for node in out.graph.node:
         layer = chosen.get(node.name)
         if layer is not None:
-            # The exporter makes one initializer of equal weights, and ONNX Runtime wants two.
+            # The exporter stores equal weights in one initializer. A second layer that reads it
+            # gets a copy under another name; otherwise ONNX Runtime does not load the graph.
             name = f"{layer.weight}_{layer.name}" if layer.weight in named else layer.weight
             named.add(name)
-            scale = max(ranges[layer.activation], _LEAST) / 127
+            scale = max(ranges[layer.activation], _MIN_RANGE) / 127
             nodes += _activation_pair(out, layer, scale, values[layer.weight].data_type)
             nodes.append(_weight(out, values[layer.weight], name, layer.channel_axis))
             node.input[0], node.input[1] = f"{layer.name}_input_dq", f"{name}_dq"
@@ -101,11 +104,11 @@ def _activation_pair(
         _constant(model, parameters[0], np.array(scale, _numpy(scale_type)))
         _constant(model, parameters[1], np.array(0, np.int8))
     name = f"{layer.name}_input"
-    quantised, back = [f"{name}_q"], [f"{name}_dq"]
+    quantized, back = [f"{name}_q"], [f"{name}_dq"]
     inputs = [layer.activation, *parameters]
     return [
-        helper.make_node("QuantizeLinear", inputs, quantised, f"{name}_quantize"),
-        helper.make_node("DequantizeLinear", [*quantised, *parameters], back, f"{name}_dequantize"),
+        helper.make_node("QuantizeLinear", inputs, quantized, f"{name}_quantize"),
+        helper.make_node("DequantizeLinear", [*quantized, *parameters], back, f"{name}_dequantize"),
     ]
 
 
@@ -114,7 +117,7 @@ def _weight(
 ) -> onnx.NodeProto:
     values = numpy_helper.to_array(tensor)
     others = tuple(axis for axis in range(values.ndim) if axis != channel_axis)
-    scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), _LEAST) / 127
+    scales = np.maximum(np.abs(values.astype(np.float32)).max(axis=others), _MIN_RANGE) / 127
     scales = scales.astype(values.dtype)
     shape = [-1 if axis == channel_axis else 1 for axis in range(values.ndim)]
     levels = np.rint(values.astype(np.float32) / scales.astype(np.float32).reshape(shape))

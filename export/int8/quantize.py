@@ -1,4 +1,4 @@
-"""INT8 graphs on disk: ranges, Q/DQ, and the search for what must stay in floating point."""
+"""Writing of INT8 graphs: calibration, quantization, and the choice of layers to exclude."""
 
 import logging
 from collections.abc import Callable
@@ -26,62 +26,67 @@ def write_int8(
     judged: Callable[[Quantisation], Artifact],
     progress: Progress,
 ) -> Artifact:
-    """Write `model` in INT8 to `target`, with as many layers quantised as the gate lets through.
+    """Write `model` in INT8 to `target`, with as few excluded layers as the parity gate allows.
 
     Args:
-        model: the fp32 graph.
-        source: of `batches`, for the manifest.
-        judged: describes and judges the file at `target`.
+        model: a floating-point graph.
+        target: file to write; each attempt overwrites it.
+        batches: calibration data.
+        source: description of `batches`, for the manifest.
+        method: method that chooses activation ranges.
+        judged: runs the parity gate on the file at `target` and returns the artifact with verdicts.
+        progress: called with each step.
 
     Returns:
-        The artifact that passed with the fewest layers left out; if none did, the last one tried.
+        The artifact that passed with the fewest excluded layers; if none passed, the last attempt.
     """
-    every = layers(model)
+    candidates = layers(model)
     done = 0
 
-    def count(what: str, total: int) -> Callable[[], None]:
+    def count(title: str, total: int) -> Callable[[], None]:
         nonlocal done
         done = 0
 
         def step() -> None:
             nonlocal done
             done += 1
-            progress(what, done, total)
+            progress(title, done, total)
 
         return step
 
     ranges = activation_ranges(
         model,
-        activations(every),
+        activations(candidates),
         batches,
         method,
         count("calibrating", len(batches) * runs(method)),
     )
-    quantisation = Quantisation(method=method, calibration=source, layers=len(every))
+    quantization = Quantisation(method=method, calibration=source, layers=len(candidates))
 
-    def attempt(plan: Quantisation) -> Artifact:
-        graph = quantise(model, ranges, plan.excluded)
+    def attempt(quantization: Quantisation) -> Artifact:
+        graph = quantise(model, ranges, quantization.excluded)
         onnx.checker.check_model(graph)
         onnx.save(graph, target)
-        return judged(plan)
+        return judged(quantization)
 
-    artifact = attempt(quantisation)
+    artifact = attempt(quantization)
     if _passed(artifact):
         return artifact
     costs = sensitivity(
-        model, ranges, batches[:2], count("sensitivity of each layer", len(activations(every)))
+        model, ranges, batches[:2], count("sensitivity of each layer", len(activations(candidates)))
     )
-    quantisation = replace(quantisation, sensitivity=costs)
+    quantization = replace(quantization, sensitivity=costs)
 
     def passes(excluded: tuple[str, ...]) -> bool:
         nonlocal artifact
-        progress(f"without {len(excluded)} of {len(every)} layers")
-        artifact = attempt(replace(quantisation, excluded=excluded))
+        progress(f"excluding {len(excluded)} of {len(candidates)} layers")
+        artifact = attempt(replace(quantization, excluded=excluded))
         return _passed(artifact)
 
     found = fewest(costs, passes)
-    if found is not None and artifact.quantisation != replace(quantisation, excluded=found):
-        artifact = attempt(replace(quantisation, excluded=found))  # the last one tried had failed
+    if found is not None and artifact.quantisation != replace(quantization, excluded=found):
+        # The last attempt of the search failed and overwrote the file that passed.
+        artifact = attempt(replace(quantization, excluded=found))
     return artifact
 
 
@@ -90,13 +95,13 @@ def _passed(artifact: Artifact) -> bool:
 
 
 def write_dynamic(source: Path, target: Path) -> None:
-    """ONNX Runtime's dynamic quantisation: INT8 weights, activations quantised at run time.
+    """Write a graph with INT8 weights whose activations ONNX Runtime quantizes at run time.
 
-    A baseline: needs no calibration, runs on ONNX Runtime alone.
+    This is a baseline. It needs no calibration data and runs only on ONNX Runtime.
     """
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it recommends a preprocessing that does nothing here
+    logger.setLevel(logging.ERROR)  # it recommends a preprocessing step with no effect here
     try:
         quantize_dynamic(
             source,

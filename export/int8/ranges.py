@@ -1,8 +1,7 @@
-"""How far a graph's activations reach: MinMax, Percentile and Entropy calibration.
+"""Activation ranges of a graph, by minmax, percentile or entropy calibration.
 
-INT8 is symmetric here, so a range is one number a tensor: the magnitude that becomes 127.
-
-Does not know: what is quantised with the ranges (`to_int8.py`).
+Quantization is symmetric, so a range is one number per tensor: the magnitude mapped to 127.
+`export.int8.qdq` quantizes with these ranges.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ Floats = NDArray[np.float64]
 
 BINS = 2048
 PERCENTILE = 99.99
-"""Of magnitudes; what lies beyond saturates."""
+"""Percentile of magnitudes used as a range. Larger magnitudes saturate."""
 
 _LEVELS = 128
 
@@ -32,15 +31,19 @@ def activation_ranges(
     method: Method,
     progress: Callable[[], None],
 ) -> dict[str, float]:
-    """The magnitude each of `tensors` is to be quantised up to, measured over `batches`.
+    """Measure the range of each of `tensors` over `batches`.
+
+    The result is deterministic: the same batches give the same ranges.
 
     Args:
-        model: a graph with one input, small enough for one protobuf (2 GB).
-        batches: run one after the other; kept in memory by nobody here, but run twice for
-            histograms, so a sequence is needed for `percentile` and `entropy`.
+        model: a graph with one input, small enough for one protobuf message (2 GB).
+        tensors: names of tensors in the graph.
+        batches: calibration data. `percentile` and `entropy` run each batch twice.
+        method: method that chooses a range.
         progress: called after each run.
 
-    Deterministic: the same batches give the same ranges.
+    Returns:
+        For each tensor, the magnitude to map to 127.
     """
     session = _session_with_outputs(model, tensors)
     feed = session.get_inputs()[0].name
@@ -60,7 +63,7 @@ def activation_ranges(
     histograms = {name: np.zeros(BINS, np.int64) for name in tensors}
     for batch in batches:
         for name, values in outputs(batch).items():
-            # Bins of a float16 tensor would be narrower than its numbers are apart.
+            # In float32, because float16 cannot represent the edges of such narrow bins.
             magnitudes = np.abs(values).astype(np.float32)
             counts, _ = np.histogram(magnitudes, BINS, (0.0, largest[name] or 1.0))
             histograms[name] += counts
@@ -69,7 +72,7 @@ def activation_ranges(
 
 
 def runs(method: Method) -> int:
-    """How often `activation_ranges` runs each batch."""
+    """Return the number of times that `activation_ranges` runs each batch."""
     return 1 if method == "minmax" else 2
 
 
@@ -78,7 +81,7 @@ def _session_with_outputs(
 ) -> onnxruntime.InferenceSession:
     known = {output.name for output in model.graph.output}
     watched = [onnx.ValueInfoProto(name=name) for name in tensors if name not in known]
-    # Lent to the model and taken back: a copy of a large one is gigabytes.
+    # The outputs are added to the model and removed again: copying it could take gigabytes.
     model.graph.output.extend(watched)
     try:
         graph = model.SerializeToString()
@@ -91,17 +94,17 @@ def _session_with_outputs(
 
 
 def _percentile(histogram: NDArray[np.int64]) -> float:
-    """Share of the largest magnitude below which PERCENTILE of all magnitudes lie."""
+    """Return the range at PERCENTILE of all magnitudes, as a fraction of the largest one."""
     below = np.cumsum(histogram) / max(histogram.sum(), 1)
     return float(np.searchsorted(below, PERCENTILE / 100) + 1) / BINS
 
 
 def _entropy(histogram: NDArray[np.int64]) -> float:
-    """Share of the largest magnitude at which quantising loses the least information.
+    """Return the range that loses the least information, as a fraction of the largest magnitude.
 
-    The search of TensorRT's entropy calibration (Migacz, "8-bit Inference with TensorRT", GTC
-    2017): for each clipping point, the divergence between the clipped distribution and what is
-    left of it after 128 levels.
+    This is the search of TensorRT's entropy calibration (Migacz, "8-bit Inference with TensorRT",
+    GTC 2017). It minimizes the divergence between the clipped distribution and its quantization to
+    128 levels.
     """
     total = histogram.astype(np.float64)
     divergences = [_divergence(total, stop) for stop in range(_LEVELS, BINS + 1, 8)]
@@ -115,10 +118,10 @@ def _divergence(histogram: Floats, stop: int) -> float:
     level = np.arange(stop) * _LEVELS // stop
     mass = np.bincount(level, histogram[:stop], _LEVELS)
     cells = np.bincount(level, filled, _LEVELS)
-    quantised = np.where(filled, (mass / np.maximum(cells, 1))[level], 0.0)
-    if not quantised.sum():
+    quantized = np.where(filled, (mass / np.maximum(cells, 1))[level], 0.0)
+    if not quantized.sum():
         return float("inf")
-    p, q = clipped / clipped.sum(), quantised / quantised.sum()
-    here = p > 0
-    # An outlier clipped into an empty last bin has no counterpart: smooth it, as the paper does.
-    return float((p[here] * np.log(p[here] / np.maximum(q[here], 1e-9))).sum())
+    p, q = clipped / clipped.sum(), quantized / quantized.sum()
+    nonzero = p > 0
+    # q is 0 where outliers are clipped into an empty last bin: smooth it, as the paper does.
+    return float((p[nonzero] * np.log(p[nonzero] / np.maximum(q[nonzero], 1e-9))).sum())

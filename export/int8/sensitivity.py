@@ -1,4 +1,4 @@
-"""When the gate refuses INT8: which layers cost most, and how many must stay out?"""
+"""Choice of layers to exclude from INT8 when the fully quantized graph fails the parity gate."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,7 +14,7 @@ from serving.runners.onnx_runtime import session_options
 from serving.util.machine import cpu_count
 
 LARGEST_SHARE = 0.5
-"""Of layers that may stay out; with more of them in floating point, INT8 has nothing to offer."""
+"""Maximum fraction of activations to exclude. With more in floating point, INT8 gains nothing."""
 
 
 def sensitivity(
@@ -23,23 +23,28 @@ def sensitivity(
     batches: Sequence[Batch],
     progress: Callable[[], None],
 ) -> tuple[LayerCost, ...]:
-    """Quantise each activation's layers alone and see how far embeddings turn; dearest first.
+    """Measure the cosine loss of quantizing the layers of one activation at a time.
 
-    Layers that read one tensor stand and fall together: its one range is what hurts them.
+    Layers that read the same tensor are quantized together, because the tensor has one range.
 
     Args:
-        model: the fp32 graph.
-        progress: called once an activation.
+        model: a floating-point graph.
+        ranges: for each layer's activation, the magnitude that is mapped to 127.
+        batches: batches to embed.
+        progress: called after each activation.
+
+    Returns:
+        The loss of each group of layers, the largest first.
     """
-    every = layers(model)
+    candidates = layers(model)
     reference = _embed(model, batches)
     costs = []
-    for activation in activations(every):
-        together = tuple(layer.name for layer in every if layer.activation == activation)
-        others = [layer.name for layer in every if layer.activation != activation]
+    for activation in activations(candidates):
+        group = tuple(layer.name for layer in candidates if layer.activation == activation)
+        others = [layer.name for layer in candidates if layer.activation != activation]
         embeddings = _embed(quantise(model, ranges, exclude=others), batches)
         loss = 1 - float((embeddings * reference).sum(axis=1).mean())
-        costs.append(LayerCost(layers=together, cosine_loss=max(loss, 0.0)))
+        costs.append(LayerCost(layers=group, cosine_loss=max(loss, 0.0)))
         progress()
     return tuple(sorted(costs, key=lambda cost: -cost.cosine_loss))
 
@@ -47,30 +52,36 @@ def sensitivity(
 def fewest(
     costs: Sequence[LayerCost], passes: Callable[[tuple[str, ...]], bool]
 ) -> tuple[str, ...] | None:
-    """The fewest of the dearest layers without which `passes` says yes.
+    """Find the smallest number of costliest layers whose exclusion makes `passes` return True.
 
-    Doubles their number until it does, then bisects between the last no and the first yes.
+    The search doubles the number until it passes, then bisects between the last failure and the
+    first success.
+
+    Args:
+        costs: groups of layers, the costliest first.
+        passes: returns whether the graph passes the parity gate without the given layers.
 
     Returns:
-        Their names, dearest first; None where even LARGEST_SHARE of all is not enough.
+        Names of the layers to exclude, the costliest first; None if excluding LARGEST_SHARE of
+        the groups is not enough.
     """
 
-    def dearest(count: int) -> tuple[str, ...]:
+    def costliest(count: int) -> tuple[str, ...]:
         return tuple(name for cost in costs[:count] for name in cost.layers)
 
     failed, passed, limit = 0, 1, int(len(costs) * LARGEST_SHARE)
-    while passed <= limit and not passes(dearest(passed)):
+    while passed <= limit and not passes(costliest(passed)):
         failed, passed = passed, limit if passed < limit < 2 * passed else 2 * passed
     if passed > limit:
         return None
     while passed - failed > 1:
         middle = (failed + passed) // 2
-        failed, passed = (failed, middle) if passes(dearest(middle)) else (middle, passed)
-    return dearest(passed)
+        failed, passed = (failed, middle) if passes(costliest(middle)) else (middle, passed)
+    return costliest(passed)
 
 
 def activations(every: Iterable[Layer]) -> list[str]:
-    """The tensors whose ranges are needed, each once."""
+    """Return the activations of the layers, without duplicates."""
     return list(dict.fromkeys(layer.activation for layer in every))
 
 

@@ -1,1 +1,1 @@
-"""The image and text towers as torch modules, with the boundary of every exported graph."""
+"""Image and text towers as torch modules, with the inputs and outputs of the exported graphs."""

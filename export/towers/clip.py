@@ -1,16 +1,17 @@
-"""CLIP's image and text towers as `nn.Module`s whose boundary is that of every exported graph.
+"""CLIP's image and text towers as `nn.Module`s, with the inputs and outputs of the exported graphs.
 
     image  pixels     uint8 [batch, 3, size, size] RGB -> image_embeds float32 [batch, dim]
     text   input_ids  int32 [batch, length <= context] -> text_embeds  float32 [batch, dim]
 
 Embeddings have unit length.
 
-Scaling, mean and std are part of the image tower. LayerNorm and softmax compute in float32 whatever
-the weights' dtype is. The last transformer block computes only the pooled token, which nothing but
-the pooled token reads: exact, and a twelfth of a 12-layer tower less work.
+The image tower includes pixel scaling and normalization by mean and std. LayerNorm and softmax
+compute in float32, whatever the dtype of the weights. The last transformer block computes only the
+pooled token. This is exact, because no other token is read after it, and saves about one twelfth of
+the work of a 12-layer tower.
 
-Does not know: where weights come from (`checkpoint.py`), what is made of the towers (`to_*.py`).
-The architectures are those of Radford et al. 2021 (arXiv:2103.00020).
+The architectures are those of Radford et al. 2021 (arXiv:2103.00020). `export.checkpoints` loads
+weights into them, `export.graphs` exports them.
 """
 
 import copy
@@ -39,13 +40,13 @@ __all__ = [
 ]
 
 MASKED = -3e4
-"""Added to the score of what a token must not see. Finite, so that a float16 graph holds no
-infinity; e^-30000 is 0 in float32."""
+"""Value added to the attention score of a masked token. It is finite, so that a float16 graph has
+no infinity; e^-30000 is 0 in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionTransformerConfig(TransformerConfig):
-    """An image tower that cuts the picture into patches."""
+    """Configuration of a vision transformer."""
 
     image_size: int
     patch_size: int
@@ -53,7 +54,7 @@ class VisionTransformerConfig(TransformerConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextConfig(TransformerConfig):
-    """A causal text tower."""
+    """Configuration of a causal text tower."""
 
     context_length: int
     vocab_size: int
@@ -62,7 +63,7 @@ class TextConfig(TransformerConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipConfig:
-    """Both towers and the space they share."""
+    """Configuration of both towers and of their shared embedding space."""
 
     embed_dim: int
     image: VisionTransformerConfig | ResNetConfig
@@ -70,7 +71,7 @@ class ClipConfig:
 
 
 class VisionTransformer(nn.Module):
-    """Patches, a class token, transformer blocks; the class token is the picture."""
+    """Vision transformer that pools the class token."""
 
     def __init__(self, config: VisionTransformerConfig, embed_dim: int) -> None:
         super().__init__()
@@ -89,11 +90,11 @@ class VisionTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that matrix products run in."""
+        """Dtype of matrix products."""
         return self.patch_embedding.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pictures `[batch, 3, size, size]` -> `[batch, dim]`."""
+        """Map normalized images `[batch, 3, size, size]` to `[batch, dim]`."""
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)
         classes = self.class_embedding.expand(x.shape[0], 1, -1)
         x = self.pre_norm(torch.cat([classes, x], dim=1) + self.position_embedding)
@@ -106,7 +107,10 @@ class VisionTransformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """uint8 `pixels` [batch, 3, size, size] -> float32 `image_embeds` [batch, dim], unit length."""
+    """Image tower: uint8 `pixels` [batch, 3, size, size] -> float32 `image_embeds` [batch, dim].
+
+    Embeddings have unit length.
+    """
 
     mean: Tensor
     inverse_std: Tensor
@@ -125,21 +129,22 @@ class ImageTower(nn.Module):
             if isinstance(config, ResNetConfig)
             else VisionTransformer(config, embed_dim)
         )
-        # In units of uint8 levels, so that one subtraction and one product normalise a picture.
+        # In units of uint8 levels, so that one subtraction and one product normalize an image.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         inverse = 1 / (255 * torch.tensor(std).view(3, 1, 1))
         self.register_buffer("inverse_std", inverse, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:  # noqa: D102
-        normalised = (pixels.float() - self.mean) * self.inverse_std
-        return F.normalize(self.encoder(normalised.to(self.encoder.dtype)).float(), dim=-1)
+        normalized = (pixels.float() - self.mean) * self.inverse_std
+        return F.normalize(self.encoder(normalized.to(self.encoder.dtype)).float(), dim=-1)
 
 
 class TextTower(nn.Module):
-    """int32 `input_ids` [batch, length] -> float32 `text_embeds` [batch, dim], unit length.
+    """Text tower: int32 `input_ids` [batch, length] -> float32 `text_embeds` [batch, dim].
 
-    Pools at the first end-of-text token. Attention is causal, so what follows that token, padding
-    or nothing, does not reach the result: a batch may be cut to its longest text.
+    Embeddings have unit length. The tower pools the first end-of-text token. Attention is causal,
+    so padding after that token does not change the result, and a batch can be cut to the length of
+    its longest text.
     """
 
     causal_mask: Tensor
@@ -163,7 +168,7 @@ class TextTower(nn.Module):
         length = input_ids.shape[1]
         x = self.token_embedding(input_ids) + self.position_embedding[:length]
         mask = self.causal_mask[:length, :length]
-        # An integer comparison: in float16, 49406 and 49407 would be the same number.
+        # Compared as integers, because 49406 and 49407 are the same number in float16.
         end = (input_ids == self.config.end_id).int().argmax(dim=1)
         index = end[:, None, None]
         *blocks, last = self.blocks
@@ -178,7 +183,7 @@ class TextTower(nn.Module):
 
 
 def for_inference(tower: ImageTower | TextTower) -> ImageTower | TextTower:
-    """A copy of `tower` in eval mode, its batch norms folded into convolutions."""
+    """Return a copy of `tower` in eval mode, with batch norms folded into convolutions."""
     copied = copy.deepcopy(tower).eval()
     fold_batch_norms(copied)
     return copied
@@ -187,9 +192,9 @@ def for_inference(tower: ImageTower | TextTower) -> ImageTower | TextTower:
 def half_precision(
     tower: ImageTower | TextTower, dtype: torch.dtype = torch.float16
 ) -> ImageTower | TextTower:
-    """A copy of `tower` for inference whose matrix products run in `dtype`, float16 or bfloat16.
+    """Return a copy of `tower` for inference whose matrix products run in float16 or bfloat16.
 
-    LayerNorm, softmax, pixel normalisation, mask and the final normalisation stay in float32.
+    LayerNorm, softmax, pixel normalization, mask and the final normalization stay in float32.
     """
     half = for_inference(tower).to(dtype)
     for module in half.modules():
@@ -201,7 +206,7 @@ def half_precision(
 
 
 class Clip(nn.Module):
-    """Both towers and the temperature they were trained with."""
+    """Both towers and the logit scale they were trained with."""
 
     def __init__(self, config: ClipConfig, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

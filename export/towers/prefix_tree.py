@@ -1,7 +1,7 @@
-"""The text tower over trees of tokens, which compute a beginning that texts share once.
+"""Text tower over prefix trees of tokens, which computes a shared prefix of texts only once.
 
-The same weights and the same arithmetic as `towers.TextTower`: attention is causal, so a token
-needs the tokens before it in its text and no others, wherever they stand in a row.
+It has the same weights and the same arithmetic as `export.towers.clip.TextTower`. Attention is
+causal, so a token attends only to the tokens before it in its text, wherever they are in a row.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ from serving.runners.base import Batch
 
 
 class PrefixTreeTower(nn.Module):
-    """int32 `trees` [rows, 2, nodes] -> float32 `text_embeds` [leaves, dim], unit length.
+    """Text tower: int32 `trees` [rows, 2, nodes] -> float32 `text_embeds` [leaves, dim].
 
-    `serving.inputs.prefix_tree` tells what the numbers are; a leaf is an end-of-text token, and the
-    leaves of a row come in its order, behind those of the rows before.
+    Embeddings have unit length. `serving.inputs.prefix_tree` describes the input. A leaf is an
+    end-of-text token; leaves are in the order of the rows, and of the nodes within a row.
     """
 
     def __init__(self, tower: TextTower) -> None:
@@ -33,20 +33,21 @@ class PrefixTreeTower(nn.Module):
         node = torch.arange(ids.shape[1], device=ids.device)
         seen = (node <= node[:, None]) & (node[:, None] < ends[:, None])
         mask = torch.where(seen, 0.0, MASKED)[:, None]
-        position = seen.sum(-1) - 1  # as many as there are tokens before it
+        position = seen.sum(-1) - 1  # the number of tokens before it in its text
         x = tower.token_embedding(ids) + tower.position_embedding[position]
         *blocks, last = tower.blocks
         for block in blocks:
             x = block(x, mask)
         assert isinstance(last, Block)
-        # Leaves differ in number from row to row, so attention is not cut to them; the rest is.
+        # Attention is computed for all nodes, because rows have different numbers of leaves. The
+        # MLP is computed for the leaves only.
         context = last.norm1(x)
         x = x + last.attention(context, context, mask)
-        x = x[ids == tower.config.end_id][None]  # three axes keep the MLP's products MatMuls
+        x = x[ids == tower.config.end_id][None]  # with three axes, the MLP is exported as MatMuls
         x = x + last.mlp(last.norm2(x))
         return F.normalize(tower.projection(tower.post_norm(x[0])).float(), dim=-1)
 
 
 def in_trees(batches: Iterable[Batch], end_id: int) -> list[Batch]:
-    """The texts of `batches`, each `input_ids` int32 [n, length], as batches of trees."""
+    """Convert batches of texts, `input_ids` int32 [n, length], to batches of prefix trees."""
     return [tree.nodes for ids in batches for tree in trees(ids.astype(np.int32), end_id)]

@@ -1,4 +1,4 @@
-"""CLIP's ModifiedResNet."""
+"""CLIP's modified ResNet."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,10 @@ from export.towers.transformer import Attention
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResNetConfig:
-    """CLIP's ModifiedResNet: three stem convolutions, anti-aliased strides, attention pooling."""
+    """Configuration of CLIP's modified ResNet.
+
+    It has three stem convolutions, anti-aliased strides and attention pooling.
+    """
 
     image_size: int
     width: int
@@ -32,7 +35,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        nn.init.zeros_(self.bn3.weight)  # the branch starts closed, as OpenAI initialises it
+        nn.init.zeros_(self.bn3.weight)  # the branch starts at 0, as in OpenAI's initialization
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.shortcut = nn.Identity() if stride == 1 and inputs == outputs else nn.Sequential()
         if isinstance(self.shortcut, nn.Sequential):
@@ -48,7 +51,7 @@ class Bottleneck(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet; its pooling is one attention query, the mean of all places."""
+    """CLIP's modified ResNet. It pools by attention, whose query is the mean of all positions."""
 
     def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
         super().__init__()
@@ -68,8 +71,8 @@ class ModifiedResNet(nn.Module):
             blocks += [Bottleneck(inputs, planes, 1) for _ in range(depth - 1)]
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
-        places = (config.image_size // 32) ** 2
-        self.position_embedding = nn.Parameter(torch.randn(places + 1, inputs) * inputs**-0.5)
+        positions = (config.image_size // 32) ** 2
+        self.position_embedding = nn.Parameter(torch.randn(positions + 1, inputs) * inputs**-0.5)
         self.attention = Attention(inputs, config.heads, embed_dim)
         for linear in (self.attention.query, self.attention.key, self.attention.value):
             nn.init.normal_(linear.weight, std=inputs**-0.5)
@@ -77,11 +80,11 @@ class ModifiedResNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that convolutions run in."""
+        """Dtype of convolutions."""
         return self.conv1.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised pictures `[batch, 3, size, size]` -> `[batch, dim]`."""
+        """Map normalized images `[batch, 3, size, size]` to `[batch, dim]`."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
@@ -94,9 +97,10 @@ class ModifiedResNet(nn.Module):
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Fold every batch norm below `module` (eval mode) into the convolution before it, in place.
+    """Fold every batch norm in `module` into the convolution before it, in place.
 
-    One multiplication less a channel, and what INT8 quantises is then the whole of a layer.
+    `module` has to be in eval mode. Folding saves one multiplication per channel, and INT8 then
+    quantizes convolution and batch norm as one layer.
     """
     for part in module.modules():
         names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")]

@@ -1,6 +1,6 @@
-"""Pre-norm transformer blocks, as both of CLIP's towers have them.
+"""Pre-norm transformer blocks of both CLIP towers.
 
-LayerNorm and softmax compute in float32 whatever the weights' dtype is.
+LayerNorm and softmax compute in float32, whatever the dtype of the weights.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Activation = Literal["quick_gelu", "gelu"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """A stack of pre-norm transformer blocks."""
+    """Configuration of a stack of pre-norm transformer blocks."""
 
     width: int
     layers: int
@@ -27,7 +27,7 @@ class TransformerConfig:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computes in float32, returns the dtype it was given."""
+    """Layer normalization that computes in float32 and returns the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         weight, bias = self.weight.float(), self.bias.float()
@@ -36,10 +36,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention over `[batch, heads, length, head_dim]`, softmax in float32.
+    """Compute attention over `[batch, heads, length, head_dim]`, with softmax in float32.
 
-    Spelled out while exporting: below opset 23 the exporter turns the fused operator with a mask
-    into one with an IsNaN guard in every layer, and runtimes fuse the plain form.
+    During export, attention is written as separate operators, which runtimes fuse. Below opset 23,
+    the exporter adds an IsNaN guard in every layer to PyTorch's fused operator with a mask.
     """
     if not torch.compiler.is_exporting():
         return F.scaled_dot_product_attention(
@@ -53,7 +53,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 class Attention(nn.Module):
-    """Multi-head attention; separate projections, the form that OpenVINO fuses best."""
+    """Multi-head attention with separate projections, the form that OpenVINO fuses best."""
 
     def __init__(self, width: int, heads: int, output_width: int | None = None) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, output_width or width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x` [batch, n, width] attends to `context` [batch, m, width]."""
+        """Compute the attention of `x` [batch, n, width] to `context` [batch, m, width]."""
         query, key, value = self.query(x), self.key(context), self.value(context)
         mixed = attend(self._split(query), self._split(key), self._split(value), mask)
         merged: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the checkpoint's own activation between them."""
+    """Two linear layers with the checkpoint's activation function between them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block."""
+    """Pre-norm transformer block."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -106,7 +106,10 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         pool: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """All tokens of `x`, or with `pool` only the ones it keeps (they still attend to all)."""
+        """Compute all tokens of `x`, or only the tokens that `pool` selects.
+
+        Selected tokens still attend to all tokens.
+        """
         context = self.norm1(x)
         query = context
         if pool is not None:
@@ -117,7 +120,10 @@ class Block(nn.Module):
 
 
 def transformer(config: TransformerConfig) -> list[Block]:
-    """Blocks initialised as OpenAI's text transformer (clip/model.py, `initialize_parameters`)."""
+    """Return blocks initialized as in OpenAI's text transformer.
+
+    See clip/model.py, `initialize_parameters`.
+    """
     width, blocks = config.width, [Block(config) for _ in range(config.layers)]
     residual = width**-0.5 * (2 * len(blocks)) ** -0.5
     for block in blocks:

@@ -1,1 +1,1 @@
-"""Bulk embedding on Ray Data: any number of images to Parquet shards."""
+"""Bulk embedding with Ray Data: any number of images to Parquet shards."""

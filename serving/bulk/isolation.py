@@ -1,4 +1,4 @@
-"""What a worker's process needs: CPUs of its own, and a way past pictures that kill it."""
+"""Isolation of worker processes: exclusive CPUs, and recovery from images that crash a worker."""
 
 import os
 import socket
@@ -11,20 +11,20 @@ from serving.bulk.sources import Row
 from serving.errors import InputError
 from serving.util.machine import cpu_count
 
-_DEATHS = 3
-"""Workers that a shard may cost before the next goes through it picture by picture."""
+_MAX_CRASHES = 3
+"""Crashes of workers on a shard after which its images are embedded one by one."""
 
 
 def keep_to_cpus(count: int) -> list[socket.socket]:
-    """Keep this process to `count` CPUs that no other worker on this machine keeps to.
+    """Restrict this process to `count` CPUs that no other worker on this machine uses.
 
-    Ray counts CPUs but does not assign them. Runtimes take their number of threads from the CPUs a
-    process may use, and OpenVINO pins its threads to the first ones: two workers left alone would
-    share one CPU. A CPU is claimed by an abstract Unix socket, which is free again when the process
-    ends, in whatever way.
+    Ray counts CPUs but does not assign them. Runtimes derive their number of threads from the CPUs
+    that a process may use, and OpenVINO pins its threads to the first of them, so that two
+    unrestricted workers would share one CPU. A CPU is claimed by binding an abstract Unix socket,
+    which the kernel releases whenever the process ends.
 
     Returns:
-        The claims; they hold as long as the sockets are open.
+        The sockets, which hold the claims as long as they are open.
     """
     allowed = sorted(os.sched_getaffinity(0))
     claims: list[socket.socket] = []
@@ -40,49 +40,49 @@ def keep_to_cpus(count: int) -> list[socket.socket]:
             continue
         claims.append(claim)
         mine.append(cpu)
-    # Where others took too many, such as a second Ray on this machine, some must be shared.
+    # If other processes, such as another Ray, have claimed too many CPUs, share some of them.
     mine += [cpu for cpu in reversed(allowed) if cpu not in mine][: max(0, count - len(mine))]
     for thread in os.listdir("/proc/self/task"):  # noqa: PTH208  names only
-        with suppress(ProcessLookupError):  # it ended meanwhile
+        with suppress(ProcessLookupError):  # the thread has ended
             os.sched_setaffinity(int(thread), mine)
     cpu_count.cache_clear()
     return claims
 
 
 class Attempts:
-    """Finds pictures that kill the process, such as by a decoder's crash, and gets past them.
+    """Record of the attempts to embed a shard, which finds and skips images that crash the process.
 
-    Ray tries a shard again for ever. What was tried stands in a file beside the shard's. After
-    `_DEATHS` tries its pictures are taken one by one, each named in the file before it is touched;
-    one that was named twice at a death is given up.
+    Ray retries a shard forever. A file beside the shard records each attempt. After `_MAX_CRASHES`
+    attempts the images are processed one by one, and each is recorded before it is decoded. An
+    image that was the last one recorded in two crashes is skipped.
     """
 
     def __init__(self, target: Path) -> None:
         self._file = target.with_name(f".{target.stem}.attempts")
         lines = self._file.read_text().split() if self._file.exists() else []
-        self._tries = lines.count("try")
+        self._attempts = lines.count("try")
         suspects = [before for before, line in pairwise([*lines, "try"]) if line == "try"]
-        self._given_up = {s for s in suspects if s != "try" and suspects.count(s) > 1}
-        self._note("try")
+        self._skipped = {s for s in suspects if s != "try" and suspects.count(s) > 1}
+        self._record("try")
 
     @property
     def careful(self) -> bool:
-        """Whether to take pictures one by one."""
-        return self._tries >= _DEATHS
+        """True if the images are to be processed one by one."""
+        return self._attempts >= _MAX_CRASHES
 
     def watched(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows, each noted before it is touched; those given up with that reason."""
-        for index, (name, picture) in enumerate(rows):
-            if str(index) in self._given_up:
-                yield name, InputError("gave up: the process died of this picture, twice")
+        """Yield the rows, recording each before it is processed; skipped images become errors."""
+        for index, (name, image) in enumerate(rows):
+            if str(index) in self._skipped:
+                yield name, InputError("skipped: this image crashed the process twice")
                 continue
-            self._note(str(index))
-            yield name, picture
+            self._record(str(index))
+            yield name, image
 
     def done(self) -> None:
-        """Forget them."""
+        """Delete the record."""
         self._file.unlink(missing_ok=True)
 
-    def _note(self, what: str) -> None:
+    def _record(self, entry: str) -> None:
         with self._file.open("a") as file:
-            file.write(f"{what}\n")
+            file.write(f"{entry}\n")

@@ -1,15 +1,16 @@
-"""Bulk embedding on Ray Data: any number of pictures -> Parquet shards, by a pool of workers.
+"""Bulk embedding with Ray Data: a pool of workers embeds any number of images to Parquet shards.
 
     outcome = bulk_embed("photos/", Path("embeddings"), Path("artifacts/clip"))
 
-The source is cut into shards, the same way every time; a Ray Data pool of actors, each with a
-runner of its own, embeds them. Only numbers of shards go through Ray: pictures are read, decoded
-and embedded, and embeddings written, in the worker (`bulk_worker`). A shard's file appears whole or
-not at all, so that what is there is done: by that a restarted job goes on where it was, and a shard
-whose worker died is embedded again by another.
+The source is divided into shards deterministically. A Ray Data pool of actors, each with its own
+runner, embeds them. Only shard numbers pass through Ray: a worker (`serving.bulk.worker`) reads,
+decodes and embeds the images and writes the embeddings. The file of a shard is written atomically,
+so every existing file is complete. A restarted job therefore resumes where it stopped, and a shard
+whose worker crashed is embedded again by another worker.
 
-`output` holds `manifest.json`, `shards.jsonl` (the plan) and `shard-*.parquet`: `path` string,
-`embedding` float32 [dim] of unit length, `status` "ok" or "error", `error` string.
+`output` holds `manifest.json`, `shards.jsonl` (the list of shards) and `shard-*.parquet` with the
+columns `path` string, `embedding` float32 [dim] of unit length, `status` "ok" or "error", and
+`error` string.
 """
 
 import functools
@@ -46,31 +47,31 @@ from serving.util.progress import Progress, silent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkResult:
-    """What is in the output after a job, and how fast this job was."""
+    """Contents of the output after a job, and throughput of this job."""
 
     output: str
     rows: int
     ok: int
     errors: int
     first_errors: tuple[tuple[str, str], ...]
-    """Name and reason."""
+    """Name and reason of the first few."""
     shards: int
     skipped_shards: int
-    """That were there before this job."""
+    """Shards that were finished before this job."""
     source_changed: bool
-    """Whether pictures came or went since the job was planned; the plan stands."""
+    """True if files were added or removed since the source was divided. The old shards are used."""
     runner: str
     workers: int
     threads: int
     embedded_rows: int
-    """By this job."""
+    """Rows embedded by this job."""
     start_s: float
-    """Until the first worker was ready: Ray's start, models loaded."""
+    """Seconds until the first worker was ready: starting Ray and loading the model."""
     seconds: float
-    """From then on."""
+    """Seconds from then on."""
 
     rows_per_s: float
-    """Of this job, once a worker was ready."""
+    """Throughput of this job once a worker was ready."""
 
 
 def bulk_embed(
@@ -86,29 +87,32 @@ def bulk_embed(
     path_column: str | None = None,
     progress: Progress = silent,
 ) -> BulkResult:
-    """Embed all pictures of `source` into Parquet shards in `output`, or go on with that.
+    """Embed all images of `source` into Parquet shards in `output`, or resume such a job.
 
     On a cluster, every node needs this package, and `source`, `output` and `bundle` at the same
-    paths.
-    By `ray://` all of it happens on the cluster: this machine needs none of them.
+    paths. With an address `ray://host:port` the whole job runs on the cluster, and this machine
+    needs none of these paths.
 
     Args:
-        source: a folder, a file, or a pattern (`serving.bulk.sources.find_source`).
-        output: a new or empty folder, or one of a job of the same source, model and runner.
-        bundle: a directory that `clip-deploy export` made.
-        runner: see `serving.runners.spec`; `auto`: the fastest on a worker, of those
-            that passed the gate; in a restarted job the one it began with.
-        shard_size: rows a shard at most; default: up to 4,096, fewer where that would leave workers
-            without work.
-        batch_size: pictures a run.
-        image_column: of Parquet; default `image` or `bytes`.
-        path_column: of Parquet, names the rows; default: the struct's own `path`, or file and row.
+        source: a directory, a file, or a pattern; see `serving.bulk.sources.find_source`.
+        output: a new or empty directory, or that of a job with the same source, model and runner.
+        bundle: directory that `clip-deploy export` wrote.
+        runner: name of a runner, see `serving.runners.spec`. `auto` takes the fastest on a worker
+            of those that passed the parity gate; a resumed job keeps its runner.
+        resources: workers of the job and the Ray cluster.
+        shard_size: maximum number of rows per shard. Default: 4,096, or fewer so that every worker
+            has enough shards.
+        batch_size: images per run of the model.
+        image_column: Parquet column of the images. Default: `image` or `bytes`.
+        path_column: Parquet column that names the rows. Default: `path` of the struct, or file and
+            row number.
+        progress: receives the number of finished shards.
 
     Raises:
-        InputError: there is nothing to embed, or `output` holds something else.
-        BundleError: no bundle, or one that cannot be run.
-        RunnerError: a worker cannot run it, or died again and again.
-        ServerError: no Ray cluster at the address.
+        InputError: there is nothing to embed, or `output` holds other files or another job.
+        BundleError: the bundle does not exist or cannot be run.
+        RunnerError: a worker failed.
+        ServerError: no Ray cluster at the address, or Ray gave up.
     """
     resources = resources or Resources()
     if resources.address and resources.address.startswith("ray://"):
@@ -130,7 +134,8 @@ def bulk_embed(
     output = output.absolute()
     if found.recursive and output.is_relative_to(found.root):
         raise InputError(
-            f"--output {output} is inside of SOURCE, {found.root}", advice="give a folder outside"
+            f"--output {output} is inside SOURCE, {found.root}",
+            advice="give a directory outside of it",
         )
     if runner != "auto":
         _check_runner(opened, runner, here=resources.address is None)
@@ -138,7 +143,7 @@ def bulk_embed(
     with output_locked(output):
         begun = begun_job(output, found, opened, runner, shard_size)
         if begun is not None:
-            progress("comparing the source with the plan")
+            progress("comparing the source with its list of shards")
         changed = begun is not None and source_changed(output, begun)
         pending = pending_shards(output) if begun else None
         crew, embedded, ready = None, 0, 0.0
@@ -184,7 +189,7 @@ def bulk_embed(
 
 
 def _check_runner(bundle: Bundle, runner: str, *, here: bool) -> None:
-    """Refuse early what no worker could run."""
+    """Raise an error early if no worker could run `runner`."""
     spec = known(runner)
     precision, library = graph_of(spec), runtime_of(spec).library
     if library is None:

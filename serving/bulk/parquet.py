@@ -1,4 +1,4 @@
-"""Pictures in Parquet files: encoded bytes in a column, alone or in Hugging Face's struct."""
+"""Images in Parquet files: a column of encoded bytes, or of the structs of Hugging Face."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,18 +8,18 @@ from serving.errors import InputError
 
 _IMAGE_COLUMNS = ("image", "bytes")
 _ROWS_AT_ONCE = 16
-"""Read at a time: bounds memory where pictures are large."""
+"""Number of rows read at a time, which bounds memory if images are large."""
 _READ_BUFFER = 1 << 20
-"""Bytes; without one, pyarrow reads a whole column of a row group at once."""
+"""Buffer size in bytes. Without a buffer, pyarrow reads a whole column of a row group at once."""
 
 
 def survey(
     paths: Iterable[Path], image_column: str | None, path_column: str | None
 ) -> tuple[str, int]:
-    """The column of pictures, by the first file that can be read, and the rows of all that can.
+    """Return the name of the image column, and the number of rows of all readable files.
 
     Raises:
-        InputError: no file can be read, or the first that can lacks a column.
+        InputError: no file can be read, or the first readable file lacks a column.
     """
     column, rows, path = None, 0, Path()
     for path in paths:
@@ -35,14 +35,18 @@ def survey(
                         f"{path} has no column {path_column!r}, only {', '.join(names)}"
                     )
     if column is None:
-        raise InputError(f"no Parquet file can be read, {path} neither; copy them again")
+        raise InputError(
+            f"no Parquet file can be read (the last one is {path})",
+            advice="copy or download the files again",
+        )
     return column, rows
 
 
 def row_group_runs(path: Path, size: int) -> list[tuple[int, int]] | None:
-    """Runs of row groups, first and one past the last, of at most `size` rows where that can be.
+    """Group consecutive row groups into runs of at most `size` rows, if no row group is larger.
 
-    None: the file cannot be read.
+    Returns:
+        The first row group of each run and one past its last, or None if the file is unreadable.
     """
     if (file := _opened(path)) is None:
         return None
@@ -64,10 +68,17 @@ def read_rows(
     path_column: str | None,
     row_groups: tuple[int, int] | None,
 ) -> Iterator[tuple[str, bytes | InputError]]:
-    """Name and picture of each row; of rows that cannot be read, the reason.
+    """Yield the name of each row with its image, or with an error if it cannot be read.
 
-    A row is named by `path_column`, or the struct's own `path`, or as `shown#row`. Of a damaged row
-    group the rows before the damage are read.
+    The name of a row is its value in `path_column`, else the `path` of the struct, else
+    `shown#row`. The rows of a damaged row group are read up to the damage.
+
+    Args:
+        path: the Parquet file.
+        shown: name of the file in errors and in names of rows.
+        image_column: column of the images.
+        path_column: column of the names.
+        row_groups: first row group to read and one past the last; None: all.
     """
     import pyarrow as pa
 
@@ -79,7 +90,7 @@ def read_rows(
                 row, stop = sum(sizes[:group]), sum(sizes[: group + 1])
                 try:
                     for record in _records(file, group, image_column, path_column):
-                        yield _picture(record, image_column, path_column, f"{shown}#{row}")
+                        yield _named_image(record, image_column, path_column, f"{shown}#{row}")
                         row += 1
                 except (OSError, pa.ArrowException) as error:
                     reason = InputError(f"row group {group} of {shown} is damaged: {error}")
@@ -96,7 +107,7 @@ def _records(
         yield from batch.to_pylist()
 
 
-def _picture(
+def _named_image(
     record: dict[str, Any], image_column: str, path_column: str | None, place: str
 ) -> tuple[str, bytes | InputError]:
     image = record[image_column]
@@ -104,7 +115,7 @@ def _picture(
     if isinstance(image, dict):
         image, name = image["bytes"], name or image.get("path")
     if image is None:
-        image = InputError("no picture: the column is null")
+        image = InputError("no image: the column is null")
     return str(name or place), image
 
 
@@ -115,7 +126,7 @@ def _open(path: Path) -> Any:
 
 
 def _opened(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`, or None if it is none."""
+    """Open a `pyarrow.parquet.ParquetFile`; return None if the file is unreadable."""
     import pyarrow as pa
 
     try:
@@ -134,12 +145,13 @@ def _image_column(schema: Any, wanted: str | None, shown: str) -> str:
     if column is None:
         raise InputError(
             f"{shown} has no column {' or '.join(map(repr, choices))}, only "
-            f"{', '.join(schema.names)}; say with --image-column which holds the pictures"
+            f"{', '.join(schema.names)}",
+            advice="name the column of images with --image-column",
         )
     if not _holds_bytes(kind := schema.field(column).type):
         raise InputError(
-            f"{shown}: column {column!r} is {kind}; expected binary (encoded pictures), or a "
-            "struct of `bytes` and `path` as in Hugging Face data sets"
+            f"{shown}: column {column!r} is {kind}; expected binary (encoded images), or a struct "
+            "of `bytes` and `path` as in Hugging Face data sets"
         )
     return column
 

@@ -1,9 +1,9 @@
-"""What a bulk job is to do, what of it is done, and whose the output folder is.
+"""State of a bulk job in its output directory.
 
-A job's folder holds `manifest.json`, the plan `shards.jsonl` (a shard a line) and a Parquet file a
-shard, which appears whole or not at all: what is there is done.
+The directory holds `manifest.json`, the list of shards `shards.jsonl` (one per line), and one
+Parquet file per finished shard, which is written atomically.
 
-Does not know: Ray, or how a shard is embedded (`bulk_worker`).
+This module does not know Ray, or how a shard is embedded (`serving.bulk.worker`).
 """
 
 import json
@@ -26,25 +26,25 @@ PLAN = "shards.jsonl"
 JOB_FORMAT = 1
 _NEW_PLAN = f".{PLAN}.tmp"
 _LOCK = ".lock"
-_MOST_ROWS, _FEWEST_ROWS = 4096, 64
-_SHARDS_A_WORKER = 16
-"""At least, where there are pictures enough: the last worker is then not waited for long."""
+_MAX_ROWS, _MIN_ROWS = 4096, 64
+_SHARDS_PER_WORKER = 16
+"""Minimum, if there are enough images, so that the job does not wait long for its last worker."""
 _SHOWN_ERRORS = 5
 
 
 def shard_path(output: Path, index: int) -> Path:
-    """The file of a shard."""
+    """Return the file of a shard."""
     return output / f"shard-{index:05}.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BulkManifest:
-    """What a folder of shards holds, and by what it was made."""
+    """Contents of `manifest.json`: the source, the model and the shards of a job."""
 
     format: int
     source: Source
     shard_size: int
-    """Rows a shard, at most (see `shards_of`)."""
+    """Maximum number of rows per shard; see `shards_of`."""
     shards: int
     plan_sha256: str
     model: str
@@ -55,19 +55,21 @@ class BulkManifest:
 
 @contextmanager
 def output_locked(output: Path) -> Iterator[None]:
-    """Make `output`, keep other jobs away, and clear away what killed workers left half written.
+    """Create `output`, lock it for one job, and delete unfinished files of crashed workers.
 
     Raises:
-        InputError: it holds something else, or another job is writing to it.
+        InputError: `output` holds other files, or another job is writing to it.
     """
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; expected the name of a folder to write")
+        raise InputError(
+            f"{output} is a file, expected a directory", advice="give a new or empty directory"
+        )
     held = {path.name for path in output.iterdir()} if output.exists() else set()
     others = sorted(held - {PLAN, _NEW_PLAN, _LOCK, f".{MANIFEST}.tmp"})
     if others and MANIFEST not in held:
         raise InputError(
-            f"{output} holds other things, such as {others[0]}, and no {MANIFEST} of a bulk job; "
-            "give a new or empty folder"
+            f"{output} holds other files, such as {others[0]}, and no {MANIFEST} of a bulk job",
+            advice="give a new or empty directory",
         )
     output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -90,10 +92,10 @@ def _clear(output: Path) -> None:
 def begun_job(
     output: Path, source: Source, bundle: Bundle, runner: str, shard_size: int | None
 ) -> BulkManifest | None:
-    """The manifest of the job that `output` belongs to, if it is this one; None if it is new.
+    """Return the manifest in `output` if a job was begun there, else None.
 
     Raises:
-        InputError: it is another.
+        InputError: the manifest is invalid or belongs to another job.
     """
     file = output / MANIFEST
     if not file.exists():
@@ -102,7 +104,8 @@ def begun_job(
         begun = from_json(BulkManifest, json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{file} is not of a bulk job ({error}); give a new or empty folder"
+            f"{file} is not the manifest of a bulk job ({error})",
+            advice="give a new or empty directory",
         ) from error
     facts = bundle.manifest
     expected: list[tuple[str, Any, Any]] = [
@@ -115,11 +118,11 @@ def begun_job(
         ("sha256 of weights", begun.weights_sha256, facts.provenance.weights_sha256),
         ("runner", begun.runner, begun.runner if runner == "auto" else runner),
     ]
-    differing = [f"its {what} is {was}, not {now}" for what, was, now in expected if was != now]
+    differing = [f"its {fact} is {old}, not {new}" for fact, old, new in expected if old != new]
     if differing:
         raise InputError(
-            f"{output} was begun by another job: {'; '.join(differing)}; give another --output, "
-            "or delete this one"
+            f"{output} belongs to another job: {'; '.join(differing)}",
+            advice="give another --output, or delete this one",
         )
     return begun
 
@@ -127,8 +130,8 @@ def begun_job(
 def plan_job(
     output: Path, source: Source, bundle: Bundle, runner: str, size: int, progress: Progress
 ) -> BulkManifest:
-    """Write the plan and the manifest of a new job."""
-    progress("cutting the source into shards")
+    """Write the list of shards and the manifest of a new job."""
+    progress("dividing the source into shards")
     temporary = output / _NEW_PLAN
     shards, digest = _write_plan(temporary, source, size)
     temporary.replace(output / PLAN)
@@ -148,7 +151,7 @@ def plan_job(
 
 
 def _write_plan(path: Path, source: Source, size: int) -> tuple[int, str]:
-    """Write the plan, a shard a line; the number of shards and the sha256 of it."""
+    """Write the list of shards; return their number and the sha256 of the file."""
     count = 0
     with path.open("w", encoding="ascii") as file:
         for count, shard in enumerate(shards_of(source, size), 1):  # noqa: B007
@@ -157,27 +160,27 @@ def _write_plan(path: Path, source: Source, size: int) -> tuple[int, str]:
 
 
 def source_changed(output: Path, begun: BulkManifest) -> bool:
-    """Whether the source would be cut otherwise today."""
+    """Return whether the source would now be divided into other shards."""
     temporary = output / _NEW_PLAN
     try:
-        today = _write_plan(temporary, begun.source, begun.shard_size)
+        current = _write_plan(temporary, begun.source, begun.shard_size)
     finally:
         temporary.unlink(missing_ok=True)
-    return today != (begun.shards, begun.plan_sha256)
+    return current != (begun.shards, begun.plan_sha256)
 
 
 def pending_shards(output: Path) -> list[dict[str, int]]:
-    """`shard`, its number, and `offset`, its place in the plan, of each that is to be done."""
+    """Return number (`shard`) and byte offset in `PLAN` (`offset`) of each unfinished shard."""
     pending, offset = [], 0
     with (output / PLAN).open("rb") as plan:
         for index, line in enumerate(plan):
-            if not _whole(shard_path(output, index)):
+            if not _is_complete(shard_path(output, index)):
                 pending.append({"shard": index, "offset": offset})
             offset += len(line)
     return pending
 
 
-def _whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -188,12 +191,12 @@ def _whole(path: Path) -> bool:
 
 
 def shard_size_for(rows: int, workers: int) -> int:
-    """Rows a shard, where the user does not say."""
-    return min(_MOST_ROWS, max(_FEWEST_ROWS, rows // (workers * _SHARDS_A_WORKER)))
+    """Return the default maximum number of rows per shard."""
+    return min(_MAX_ROWS, max(_MIN_ROWS, rows // (workers * _SHARDS_PER_WORKER)))
 
 
 def read_back(output: Path, shards: int) -> tuple[int, int, tuple[tuple[str, str], ...]]:
-    """Rows, errors and the first few of them, from the shards themselves."""
+    """Return the number of rows and of errors in the shards, and the first few errors."""
     import pyarrow.parquet as pq
 
     rows = errors = 0

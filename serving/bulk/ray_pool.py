@@ -1,4 +1,4 @@
-"""Ray: started or connected to, its CPUs and GPUs divided, its actors given the shards."""
+"""Ray: connection to a cluster, division of its CPUs and GPUs, and the pool of actors."""
 
 import logging
 import math
@@ -16,29 +16,30 @@ from serving.runners.spec import known, runtime_of
 from serving.util.machine import cpu_count
 from serving.util.progress import Progress
 
-_THREADS = 4
-"""Of a worker on CPUs: more scale badly within one batch, fewer keep more copies of the model."""
+_MAX_THREADS = 4
+"""Maximum number of threads of a worker on CPUs. More threads scale poorly within one batch; fewer
+mean more workers, each with its own copy of the model."""
 _OBJECT_STORE = 128 << 20
-"""Bytes; only numbers of shards go through it."""
+"""Size in bytes. Only shard numbers pass through the object store."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What a job takes of the cluster; None: see `crew_of`."""
+    """Resources of a job. For None, `crew_of` chooses."""
 
     workers: int | None = None
     threads: int | None = None
     gpus: float | None = None
-    """A worker's share."""
+    """GPUs per worker; may be a fraction."""
     address: str | None = None
-    """Of a running cluster, `auto` or `ray://host:port`; None: Ray is started on this machine."""
+    """Address of a running cluster, such as `auto` or `ray://host:port`. None: start Ray here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """The workers of a job, and what each of them takes."""
+    """Number of workers of a job, and the threads and GPUs of each."""
 
     workers: int
     threads: int
@@ -47,10 +48,10 @@ class Crew:
 
 @contextmanager
 def connected(address: str | None, progress: Progress) -> Iterator[None]:
-    """Ray, connected: the one that runs in this process already, one at `address`, or a new one."""
-    # Read when Ray is imported.
+    """Connect to Ray: to the one in this process, to the cluster at `address`, or to a new one."""
+    # Ray reads both variables when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Or each pool of Ray Data prints, as an error, that its actors' arguments may be lost.
+    # Otherwise every Ray Data pool logs an error that arguments of its actors may be lost.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
@@ -69,14 +70,14 @@ def connected(address: str | None, progress: Progress) -> Iterator[None]:
     else:
         progress(f"connecting to Ray at {address}")
         options["address"] = address
-        _knock(address)
+        _check_reachable(address)
     try:
-        with _hushed():  # it tells of its log level
+        with _silenced_stderr():  # Ray prints its log level
             ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         if address is not None:
             raise _no_cluster(address, error) from error
-        raise ServerError(f"Ray does not start on this machine: {error}") from error
+        raise ServerError(f"Ray failed to start on this machine: {error}") from error
     try:
         yield
     finally:
@@ -84,21 +85,21 @@ def connected(address: str | None, progress: Progress) -> Iterator[None]:
 
 
 def run_on_cluster(address: str, job: Callable[..., Result], progress: Progress) -> Result:
-    """Run `job` as a task of the cluster at `ray://...`; its `progress` is passed on.
+    """Run `job` as a task of the cluster at `ray://...` and forward its progress.
 
     Ray Data does not work through Ray's client (2.60: `'Worker' object has no attribute
-    'core_worker'`); a task of the cluster may use it.
+    'core_worker'`), but it works within a task.
     """
     with connected(address, progress):
         import ray
         from ray.util.queue import Queue
 
-        told, remote = Queue(actor_options={"num_cpus": 0}), ray.remote(num_cpus=0, max_retries=0)
-        task: Any = remote(_told).remote(job, told)
+        queue, remote = Queue(actor_options={"num_cpus": 0}), ray.remote(num_cpus=0, max_retries=0)
+        task: Any = remote(_run_with_queue).remote(job, queue)
         finished: list[Any] = []
         while not finished:
             finished, _ = ray.wait([task], timeout=0.5)
-            for step in told.get_nowait_batch(told.qsize()):
+            for step in queue.get_nowait_batch(queue.qsize()):
                 progress(*step)
         try:
             result: Result = ray.get(task)
@@ -109,15 +110,15 @@ def run_on_cluster(address: str, job: Callable[..., Result], progress: Progress)
     return result
 
 
-def _told(job: Callable[..., Any], told: Any) -> Any:
-    def tell(step: str, done: int = 0, total: int = 0) -> None:
-        told.put((step, done, total))
+def _run_with_queue(job: Callable[..., Any], queue: Any) -> Any:
+    def put(step: str, done: int = 0, total: int = 0) -> None:
+        queue.put((step, done, total))
 
-    return job(progress=tell)
+    return job(progress=put)
 
 
-def _knock(address: str) -> None:
-    """Refuse at once an address where nobody listens: Ray would try it for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise a ServerError if no server listens at `address`; Ray would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return
@@ -129,14 +130,15 @@ def _knock(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> ServerError:
     return ServerError(
-        f"no Ray cluster at {address}: {error}; start one by `ray start --head`, set RAY_AUTH_MODE="
-        "token where it asks for a token, or leave --address out"
+        f"no Ray cluster at {address}: {error}",
+        advice="start one with `ray start --head`, set RAY_AUTH_MODE=token if it requires a token, "
+        "or leave out --address",
     )
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Drop what is written to standard error, by C++ also."""
+def _silenced_stderr() -> Iterator[None]:
+    """Discard everything that is written to standard error, by C++ code too."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:  # noqa: PTH123  no file
         os.dup2(nothing.fileno(), 2)
@@ -148,10 +150,10 @@ def _hushed() -> Iterator[None]:
 
 
 def crew_of(runner: str, resources: Resources) -> Crew:
-    """Divide the cluster: by default a worker a GPU, or workers of up to four threads.
+    """Divide a cluster into workers: by default one per GPU, or of up to four threads each.
 
     Raises:
-        InputError: the cluster does not have what was asked for.
+        InputError: the cluster is too small for the requested workers.
     """
     import ray
 
@@ -165,8 +167,8 @@ def crew_of(runner: str, resources: Resources) -> Crew:
         choices = [resources.threads]
     else:
         most = max(int(node.get("CPU", 0)) for node in nodes)
-        choices = list(range(max(1, most if gpus else min(most, _THREADS)), 0, -1))
-    room = {threads: _room(nodes, threads, gpus) for threads in choices}
+        choices = list(range(max(1, most if gpus else min(most, _MAX_THREADS)), 0, -1))
+    room = {threads: _capacity(nodes, threads, gpus) for threads in choices}
     wanted = resources.workers or max(1, room[choices[-1]] if gpus else 1)
     threads = next((threads for threads in choices if room[threads] >= wanted), choices[-1])
     if room[threads] < wanted:
@@ -174,13 +176,14 @@ def crew_of(runner: str, resources: Resources) -> Crew:
         has = [sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")]
         raise InputError(
             f"{wanted} workers of {each} do not fit a cluster of {has[0]:g} CPUs and {has[1]:g} "
-            f"GPUs: {room[threads]} would; give fewer --workers or --threads, or another --runner"
+            f"GPUs, which has room for {room[threads]}",
+            advice="give fewer --workers or --threads, or another --runner",
         )
     return Crew(workers=resources.workers or room[threads], threads=threads, gpus=gpus)
 
 
-def _room(nodes: list[dict[str, Any]], threads: int, gpus: float) -> int:
-    """Workers that fit; none spans nodes."""
+def _capacity(nodes: list[dict[str, Any]], threads: int, gpus: float) -> int:
+    """Return the number of workers that fit; a worker cannot span nodes."""
     fits = (
         min(node.get("CPU", 0) // threads, node.get("GPU", 0) // gpus if gpus else math.inf)
         for node in nodes
@@ -193,17 +196,17 @@ def _on_gpu(runner: str) -> bool:
 
 
 def chosen_runner(runner: str, bundle: Path, crew: Crew, progress: Progress) -> str:
-    """`runner`, or in place of `auto` the fastest on a worker."""
+    """Return `runner`, or for `auto` the fastest runner on a worker."""
     if runner != "auto":
         return runner
     import ray
 
     progress("timing runners")
-    # max_calls: the process ends with it, and with the memory of the runtimes it tried.
+    # max_calls=1 ends the process after the task, which frees the memory of the runtimes it timed.
     timing = ray.remote(num_cpus=crew.threads, num_gpus=crew.gpus, max_calls=1)(fastest_runner)
     try:
         chosen: str = ray.get(timing.remote(bundle, crew.threads))
-    except BundleError as error:  # Ray's error is one of the task's own class, with a traceback
+    except BundleError as error:  # raised by Ray as a subclass whose message has a traceback
         raise BundleError(str(getattr(error, "cause", error))) from error
     return chosen
 
@@ -211,7 +214,7 @@ def chosen_runner(runner: str, bundle: Path, crew: Crew, progress: Progress) -> 
 def embed_shards(
     job: Job, pending: list[dict[str, int]], shards: int, crew: Crew, progress: Progress
 ) -> tuple[int, float]:
-    """Embed the shards of `pending`; the rows embedded, and when the first worker was ready."""
+    """Embed the pending shards; return the number of rows, and when the first worker was ready."""
     import ray.data
     import ray.exceptions
 
@@ -219,7 +222,7 @@ def embed_shards(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # A block a shard: what is retried when a worker dies, and told of when it is done.
+    # One block per shard, because Ray retries and reports blocks.
     dataset = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
         Worker,
         batch_size=None,
@@ -234,19 +237,19 @@ def embed_shards(
     try:
         for answer in dataset.iter_rows():
             if answer["failure"]:
-                raise RunnerError(f"a worker cannot go on: {answer['failure']}")
+                raise RunnerError(f"a worker failed: {answer['failure']}")
             done, rows = done + 1, rows + answer["rows"]
             ready = min(ready or answer["ready"], answer["ready"])
             progress(_step(job, crew, done, shards), done, shards)
     except ray.exceptions.RayError as error:
         raise ServerError(
-            f"Ray gave up after {done} of {shards} shards: {error}; the same command goes on with "
-            "the rest"
+            f"Ray gave up after {done} of {shards} shards: {error}",
+            advice="run the same command again to resume",
         ) from error
     return rows, ready
 
 
 def _step(job: Job, crew: Crew, done: int, shards: int) -> str:
-    """In tenths: where there is no bar, each new text is a line."""
+    """Return the progress text, in steps of 10 %: without a terminal each new text is a line."""
     workers = f"{crew.workers} worker{'s' * (crew.workers > 1)} x {crew.threads} threads"
     return f"embedding, {job.runner}, {workers}: {done * 10 // shards * 10} %"

@@ -1,10 +1,10 @@
-"""What a bulk job reads: pictures in folders, Parquet files or WebDataset tars, cut into shards.
+"""Sources of a bulk job: directories of images, Parquet files or WebDataset tars, as shards.
 
-Ray Data's own readers are not used: one unreadable file ends their job (or, told to go on, they
-drop the whole block it is in), and the order of their rows differs from run to run, so that a
-restarted job could not know what is done.
+Ray Data's own readers are not used. One unreadable file ends their job, or drops its whole block if
+errors are ignored. The order of their rows differs between runs, so a restarted job could not tell
+which rows are done.
 
-Does not know: Ray, or what becomes of the rows (`bulk_worker`).
+This module does not know Ray, or how the rows are processed (`serving.bulk.worker`).
 """
 
 import glob
@@ -25,60 +25,67 @@ from serving.util.directories import SUFFIXES, walk
 
 SourceKind = Literal["pictures", "parquet", "webdataset"]
 Row: TypeAlias = tuple[str, Path | bytes | InputError]
-"""A name, and the picture: its file, its encoded bytes, or why it cannot be had."""
+"""Name of an image, and its file, its encoded bytes, or the error why it cannot be read."""
 
 _KINDS: dict[str, SourceKind] = {
     **dict.fromkeys(SUFFIXES, "pictures"),
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-_CALLED = {"pictures": "pictures", "parquet": "Parquet files", "webdataset": "tars"}
+_KIND_NAMES = {"pictures": "images", "parquet": "Parquet files", "webdataset": "tars"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where pictures come from."""
+    """Location of the images of a job, and how to read them."""
 
     location: str
-    """Absolute path of a folder or file, or a pattern of paths."""
+    """Absolute path of a directory or file, or a pattern of paths."""
     kind: SourceKind
     image_column: str | None = None
-    """Of Parquet: holds encoded pictures, or structs of `bytes` and `path`."""
+    """Parquet column of encoded images, or of structs of `bytes` and `path`."""
     path_column: str | None = None
-    """Of Parquet: names the rows."""
+    """Parquet column that names the rows."""
 
     @property
     def root(self) -> Path:
-        """What the names of rows are relative to."""
+        """Directory that names of rows are relative to."""
         return _root(self.location)
 
     @property
     def recursive(self) -> bool:
-        """Whether files at any depth below `root` belong to it."""
+        """True if files at any depth below `root` belong to the source."""
         return Path(self.location).is_dir() or "**" in self.location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What becomes one file of the output."""
+    """Part of a source that becomes one file of the output."""
 
     files: tuple[str, ...]
-    """Relative to the source's root: pictures, or the one Parquet file or tar."""
+    """Images, or a single Parquet file or tar, relative to the root of the source."""
     row_groups: tuple[int, int] | None = None
-    """First and one past the last, of the Parquet file; None: all."""
+    """First row group of the Parquet file, and one past the last. None: all."""
 
 
 def find_source(
     source: str, image_column: str | None = None, path_column: str | None = None
 ) -> tuple[Source, int]:
-    """Look at `source`: a folder (searched recursively), a file, or a pattern such as `a/**/*.tar`.
+    """Find the images of `source`.
+
+    Args:
+        source: a directory, which is searched recursively, a file, or a pattern such as
+            `a/**/*.tar`.
+        image_column: Parquet column of the images. Default: `image` or `bytes`.
+        path_column: Parquet column that names the rows.
 
     Returns:
-        The source, and how many rows it has; tars are counted as one, since only reading them
-        would tell.
+        The source and its number of rows. A tar counts as one row, because its number of images is
+        unknown until it is read.
 
     Raises:
-        InputError: there is nothing, or nothing of a kind that can be read, or more than one kind.
+        InputError: the source does not exist, has no files of a readable kind, or has files of
+            several kinds.
     """
     location = os.path.abspath(source)  # noqa: PTH100  a pattern is no path
     found = Counter(_kind(name) for name in _files(location))
@@ -86,20 +93,24 @@ def find_source(
     if not kinds:
         there = Path(source).exists()
         raise InputError(
-            f"{source}: {'nothing to embed' if there else 'no such file or folder'}; expected a "
-            f"folder of pictures ({', '.join(SUFFIXES)}), of Parquet files (.parquet) or of "
+            f"{source}: {'nothing to embed' if there else 'no such file or directory'}; expected a "
+            f"directory of images ({', '.join(SUFFIXES)}), of Parquet files (.parquet) or of "
             "WebDataset tars (.tar), one such file, or a pattern such as 'data/**/*.tar'"
         )
     if len(kinds) > 1:
-        held = " and ".join(f"{found[kind]} {_CALLED[kind]}" for kind in sorted(kinds))
+        held = " and ".join(f"{found[kind]} {_KIND_NAMES[kind]}" for kind in sorted(kinds))
         raise InputError(
-            f"{source} holds {held}; say which are meant by a pattern in quotes, such as "
-            f"'{source.rstrip('/')}/**/*.jpg' or '{source.rstrip('/')}/**/*.parquet'"
+            f"{source} holds {held}, expected one kind of files",
+            advice="choose with a quoted pattern, such as "
+            f"'{source.rstrip('/')}/**/*.jpg' or '{source.rstrip('/')}/**/*.parquet'",
         )
     kind = kinds[0]
     if kind != "parquet":
         if image_column or path_column:
-            raise InputError(f"{source} holds {_CALLED[kind]}, which have no columns")
+            raise InputError(
+                f"{source} holds {_KIND_NAMES[kind]}, which have no columns",
+                advice="leave out --image-column and --path-column",
+            )
         return Source(location=location, kind=kind), found[kind]
     paths = (_root(location) / name for name in _files(location) if _kind(name) == kind)
     image, rows = survey(paths, image_column, path_column)
@@ -110,13 +121,13 @@ def find_source(
 
 
 def shards_of(source: Source, size: int) -> Iterator[Shard]:
-    """Cut `source` into shards of at most `size` rows, the same way every time.
+    """Divide `source` into shards of at most `size` rows, deterministically.
 
-    A Parquet file is cut between row groups only, so one that is larger makes a larger shard; a tar
-    is not cut at all.
+    A Parquet file is divided only between row groups, so a larger row group becomes a larger shard.
+    A tar is always one shard.
 
     Raises:
-        InputError: a folder cannot be listed.
+        InputError: a directory cannot be listed.
     """
     names = (name for name in _files(source.location) if _kind(name) == source.kind)
     if source.kind == "pictures":
@@ -133,12 +144,12 @@ def shards_of(source: Source, size: int) -> Iterator[Shard]:
     else:
         for name in names:
             runs = row_group_runs(source.root / name, size)
-            # Unreadable: a shard of one row with the reason.
+            # An unreadable file becomes a shard of one row, which holds the error.
             yield from (Shard(files=(name,), row_groups=run) for run in runs or (None,))
 
 
 def read_shard(source: Source, shard: Shard) -> Iterator[Row]:
-    """The rows of a shard; what cannot be read is a row with the reason."""
+    """Return the rows of a shard; rows that cannot be read hold an error."""
     if source.kind == "pictures":
         return ((printable(name), source.root / name) for name in shard.files)
     (name,) = shard.files
@@ -155,7 +166,7 @@ def read_shard(source: Source, shard: Shard) -> Iterator[Row]:
 
 
 def printable(name: str) -> str:
-    """A file name that is not UTF-8 on disk, as text that is: its odd bytes become `\\udcxx`."""
+    """Return a file name as valid UTF-8; bytes that are not UTF-8 become `\\udcxx`."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -175,9 +186,10 @@ def _root(location: str) -> Path:
 
 
 def _files(location: str) -> Iterator[str]:
-    """Names relative to the root, in an order that depends on nothing but the names.
+    """Return names relative to the root, in an order that depends only on the names.
 
-    Of a folder, the names of one directory at a time are in memory; of a pattern all that match.
+    For a directory, only the names of one directory at a time are in memory; for a pattern, all
+    matches are.
     """
     path, root = Path(location), _root(location)
     if path.is_dir():
@@ -196,28 +208,28 @@ def _tar_rows(path: Path, name: str) -> Iterator[Row]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # they would pile up
+                tar.members = []  # type: ignore[attr-defined]  # bounds memory: tarfile keeps every member
                 if not member.isfile() or _kind(member.name) != "pictures":
                     continue
-                picture = _member(tar, member)
+                image = _member(tar, member)
                 found += 1
-                yield f"{name}/{printable(member.name)}", picture
+                yield f"{name}/{printable(member.name)}", image
             _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         yield (
             name,
             InputError(
-                f"the tar is cut off or damaged after {found} pictures ({error}); copy or download "
+                f"the tar is truncated or damaged after {found} images ({error}); copy or download "
                 "it again"
             ),
         )
         return
     if not found:
-        yield name, InputError(f"no pictures in this tar; expected members {', '.join(SUFFIXES)}")
+        yield name, InputError(f"no images in this tar; expected members {', '.join(SUFFIXES)}")
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | InputError:
-    """A picture, or, before it is read, that it is too large."""
+    """Read an image; return an error without reading it if it is too large."""
     if member.size > MAX_PICTURE_BYTES:
         return InputError(too_large(member.size))
     file = tar.extractfile(member)
@@ -226,8 +238,8 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | InputError
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """`tarfile` takes a damaged header, or none, for the end; an archive ends with zeros."""
+    """Check that the archive ends with zeros: `tarfile` ends silently at a damaged header."""
     file: Any = tar.fileobj
     file.seek(tar.offset)
     if (end := file.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("damaged header" if end else "no end-of-archive mark")
+        raise tarfile.ReadError("damaged header" if end else "no end-of-archive marker")

@@ -1,9 +1,9 @@
-"""One worker of a bulk job: it decodes and embeds the pictures of a shard, and writes its file.
+"""Worker of a bulk job, which embeds the images of a shard and writes its Parquet file.
 
-A shard's file appears whole or not at all, so a shard may be tried any number of times, by any
-worker. Pixels and embeddings never leave the process that made them.
+The file is written atomically, so any worker may retry a shard any number of times. Pixels and
+embeddings never leave the process.
 
-Does not know: who hands out the shards (`bulk`).
+This module does not know how shards are distributed (`serving.bulk.ray_pool`).
 """
 
 import json
@@ -32,19 +32,19 @@ from serving.runners.registry import open_runner
 from serving.util.typed_json import from_json
 
 _AHEAD = 1
-"""Batches that are being decoded while one is embedded."""
+"""Number of batches that are decoded while another one is embedded."""
 _ROW_GROUP = 1024
-"""Rows of a row group of the output: bounds what a worker holds, whatever the size of a shard."""
+"""Rows per row group of the output, which bounds the memory of a worker for any shard size."""
 
 Decoded = NDArray[np.uint8] | str
-"""Pixels, or why there are none."""
+"""Pixels, or the reason of an error."""
 Batch = tuple[list[str], list[Decoded]]
-"""Names, and what became of their pictures."""
+"""Names of images, and their pixels or errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What all workers of a job share."""
+    """Parameters that all workers of a job share."""
 
     source: Source
     output: Path
@@ -55,10 +55,10 @@ class Job:
 
 
 def schema(dim: int) -> Any:
-    """The `pyarrow.Schema` of the output.
+    """Return the `pyarrow.Schema` of the output.
 
-    The embedding of an error is zeros, not null: up to PyArrow 25, lists of fixed size that hold a
-    null can be written to Parquet and not be read (github.com/apache/arrow/issues/35692).
+    The embedding of a row with an error is zeros, not null: up to PyArrow 25, fixed-size lists with
+    a null can be written to Parquet but not read (github.com/apache/arrow/issues/35692).
     """
     import pyarrow as pa
 
@@ -73,10 +73,12 @@ def schema(dim: int) -> Any:
 
 
 def fastest_runner(bundle: Path, threads: int) -> str:
-    """The fastest runner of the image tower, of those that passed the gate, with `threads`.
+    """Return the fastest runner of the image tower with `threads` CPUs.
+
+    Only runners that passed the parity gate are timed.
 
     Raises:
-        BundleError: none can run here.
+        BundleError: none of them is available on this machine.
     """
     keep_to_cpus(threads)
     opened = Bundle.open(bundle)
@@ -84,10 +86,10 @@ def fastest_runner(bundle: Path, threads: int) -> str:
 
 
 class Worker:
-    """Embeds shards; Ray makes one an actor.
+    """Ray actor that embeds shards.
 
-    A failure that would meet every shard (no such runner here, a full disk) is an answer, not an
-    exception: Ray would try again.
+    A failure that affects every shard, such as a missing runner or a full disk, is returned as a
+    result: Ray would retry after an exception.
     """
 
     def __init__(self, job: Job) -> None:
@@ -106,11 +108,15 @@ class Worker:
         self._ready = time.time()
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, list[Any]]:
-        """Embed the shards of `batch`, `shard` and `offset` (of its line in the plan), int64 [n].
+        """Embed shards.
+
+        Args:
+            batch: `shard`, the number of each shard, and `offset`, the byte offset of its line in
+                `PLAN`; both int64 [n].
 
         Returns:
-            For each its `shard`, its `rows`, `failure` ("" if none), and when this worker was
-            `ready`, in seconds since 1970.
+            For each shard its number `shard`, its number of `rows`, `failure` ("" if none), and
+            when this worker was `ready`, in seconds since 1970.
         """
         answers: dict[str, list[Any]] = {"shard": [], "rows": [], "failure": [], "ready": []}
         for index, offset in zip(batch["shard"].tolist(), batch["offset"].tolist(), strict=True):
@@ -138,7 +144,7 @@ class Worker:
             with temporary.open("wb") as file:
                 count = self._write(file, batches)
                 file.flush()
-                os.fsync(file.fileno())  # or a power failure leaves an empty file of a good name
+                os.fsync(file.fileno())  # a power failure could leave an empty file otherwise
             temporary.replace(target)
             attempts.done()
         finally:
@@ -184,25 +190,25 @@ class Worker:
         return pa.table(arrays, schema=columns)
 
     def _decoded(self, rows: Iterable[Row], size: int, ahead: int = _AHEAD) -> Iterator[Batch]:
-        """Batches, with up to `ahead` more being decoded."""
-        begun: deque[tuple[list[str], list[Future[Decoded]]]] = deque()
+        """Yield decoded batches while up to `ahead` more are being decoded."""
+        submitted: deque[tuple[list[str], list[Future[Decoded]]]] = deque()
         remaining = iter(rows)
         while batch := list(islice(remaining, size)):
             names = [name for name, _ in batch]
-            begun.append((names, [self._pool.submit(self._pixels, item) for _, item in batch]))
-            if len(begun) > ahead:
-                yield _finished(*begun.popleft())
-        while begun:
-            yield _finished(*begun.popleft())
+            submitted.append((names, [self._pool.submit(self._pixels, item) for _, item in batch]))
+            if len(submitted) > ahead:
+                yield _finished(*submitted.popleft())
+        while submitted:
+            yield _finished(*submitted.popleft())
 
-    def _pixels(self, picture: Path | bytes | InputError) -> Decoded:
-        if isinstance(picture, InputError):
-            return picture.reason
+    def _pixels(self, image: Path | bytes | InputError) -> Decoded:
+        if isinstance(image, InputError):
+            return image.reason
         try:
-            return preprocess(picture, self._spec)
+            return preprocess(image, self._spec)
         except InputError as error:
             return error.reason
-        except Exception as error:  # whatever a decoder raises is that picture's, not the job's
+        except Exception as error:  # an error of a decoder concerns only this image
             return f"{type(error).__name__}: {error}"
 
 

@@ -1,1 +1,1 @@
-"""Bundles: the manifest, its files and their integrity, facts of TensorRT engines."""
+"""Bundles: the manifest, the files it lists and their integrity, and facts of TensorRT engines."""

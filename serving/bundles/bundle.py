@@ -1,13 +1,17 @@
-"""A bundle on disk: what `export` writes and `serving` reads.
+"""The bundle on disk, which `export` writes and `serving` reads.
 
-A bundle is a directory: `manifest.json`, `tokenizer.json`, and for each tower and precision
-`<tower>.<precision>.onnx` (with `.onnx.data` beside it when over 2 GB), where it was asked for
-`prefix_tree.<precision>.onnx`, the text tower over trees of tokens, and for TensorRT
-`engines/<device>-<library>-<version>/<tower>.<precision>.plan` with its sidecar. The manifest is
-the single source of truth about all of them, their names included (a plan that was built again is
-called `.new.plan`); a file it does not vouch for is not loaded.
+A bundle is a directory with these files:
 
-Does not know: how artifacts are made (`export`), or run (`serving.runners`).
+- `manifest.json` and `tokenizer.json`.
+- `<tower>.<precision>.onnx` for each tower and precision, with `.onnx.data` beside it if the graph
+  is larger than 2 GB.
+- `prefix_tree.<precision>.onnx`, if requested: the text tower over trees of tokens.
+- `engines/<device>-<library>-<version>/<tower>.<precision>.plan` for TensorRT, with a sidecar.
+
+The manifest is the single source of truth about all of them, including their names (an engine that
+was rebuilt is named `.new.plan`). A file that the manifest does not list is not loaded.
+
+This module does not know how artifacts are made (`export`) or run (`serving.runners`).
 """
 
 import json
@@ -29,7 +33,7 @@ from serving.util.typed_json import from_json
 
 
 class Bundle:
-    """A directory and its manifest."""
+    """A bundle's directory and its manifest."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -40,82 +44,83 @@ class Bundle:
         """Read the manifest of the bundle at `path`.
 
         Raises:
-            BundleError: there is no bundle, or its manifest is not of this format, was edited or
-                damaged, or names files outside of the bundle.
+            BundleError: there is no bundle at `path`, or its manifest has another format, was
+                edited or damaged, or names files outside the bundle.
         """
         file = path / "manifest.json"
         if not file.exists():
             raise BundleError(
-                f"{path} is not a bundle: no manifest.json in it; "
-                "make one with `clip-deploy export CHECKPOINT`"
+                f"{path} is not a bundle: it has no manifest.json",
+                advice="make a bundle with `clip-deploy export CHECKPOINT`",
             )
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             found = document.get("format") if isinstance(document, dict) else None
             if found != MANIFEST_FORMAT:
                 raise BundleError(
-                    f"{file}: manifest format {found!r}, this version reads {MANIFEST_FORMAT}; "
-                    "export the checkpoint again"
+                    f"{file}: expected manifest format {MANIFEST_FORMAT}, found {found!r}",
+                    advice="export the checkpoint again",
                 )
             manifest = from_json(Manifest, unsealed(document))
             check_seal(document)
-            check_names(vouched.name for vouched in manifest.files)
+            check_names(listed.name for listed in manifest.files)
             return cls(path, manifest)
         except ValueError as error:
-            raise BundleError(f"{file}: {error}; export the checkpoint again") from error
+            raise BundleError(f"{file}: {error}", advice="export the checkpoint again") from error
 
     @property
     def tokenizer(self) -> Path:
-        """The verified `tokenizer.json`."""
+        """Path of `tokenizer.json`, after its checksum was verified."""
         return self._verified([self.manifest.tokenizer])
 
     def artifact(self, graph: Graph, precision: str) -> Artifact:
-        """Return the ONNX graph `graph` in `precision`.
+        """Return the artifact of the ONNX graph `graph` in `precision`.
 
         Raises:
-            BundleError: the bundle has none.
+            BundleError: the bundle has no such graph.
         """
         graphs = [a for a in self.manifest.artifacts if (a.graph, a.kind) == (graph, "onnx")]
         for artifact in graphs:
             if artifact.precision == precision:
                 return artifact
-        has = sorted(artifact.precision for artifact in graphs)
+        available = sorted(artifact.precision for artifact in graphs)
         option = "--prefix-tree " if graph == "prefix_tree" else ""
         raise BundleError(
-            f"{self.path} has no {precision} {graph} graph, only {', '.join(has) or 'none'}",
+            f"{self.path} has no {precision} {graph} graph, only {', '.join(available) or 'none'}",
             advice=f"export the checkpoint again with {option}--precision {precision}",
         )
 
     def plans(self, tower: Tower, precision: str, library: Library) -> list[Artifact]:
-        """The plans of `tower` in `precision`, whatever device they were built on.
+        """Return the engines of `tower` in `precision`, built on any device.
 
         Raises:
-            BundleError: the bundle has none.
+            BundleError: the bundle has no such engine.
         """
-        plans = [
+        engines = [
             a
             for a in self.manifest.artifacts
             if (a.graph, a.kind, a.precision) == (tower, "engine", precision)
             and a.engine is not None
             and a.engine.library == library
         ]
-        if not plans:
+        if not engines:
             raise BundleError(
-                f"{self.path} has no {precision} {tower} plan of {library}; build it where it is "
-                f"to run: {self.build_command(precision, library)}"
+                f"{self.path} has no {precision} {tower} engine of {library}",
+                advice="build it on the machine that will run it: "
+                f"{self.build_command(precision, library)}",
             )
-        return plans
+        return engines
 
     def build_command(self, precision: str, library: Library) -> str:
-        """What builds the plans of `precision` for the machine it is run on."""
+        """Return the command that builds the engines of `precision` for the machine it runs on."""
         return f"clip-deploy engine {self.path} --engine {library} --precision {precision}"
 
     def verified(self, artifact: Artifact) -> Path:
-        """The path of `artifact`'s graph, after comparing its files with the manifest.
+        """Return the path of `artifact`'s graph, after verifying its files against the manifest.
 
         Raises:
-            BundleError: a file is missing, is not the one that was exported, or reads others that
-                the manifest does not vouch for.
+            BundleError: a file is missing, differs from the exported one, or reads a file that the
+                manifest does not list.
         """
         path = self._verified(artifact.files)
         if artifact.kind == "onnx":
@@ -128,6 +133,6 @@ class Bundle:
 
 
 def describe_file(path: Path, root: Path | None = None) -> File:
-    """What the manifest of the bundle at `root` (default: the file's folder) says of a file."""
+    """Return the manifest entry of a file in the bundle at `root` (default: its directory)."""
     name = path.relative_to(root or path.parent).as_posix()
     return File(name=name, sha256=sha256_of(path), bytes=path.stat().st_size)

@@ -1,9 +1,10 @@
-"""What is known of a TensorRT plan, and whether it fits this machine: asked before it is loaded.
+"""Facts of TensorRT engines, checked against this machine before an engine is loaded.
 
-A plan is machine code for one GPU by one version of a library. Beside each lies a JSON with these
-facts (`<plan>.json`), and the manifest vouches for both.
+An engine is machine code for one GPU, built by one version of a library. Each `.plan` file has a
+JSON sidecar with these facts (`<name>.plan.json`), and the manifest lists both files.
 
-Does not know: how plans are made (`export.engines.builder`) or run (`serving.runners.tensor_rt`).
+This module does not know how engines are built (`export.engines.builder`) or run
+(`serving.runners.tensor_rt`).
 """
 
 from collections.abc import Sequence
@@ -19,62 +20,63 @@ MODULES: dict[Library, tuple[str, ...]] = {
     "tensorrt": ("tensorrt", "tensorrt_bindings"),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
-"""What each library is imported as: by its complete package, or by its bindings alone, which take
-the shared libraries that a container already has."""
+"""Importable modules of each library: the complete package, or the bindings alone, which use the
+shared libraries that a container image already has."""
 
 SHORT_TEXT = 32
-"""Tokens up to which a text runs by the profile that was tuned for short ones."""
+"""Maximum length, in tokens, of texts that use the optimization profile tuned for short texts."""
 
 _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Shapes of the input that a plan takes, and the one it was tuned for."""
+    """An optimization profile: the input shapes it covers, and the shape it is tuned for."""
 
     minimum: tuple[int, ...]
     optimum: tuple[int, ...]
     maximum: tuple[int, ...]
 
     def takes(self, shape: Sequence[int]) -> bool:
-        """Whether `shape` lies between minimum and maximum."""
+        """Return whether every dimension of `shape` lies between minimum and maximum."""
         bounds = zip(self.minimum, shape, self.maximum, strict=True)
         return all(low <= size <= high for low, size, high in bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """How a plan came to be."""
+    """The build parameters of an engine."""
 
     library: Library
     version: str
-    """Of the library."""
+    """Version of the library."""
     device: str | None
-    """Name of the GPU it was tuned on; None of TensorRT-RTX, which compiles when it is loaded."""
+    """Name of the GPU it was tuned on; None for TensorRT-RTX, which compiles at load time."""
     compute_capability: str | None
     cuda: str | None
-    """Newest CUDA version of the driver it was built under; None without a driver."""
+    """Newest CUDA version that the driver supported at build time; None without a driver."""
     profiles: tuple[Profile, ...]
     onnx_sha256: str
-    """Of the graph it was built from."""
+    """sha256 of the ONNX graph that it was built from."""
     build_seconds: float
     workspace_bytes: int
     optimization_level: int
     version_compatible: bool = False
-    """Loads in later versions of the same major version."""
+    """True if later versions with the same major version can load it."""
     hardware_compatible: bool = False
-    """Runs on any GPU from Ampere on."""
+    """True if it runs on any GPU of the Ampere generation or later."""
     weights_stripped: bool = False
-    """Holds no weights; they are put in from the graph when it is loaded."""
+    """True if it contains no weights; they are refitted from the ONNX graph at load time."""
 
 
 def mismatches(engine: Engine, onnx_sha256: str, gpu: Gpu | None, version: str | None) -> list[str]:
-    """Why a plan cannot be used here; empty if it can.
+    """Return the reasons why an engine cannot run on this machine; empty if it can.
 
     Args:
-        onnx_sha256: of the bundle's graph of the same tower and precision.
-        gpu: of this machine.
-        version: of the plan's library on this machine; None if it is not installed.
+        engine: facts of the engine.
+        onnx_sha256: sha256 of the bundle's ONNX graph of the same tower and precision.
+        gpu: GPU of this machine.
+        version: installed version of the engine's library; None if it is not installed.
     """
     return [
         *_graph(engine, onnx_sha256),
@@ -88,8 +90,8 @@ def _graph(engine: Engine, onnx_sha256: str) -> list[str]:
     if engine.onnx_sha256 == onnx_sha256:
         return []
     return [
-        f"graph: the plan was built from one with sha256 {engine.onnx_sha256[:16]}..., the "
-        f"bundle's is {onnx_sha256[:16]}..."
+        f"graph: the engine was built from a graph with sha256 {engine.onnx_sha256[:16]}..., the "
+        f"bundle's has {onnx_sha256[:16]}..."
     ]
 
 

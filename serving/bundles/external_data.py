@@ -1,8 +1,9 @@
-"""Which other files an ONNX graph reads its weights from, found without loading it.
+"""Find the files that an ONNX graph reads its weights from, without loading the graph.
 
-A graph may name any path there (`TensorProto.external_data`, onnx.proto), and whatever runs it
-opens that path. So it is looked at before. Only the structure is read, by the rules of
-protobuf's wire format: weights are stepped over, and no package is needed that a server lacks.
+A graph may name any path as external data (`TensorProto.external_data` in onnx.proto), and a
+runtime opens that path when it loads the graph. The paths are therefore checked before. This module
+parses only the structure of protobuf's wire format: it skips over weights, and it needs no package
+that is missing on a server, such as onnx.
 """
 
 import mmap
@@ -26,17 +27,17 @@ _INSIDE: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""Message -> number of a field -> the message in it, as far as tensors can lie in there."""
+"""Message -> field number -> message of that field, for all fields that can contain tensors."""
 _FIXED = {1: 8, 5: 4}
-"""Wire type -> bytes of its value."""
+"""Wire type -> size of its value in bytes."""
 _VARINT_BYTES = 10
 
 
 def external_files(graph: Path) -> set[str]:
-    """The paths that tensors of an ONNX file say their values are in, as they stand there.
+    """Return the external data paths of all tensors in an ONNX file, exactly as written there.
 
     Raises:
-        ValueError: it is no protobuf message.
+        ValueError: the file is not a protobuf message.
     """
     with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found: set[str] = set()
@@ -55,7 +56,7 @@ def external_files(graph: Path) -> set[str]:
 
 
 def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
-    """A StringStringEntryProto: key, value."""
+    """Return key and value of a StringStringEntryProto."""
     texts = {1: "", 2: ""}
     for number, (first, last) in _fields(data, start, end):
         texts[number] = data[first:last].decode("utf-8")
@@ -63,7 +64,7 @@ def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Number and bounds of each field that has a length, in the message from `start` to `end`."""
+    """Yield number and bounds of each length-delimited field of the message at `start` to `end`."""
     at = start
     while at < end:
         tag, at = _varint(data, at, end)
@@ -77,16 +78,16 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, tuple[
             yield number, (at, at + length)
             at += length
         else:
-            raise ValueError(f"wire type {wire} at byte {at}")
+            raise ValueError(f"unknown wire type {wire} at byte {at}")
         if at > end:
-            raise ValueError(f"a field ends at byte {at}, beyond its message's end at {end}")
+            raise ValueError(f"a field ends at byte {at}, beyond the end of its message at {end}")
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    """A number, and where it ends."""
+    """Return a varint and the offset behind it."""
     value = 0
     for index, byte in enumerate(data[at : min(at + _VARINT_BYTES, end)]):
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return value, at + index + 1
-    raise ValueError(f"no number ends at byte {at}")
+    raise ValueError(f"the varint at byte {at} does not end")

@@ -1,8 +1,8 @@
-"""Is what lies in a bundle what was exported? The checks behind `serving.bundles.bundle`.
+"""Integrity checks of a bundle's files, used by `serving.bundles.bundle`.
 
-They find damage, half a copy, files of another model, an edit by hand, and paths that lead out of
-the bundle. They are no protection against someone who may write to it: who can make a manifest can
-vouch for anything.
+The checks detect damaged files, incomplete copies, files of another model, manual edits, and paths
+that lead outside the bundle. They do not protect against an attacker with write access to the
+bundle, who can also write a matching manifest.
 """
 
 import hashlib
@@ -19,26 +19,26 @@ _SEAL = "checksum"
 
 
 def sealed(document: dict[str, Any]) -> str:
-    """The text of a manifest: `document` and its checksum."""
+    """Return `document` with its checksum added, as JSON text."""
     return json.dumps({**document, _SEAL: _checksum(document)}, indent=2) + "\n"
 
 
 def unsealed(document: dict[str, Any]) -> dict[str, Any]:
-    """The document that `sealed` was given; to be checked by `check_seal` when it is understood."""
+    """Return the document without its checksum, which `check_seal` verifies after parsing."""
     return {key: value for key, value in document.items() if key != _SEAL}
 
 
 def check_seal(document: dict[str, Any]) -> None:
-    """Compare a sealed document with its checksum.
+    """Verify the checksum of a sealed document.
 
     Raises:
-        ValueError: it is another.
+        ValueError: the checksum does not match.
     """
     found, wanted = _checksum(unsealed(document)), document.get(_SEAL)
     if found != wanted:
         raise ValueError(
             f"it was edited or damaged after it was written: its contents have the {_SEAL} "
-            f"{found[:16]}..., it says {str(wanted)[:16]}..."
+            f"{found[:16]}..., its {_SEAL} field says {str(wanted)[:16]}..."
         )
 
 
@@ -48,51 +48,56 @@ def _checksum(document: dict[str, Any]) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse names of files that lead out of the folder they are to be in.
+    """Check that file names are relative paths that stay inside the bundle.
 
     Raises:
-        ValueError: one of them does.
+        ValueError: a name is empty, absolute, or contains `..`.
     """
     for name in names:
         path = PurePosixPath(name)
         if not path.parts or path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"it names the file {name!r}; expected a path inside of the bundle")
+            raise ValueError(f"it names the file {name!r}; expected a path inside the bundle")
 
 
 def checked_file(root: Path, name: str, sha256: str) -> Path:
-    """The path of a file of the bundle at `root`, after comparing it with what was exported.
+    """Return the path of a file of the bundle at `root`, after verifying its sha256.
 
     Raises:
-        BundleError: it is missing, another, or lies elsewhere.
+        BundleError: the file is missing, has another sha256, or is a link to a file outside the
+            bundle.
     """
     path = root / name
     if not path.is_file():
-        raise BundleError(f"{path} is missing; export the checkpoint again")
+        raise BundleError(f"{path} is missing", advice="export the checkpoint again")
     if not (real := path.resolve()).is_relative_to(root.resolve()):
         raise BundleError(
-            f"{path} is a link to {real}, outside of the bundle; put the file itself there"
+            f"{path} is a link to {real}, outside the bundle",
+            advice="replace the link with the file itself",
         )
     if (found := sha256_of(path)) != sha256:
         raise BundleError(
-            f"{path} is not the file that was exported: its sha256 is {found[:16]}..., the "
-            f"manifest says {sha256[:16]}...; it was changed or damaged, export the checkpoint "
-            "again"
+            f"{path} is not the file that was exported, it was changed or damaged: its sha256 is "
+            f"{found[:16]}..., the manifest says {sha256[:16]}...",
+            advice="export the checkpoint again",
         )
     return path
 
 
-def check_external_data(graph: Path, vouched: set[str]) -> None:
-    """Refuse an ONNX graph that takes weights from other files than those beside it in `vouched`.
+def check_external_data(graph: Path, listed: set[str]) -> None:
+    """Check that an ONNX graph reads weights only from the files `listed` in its directory.
 
     Raises:
-        BundleError: it does, or it is no graph.
+        BundleError: it names another file, or it is not an ONNX graph.
     """
     try:
-        others = external_files(graph) - vouched
+        others = external_files(graph) - listed
     except ValueError as error:
-        raise BundleError(f"{graph} is no ONNX graph ({error}); export it again") from error
+        raise BundleError(
+            f"{graph} is not an ONNX graph ({error})", advice="export the checkpoint again"
+        ) from error
     if others:
         raise BundleError(
-            f"{graph} takes weights from {min(others)!r}; expected a file beside it that the "
-            "manifest vouches for, export the checkpoint again"
+            f"{graph} reads weights from {min(others)!r}; expected a file in the same directory "
+            "that the manifest lists",
+            advice="export the checkpoint again",
         )

@@ -1,7 +1,7 @@
 """The manifest of a bundle: facts of the model, its artifacts, and the verdicts of the parity gate.
 
-`manifest.json` is the single source of truth about a bundle. These dataclasses are its schema:
-`Manifest.to_json` writes it, `serving.bundles.bundle` reads and checks it.
+`manifest.json` is the single source of truth about a bundle. These dataclasses are its schema.
+`Manifest.to_json` writes the file; `serving.bundles.bundle` reads and checks it.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,45 +11,46 @@ from serving.bundles.engine_facts import Engine
 from serving.bundles.integrity import sealed
 
 MANIFEST_FORMAT = 3
-"""Of `manifest.json`; a reader refuses any other."""
+"""Format version of `manifest.json`; readers reject any other version."""
 
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 
 Graph = Literal["image", "text", "prefix_tree"]
-"""The graph of a tower; `prefix_tree` is the text tower that computes shared prefixes once, over
-trees of tokens (`serving.inputs.prefix_tree`)."""
+"""The graph of a tower. `prefix_tree` is the text tower over trees of tokens, which computes shared
+prefixes once (`serving.inputs.prefix_tree`)."""
 
 TOWER_OF: dict[Graph, Tower] = {"image": "image", "text": "text", "prefix_tree": "text"}
 """The tower whose embeddings a graph computes."""
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-"""What labels are put into when a checkpoint does not say (Radford et al. 2021, 3.1.4)."""
+"""Prompt templates of checkpoints that do not define their own (Radford et al. 2021, 3.1.4)."""
 
 TEXT_BUCKETS = (8, 16, 24, 32, 48)
-"""Lengths a batch of texts is padded to, below the context length itself."""
+"""Lengths, in tokens, that batches of texts are padded to. The context length is added to them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSpec:
-    """How a picture becomes pixels, and what the image tower then does with them."""
+    """Preprocessing of images: resize and crop on the CPU, normalization inside the image graph."""
 
     size: int
-    """Side of the square the tower takes, in pixels."""
+    """Side of the image tower's square input, in pixels."""
     resize: int
-    """Length the shorter edge is resized to before the centre is cropped, in pixels."""
+    """Length of the shorter edge after the resize that precedes the center crop, in pixels."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
-    """Per channel, of pixels scaled to 0..1; applied inside the image graph."""
+    """Mean of each channel, for pixels scaled to 0..1. Applied inside the image graph."""
     std: tuple[float, float, float]
+    """Standard deviation of each channel, applied like `mean`."""
     pipeline: Literal["openai", "huggingface"]
-    """Whose conventions hold: `openai` (also OpenCLIP) resizes, then converts to RGB, and rounds
-    the crop's offset half to even; `huggingface` converts first and rounds the offset down."""
+    """Reference pipeline to reproduce. `openai` (also OpenCLIP) resizes, then converts to RGB, and
+    rounds the crop's offset half to even; `huggingface` converts first and rounds it down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
-    """How a text becomes token ids."""
+    """Tokenization of texts."""
 
     context_length: int
     vocab_size: int
@@ -61,18 +62,18 @@ class TextSpec:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Lengths a batch is padded to, ascending; the last is the context length."""
+        """Lengths that batches are padded to, ascending; the last is the context length."""
         return (*(b for b in TEXT_BUCKETS if b < self.context_length), self.context_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tolerance:
-    """How far a runner's embeddings may be from eager float32's."""
+    """Maximum deviation of a runner's embeddings from those of eager float32."""
 
     min_cosine: float
-    """Of the worst pair, not of the mean."""
+    """Smallest cosine of any pair of embeddings, not the mean."""
     relative_accuracy: float
-    """Zero-shot top-1 as a share of eager float32's, where there is labelled data."""
+    """Zero-shot top-1 accuracy as a share of eager float32's, if there is labeled data."""
     max_abs_difference: float = 2.0
 
 
@@ -85,35 +86,35 @@ TOLERANCES = {
     "int8-fp16": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
     "int8-dynamic": Tolerance(min_cosine=0.98, relative_accuracy=0.99),
 }
-"""By the precision in a runner's name."""
+"""Tolerance by the precision of a runner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the parity gate measured of one artifact through one runner."""
+    """The parity gate's verdict on one artifact and one runner, with its measurements."""
 
     runner: str
-    """Such as `onnxruntime:fp32`."""
+    """Name of the runner, such as `onnxruntime:fp32`."""
     passed: bool
     embeddings: int
-    """How many were compared."""
+    """Number of embeddings that were compared."""
     min_cosine: float
     mean_cosine: float
     max_abs_difference: float
     top1_agreement: float | None = None
-    """Share of labelled pictures that get the label eager float32 gives them; without labelled
-    data, share of probes whose nearest neighbour among the other tower's probes is the same."""
+    """Share of labeled images that get the same label as with eager float32. Without labeled data:
+    share of probes whose nearest neighbor among the other tower's probes is the same."""
     accuracy: float | None = None
-    """Zero-shot top-1 on the labelled pictures, the other tower being eager float32's."""
+    """Zero-shot top-1 accuracy on labeled images; eager float32 runs the other tower."""
     relative_accuracy: float | None = None
-    """The same as a share of eager float32's."""
+    """`accuracy` as a share of eager float32's."""
     runtime_version: str
     machine: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCost:
-    """What quantising the layers that read one tensor (such as q, k and v) costs, all else left."""
+    """Cost of quantizing only the layers that read one tensor, such as q, k and v."""
 
     layers: tuple[str, ...]
     cosine_loss: float
@@ -122,65 +123,65 @@ class LayerCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantisation:
-    """How an INT8 graph came to be."""
+    """Quantization parameters of an INT8 graph."""
 
     method: str
     calibration: str
-    """What the ranges were measured on."""
+    """Description of the data that the activation ranges were measured on."""
     layers: int
-    """That could be quantised."""
+    """Number of layers that can be quantized."""
     excluded: tuple[str, ...] = ()
-    """Left in floating point because the gate refused the graph with them."""
+    """Layers left in floating point because the graph fails the parity gate with them quantized."""
     sensitivity: tuple[LayerCost, ...] = ()
-    """Measured only when the gate refused; dearest first."""
+    """Measured only if the graph failed the parity gate; highest cost first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """A file of the bundle, as the manifest vouches for it."""
+    """The manifest's entry of one file of the bundle."""
 
     name: str
-    """Its path in the bundle."""
+    """Path relative to the bundle."""
     sha256: str
     bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """One graph in one precision, as a file of one kind."""
+    """One graph in one precision and one file format."""
 
     graph: Graph
     kind: Literal["onnx", "torchscript", "engine"]
     precision: str
     files: tuple[File, ...]
-    """The graph and its external data if it has any; or the engine and its sidecar."""
+    """The graph and its external data if it has any, or the engine and its sidecar."""
     quantisation: Quantisation | None = None
     engine: Engine | None = None
-    """Facts of an engine."""
+    """Build parameters of an engine; None for graphs."""
     verdicts: tuple[Verdict, ...] = ()
 
     @property
     def tower(self) -> Tower:
-        """The tower whose embeddings it computes."""
+        """The tower whose embeddings the artifact computes."""
         return TOWER_OF[self.graph]
 
     @property
     def file(self) -> str:
-        """Name of the graph itself."""
+        """Name of the file with the graph or engine itself."""
         return self.files[0].name
 
     def passed(self, runner: object) -> bool:
-        """Return whether this artifact passed the gate when run by `runner`, a name or a spec."""
+        """Return whether this artifact passed the parity gate with `runner`, a name or a spec."""
         return any(v.passed for v in self.verdicts if v.runner == str(runner))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a bundle's weights come from, and what made its artifacts."""
+    """The origin of a bundle's weights, and the tools that made its artifacts."""
 
     source: str
     weights: Literal["trained", "random"]
-    """`random` weights have the true architecture's speed and no meaning."""
+    """`random` weights run as fast as trained ones, but their embeddings are meaningless."""
     weights_sha256: str
     tools: dict[str, str]
     """Package name -> version."""
@@ -188,30 +189,30 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """How fast a runner was when a repository was assembled from the bundle."""
+    """Latency of a runner, measured when a model repository was assembled from the bundle."""
 
     tower: Tower
     runner: str
     batch: int
     milliseconds: float
-    """Median of a batch."""
+    """Median time of a batch."""
     machine: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything about a bundle."""
+    """The content of `manifest.json`."""
 
     format: int
     name: str
     created: str
     """UTC, ISO 8601."""
     architecture: str
-    """For people: tower kinds and sizes."""
+    """Description of the towers' types and sizes, for display."""
     activation: Literal["quick_gelu", "gelu"]
     embed_dim: int
     logit_scale: float
-    """What cosines are multiplied with before the softmax of zero-shot classification."""
+    """Factor applied to cosines before the softmax of zero-shot classification."""
     templates: tuple[str, ...]
     image: ImageSpec
     text: TextSpec
@@ -219,13 +220,13 @@ class Manifest:
     provenance: Provenance
     artifacts: tuple[Artifact, ...]
     latencies: tuple[Latency, ...] = ()
-    """Only in the copy that an assembled repository holds: what its runners were chosen by."""
+    """Timings that selected the runners. Only in the manifest of an assembled model repository."""
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
+        """Return the text of `manifest.json`."""
         return sealed(asdict(self))
 
     @property
     def files(self) -> tuple[File, ...]:
-        """All that it vouches for."""
+        """All files that the manifest lists."""
         return (self.tokenizer, *(file for artifact in self.artifacts for file in artifact.files))

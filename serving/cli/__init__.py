@@ -1,1 +1,1 @@
-"""The command line: a thin layer over the other packages."""
+"""Command line: a thin layer on top of the other packages."""

@@ -1,4 +1,4 @@
-"""The commands of `python -m serving`, as one application."""
+"""Typer application with the commands of `python -m serving`."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""`assemble`: a bundle becomes a model repository."""
+"""Command `assemble`, which writes a model repository for a bundle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def assemble(
     backend: Annotated[
         Backend,
         typer.Option(
-            help="Triton backend that runs the towers. The embedded server has only python."
+            help="Triton backend that runs the towers. The embedded server supports only python."
         ),
     ] = "python",
     runner: Annotated[
@@ -30,13 +30,14 @@ def assemble(
         ),
     ] = "auto",
     precision: Annotated[
-        str, typer.Option(help="Precision of the other backends' artifacts.")
+        str, typer.Option(help="Precision of the artifacts for backends other than python.")
     ] = "fp32",
-    max_batch_size: Annotated[
-        int, typer.Option(min=1, help="Largest batch that a tower runs.")
-    ] = 64,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Maximum batch size of a tower.")] = 64,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait for a model; more are rejected.")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of waiting requests per model; more are rejected."
+        ),
     ] = MAX_QUEUE,
     allow_failed: Annotated[
         bool,
@@ -46,7 +47,7 @@ def assemble(
         bool,
         typer.Option(
             "--fallback",
-            help="With --backend tensorrt: if no engine fits this machine, use onnxruntime.",
+            help="With --backend tensorrt: use onnxruntime if no engine runs on this machine.",
         ),
     ] = False,
     as_json: Json = False,

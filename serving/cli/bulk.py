@@ -1,4 +1,4 @@
-"""`bulk`: any number of images become Parquet shards of embeddings."""
+"""Command `bulk`, which embeds any number of images into Parquet shards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ def bulk(
     runner: Annotated[
         str,
         typer.Option(
-            help="Runner such as openvino:int8. auto times those that passed the parity gate on a "
+            help="Runner, such as openvino:int8. auto times those that passed the parity gate on a "
             "worker and takes the fastest."
         ),
     ] = "auto",
@@ -36,20 +36,20 @@ def bulk(
         typer.Option(help="Parquet column that names the rows. Default: file and row number."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers. Default: as many as the cluster holds.")
+        int | None, typer.Option(min=1, help="Number of workers. Default: as many as fit.")
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads of a worker. Default: 4, or a GPU's share of the CPUs."),
+        typer.Option(min=1, help="Threads per worker. Default: 4, or a GPU's share of the CPUs."),
     ] = None,
     gpus: Annotated[
         float | None,
-        typer.Option(min=0, help="GPUs of a worker. Default: 1 for a runner on GPUs, else 0."),
+        typer.Option(min=0, help="GPUs per worker. Default: 1 for a runner on GPUs, else 0."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 32,
     shard_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Most rows of a shard. Default: by the source, up to 4096."),
+        typer.Option(min=1, help="Maximum rows per shard. Default: up to 4096."),
     ] = None,
     address: Annotated[
         str | None,
@@ -61,7 +61,10 @@ def bulk(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Embed any number of images into Parquet shards; the same command again continues."""
+    """Embed any number of images into Parquet shards.
+
+    If the job was interrupted, the same command resumes it.
+    """
     require("bulk", "bulk", "ray", "pyarrow")
     from serving.bulk.job import bulk_embed
     from serving.bulk.ray_pool import Resources
@@ -100,6 +103,6 @@ def bulk(
         note(f"error {path}: {reason}", "red")
     if outcome.source_changed:
         note(
-            "SOURCE has changed since this job was planned; the plan was followed. For new images, "
-            "give another --output."
+            "SOURCE has changed since this job began; the original list of shards was used. To "
+            "embed new images, give another --output."
         )

@@ -1,4 +1,4 @@
-"""`classify`: the probability of each label for each image."""
+"""Command `classify`, which classifies images zero-shot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from serving.util.directories import read_lines
 from serving.util.progress import Progress
 
 _IMAGES = 64
-"""Images classified between two reports of progress."""
+"""Images classified between two progress reports."""
 
 
 @connects
 def classify(
     images: Images,
-    label: Annotated[list[str] | None, typer.Option(help="A label; may be repeated.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Text file with a label a line.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Label; may be repeated.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with one label per line.")] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,10 +36,11 @@ def classify(
     templates: Annotated[
         str | None,
         typer.Option(
-            help=f"Text file with a prompt template a line; or built in: {', '.join(TEMPLATES)}."
+            help="Text file with one prompt template per line, or the name of a built-in set: "
+            f"{', '.join(TEMPLATES)}."
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Labels shown per image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels to show per image.")] = 3,
     as_json: Json = False,
     *,
     connection: Connection,
@@ -76,10 +77,12 @@ def _classified(
     templates: Sequence[str] | None,
     show: Progress,
 ) -> Floats:
-    """Classify by the server's own zero-shot model, or by labels embedded in this process."""
+    """Classify with the zero-shot model of the server, or with labels embedded in this process."""
     if isinstance(embedder, ClipClient):
         client = embedder
-        batches = in_batches(lambda some: client.classify(some, labels, templates), files, _IMAGES)
+        batches = in_batches(
+            lambda batch: client.classify(batch, labels, templates), files, _IMAGES
+        )
     else:
         classifier = ZeroShotClassifier(embedder, labels, templates, progress=show)
         batches = classifier.batches(files, _IMAGES)

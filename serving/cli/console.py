@@ -1,6 +1,7 @@
-"""The command lines' side of a terminal: results, notes, errors, progress, `--json`.
+"""Terminal output of the commands: results, notes, errors, progress and `--json`.
 
-Texts of users, such as labels and file names, are printed as they are: nothing here reads markup.
+Nothing here interprets markup, so that user input, such as labels and file names, is printed
+literally.
 """
 
 import json
@@ -30,12 +31,12 @@ Json = Annotated[
 ]
 
 Cell = str | Text
-"""Of a table: plain text, or text with a style."""
+"""Cell of a table: plain text, or text with a style."""
 
 
-def result(what: str | Table) -> None:
+def result(content: str | Table) -> None:
     """Print a result on standard output."""
-    _print(_OUT, what)
+    _print(_OUT, content)
 
 
 def note(text: str, style: str = "") -> None:
@@ -53,9 +54,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (
     """Return a table of plain texts.
 
     Args:
-        title: above it.
-        columns: their names; one that begins with `>` is aligned to the right.
-        rows: a cell a column.
+        title: title above the table.
+        columns: names of the columns; a name that begins with `>` aligns its column to the right.
+        rows: one cell per column.
     """
     made = Table(title=Text(title), show_header=any(columns))
     for column in columns:
@@ -73,15 +74,19 @@ def add(made: Table, row: Sequence[Cell]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return text as a terminal can show it: names of files may hold bytes that are not UTF-8."""
+    """Return text that a terminal can show: file names may hold bytes that are not UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
 def progress(first: str) -> Iterator[Progress]:
-    """Show what is being done, how much of it is done and for how long.
+    """Show progress: a bar with the elapsed time on a terminal, elsewhere one line per step.
 
-    On a terminal as a bar, elsewhere as a line a step. The block gets a `Progress`.
+    Args:
+        first: the first step.
+
+    Yields:
+        A `Progress` to report steps to.
     """
     columns = (SpinnerColumn(), TextColumn("{task.fields[step]}", markup=False), BarColumn())
     before = ""
@@ -100,7 +105,7 @@ def progress(first: str) -> Iterator[Progress]:
 
 
 class DefaultCommandGroup(TyperGroup):
-    """A group whose first command is meant when none is named: `python -m export CHECKPOINT`."""
+    """Group whose first command is the default, as in `python -m export CHECKPOINT`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: D102
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -109,16 +114,16 @@ class DefaultCommandGroup(TyperGroup):
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line; errors of this project are one message and exit code 2, no traceback."""
+    """Run an application; errors of this project become a message and exit code 2."""
     try:
         app()
     except ClipDeployError as error:
         _fail(str(error))
-    except OSError as error:  # while something was written past `serving.util.files`
+    except OSError as error:  # from a file that was not written with `serving.util.files`
         if error.errno not in NO_SPACE:
             raise
         where = f" to write {error.filename}" if error.filename else ""
-        _fail(f"no space is left on the disk{where}; free some, or write elsewhere")
+        _fail(f"no space is left on the disk{where}; free some space, or write elsewhere")
 
 
 def _fail(message: str) -> None:
@@ -126,9 +131,9 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _print(console: Console, what: str | Text | Table, style: str = "") -> None:
-    """Print without reading markup; lines of text are not folded."""
-    shown = Text(printable(what), style=style) if isinstance(what, str) else what
+def _print(console: Console, content: str | Text | Table, style: str = "") -> None:
+    """Print without interpreting markup or wrapping lines of text."""
+    shown = Text(printable(content), style=style) if isinstance(content, str) else content
     console.print(shown, highlight=False, soft_wrap=not isinstance(shown, Table))
 
 

@@ -1,4 +1,4 @@
-"""Pictures in rows with words under them, as one PNG: for people, who would rather look."""
+"""Contact sheets: a PNG with rows of images and their captions."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ _INK, _FAINT, _GOOD, _BAD = "#1b1f24", "#667080", "#1a7f37", "#b42318"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One picture and up to two lines under it; `good` colours the first."""
+    """An image with up to two lines of text below it.
+
+    `good` colors the first line: green for True, red for False.
+    """
 
     picture: Path
     title: str
@@ -25,14 +28,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A heading, "" for none, and the pictures under it."""
+    """A row of images below a heading; "" for none."""
 
     heading: str
     cells: Sequence[Cell]
 
 
 def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
-    """Draw `rows` and write them to `path` as PNG, under a temporary name first."""
+    """Draw `rows` and write them atomically to `path`, as PNG."""
     columns = max(len(row.cells) for row in rows)
     words = max(_length(title, 20), *(_length(row.heading, 16) for row in rows))
     height = _CELL + 2 * _LINE + _GAP
@@ -64,19 +67,19 @@ def _draw_cell(
 ) -> None:
     thumbnail = ImageOps.fit(decode(read_picture(cell.picture)).convert("RGB"), (_CELL, _CELL))
     sheet.paste(thumbnail, at)
-    colour = {None: _INK, True: _GOOD, False: _BAD}[cell.good]
+    color = {None: _INK, True: _GOOD, False: _BAD}[cell.good]
     left, top = at[0], at[1] + _CELL + 3
-    draw.text((left, top), _fit(cell.title, 13), colour, ImageFont.load_default(13))
+    draw.text((left, top), _fit(cell.title, 13), color, ImageFont.load_default(13))
     draw.text((left, top + _LINE), _fit(cell.subtitle, 12), _FAINT, ImageFont.load_default(12))
 
 
 def _length(text: str, size: int) -> int:
-    """Of a line, in pixels."""
+    """Return the length of a line in pixels."""
     return math.ceil(ImageFont.load_default(size).getlength(text))
 
 
 def _fit(text: str, size: int) -> str:
-    """`text`, cut with an ellipsis where it would leave its cell."""
+    """Return `text`, cut with an ellipsis if it is wider than a cell."""
     font = ImageFont.load_default(size)
     if font.getlength(text) <= _CELL:
         return text

@@ -1,6 +1,6 @@
-"""`demo`: a bundle and a directory of images, served over HTTP and gRPC, on one contact sheet.
+"""Command `demo`, which serves a bundle and classifies and searches a directory of images.
 
-Everything here is what a user would do: assemble, start, classify, embed, search, stop.
+It runs the steps of a typical user: assemble, start the server, classify, embed, search, stop.
 """
 
 import time
@@ -30,7 +30,7 @@ _CHUNK = 32
 
 @dataclass(frozen=True, slots=True)
 class DemoLabel:
-    """The best label of an image, over each protocol."""
+    """Best label of an image over each protocol."""
 
     image: str
     caption: str
@@ -42,7 +42,7 @@ class DemoLabel:
 
 @dataclass(frozen=True, slots=True)
 class DemoHit:
-    """An image that a query found."""
+    """Image found by a query."""
 
     image: str
     caption: str
@@ -51,20 +51,20 @@ class DemoHit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What a demonstration found."""
+    """Result of a demonstration."""
 
     images: int
     start_s: float
     """Seconds until the server was ready."""
     embed_per_s: float
-    """Images embedded a second over gRPC, client on the same machine."""
+    """Throughput of image embeddings over gRPC, in images/s, with a client on the same machine."""
     accuracy: float | None
-    """Share of captioned images whose label is the caption; None if no caption is a label."""
+    """Share of images with a label as caption whose best label is the caption. None without any."""
     protocols_differ_by: float
-    """Largest difference of any probability between HTTP and gRPC."""
+    """Maximum difference between a probability over HTTP and over gRPC."""
     classified: tuple[DemoLabel, ...]
     found: dict[str, tuple[DemoHit, ...]]
-    """By query, best first."""
+    """Hits by query, best first."""
     contact_sheet: str
 
 
@@ -78,7 +78,7 @@ def run_demo(
     show: Progress,
     shown: int = 8,
 ) -> DemoResult:
-    """Assemble and start a server for `bundle`, classify and search `directory`, draw a sheet."""
+    """Serve `bundle`, classify and search the images of `directory`, and draw a contact sheet."""
     images, captions = find_images(directory), read_captions(directory)
     assemble(bundle, repository, progress=show)
     start = time.monotonic()
@@ -166,23 +166,23 @@ def demo(
     images: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of images.")],
     labels: Annotated[
         Path,
-        typer.Option(help="Text file with a label a line.", exists=True, dir_okay=False),
+        typer.Option(help="Text file with one label per line.", exists=True, dir_okay=False),
     ],
     query: Annotated[list[str], typer.Option(help="Text to search for; may be repeated.")],
-    sheet: Annotated[Path, typer.Option(help="Contact sheet to write, a PNG.")] = Path(
+    sheet: Annotated[Path, typer.Option(help="Contact sheet to write, as PNG.")] = Path(
         "build/demo/contact_sheet.png"
     ),
     output: Annotated[Path, typer.Option(help="Model repository to write.")] = REPOSITORY,
     as_json: Json = False,
 ) -> None:
-    """Assemble, start, classify and search over HTTP and gRPC, draw a contact sheet, stop."""
+    """Serve a bundle, classify and search a directory of images, and draw a contact sheet."""
     names = read_lines(labels)
     with progress(f"assembling {bundle}") as show:
         outcome = run_demo(Bundle.open(bundle), images, names, query, output, sheet, show)
     if as_json:
         document(outcome)
         return
-    labelled = [
+    labeled = [
         (
             Path(c.image).name,
             c.caption,
@@ -192,7 +192,7 @@ def demo(
         for c in outcome.classified
     ]
     columns = ("image", "caption", "over HTTP", "over gRPC")
-    result(table("Zero-shot classification", columns, labelled))
+    result(table("Zero-shot classification", columns, labeled))
     found = [
         ("" if rank else text, f"{hit.cosine:.3f}", Path(hit.image).name, hit.caption)
         for text, hits in outcome.found.items()

@@ -1,7 +1,7 @@
-"""The JSON documents that commands print with `--json`, as dataclasses.
+"""Dataclasses of the JSON documents that commands print with `--json`.
 
-Those of `bulk`, `demo` and `search info` lie with what makes them: `serving.bulk.job.BulkResult`,
-`serving.cli.demo.DemoResult`, `serving.search.storage.IndexManifest`.
+Those of `bulk`, `demo` and `search info` are defined elsewhere: `serving.bulk.job.BulkResult`,
+`serving.cli.demo.DemoResult` and `serving.search.storage.IndexManifest`.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from serving.tasks.rank import Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
-    """`assemble`"""
+    """Document of `assemble`."""
 
     repository: str
     backend: str
-    """Triton backend of the towers; with --fallback it may not be the one asked for."""
+    """Triton backend of the towers; with --fallback it may differ from --backend."""
     models: tuple[str, ...]
     latencies: tuple[Latency, ...]
-    """Of the runners that were timed; empty if one was asked for."""
+    """Latencies of the runners that were timed; empty unless the runner is `auto`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """`up`, once the server is ready"""
+    """Document of `up`, printed when the server is ready."""
 
     http: str
     grpc: str
@@ -37,7 +37,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """`status`"""
+    """Document of `status`."""
 
     url: str
     facts: dict[str, str]
@@ -46,10 +46,10 @@ class Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """`embed`"""
+    """Document of `embed`."""
 
     names: tuple[str, ...]
-    """Images first, then texts."""
+    """Names of the images, then the texts."""
     shape: tuple[int, int]
     embeddings: tuple[tuple[float, ...], ...]
     """Empty with --output."""
@@ -57,52 +57,52 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classified:
-    """`classify`: a list, an item an image"""
+    """Item of the list that `classify` prints, one per image."""
 
     image: str
     probabilities: dict[str, float]
-    """By label."""
+    """Probabilities by label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """`rank`: a list, an item an image"""
+    """Item of the list that `rank` prints, one per image."""
 
     image: str
     texts: tuple[Score, ...]
-    """Best first."""
+    """Scores of the texts, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """`answer`"""
+    """Document of `answer`."""
 
     image: str
     question: str
     answers: tuple[Score, ...]
-    """Best first."""
+    """Scores of the answers, best first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captioned:
-    """`caption`: a list, an item an image"""
+    """Item of the list that `caption` prints, one per image."""
 
     image: str
     caption: str
     best: dict[str, Score]
-    """By category."""
+    """Best word by category."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexChanged:
-    """`search build`, `update`, `add` and `remove`"""
+    """Document of `search build`, `search update`, `search add` and `search remove`."""
 
     index: str
     images: int
-    """In the index now."""
+    """Number of images in the index after the change."""
     embedded: int
     resumed: int
-    """Embedded before, by a build that was stopped."""
+    """Images embedded by an earlier command that was interrupted."""
     kept: int
     removed: int
     layout: Layout
@@ -112,26 +112,26 @@ class IndexChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundHit:
-    """An image that `search query` found"""
+    """Image found by `search query`."""
 
     path: str
-    """As the index names it."""
+    """Path in the index."""
     cosine: float
     file: str
 
     @classmethod
     def of(cls, hit: Hit, file: str) -> "FoundHit":
-        """Return a hit with its file."""
+        """Return a hit together with its file."""
         return cls(path=hit.path, cosine=hit.cosine, file=file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """`search query`"""
+    """Document of `search query`."""
 
     index: str
     query: str
     hits: tuple[FoundHit, ...]
-    """Best first."""
+    """Images that were found, best first."""
     sheet: str | None
-    """The contact sheet that was written."""
+    """Path of the contact sheet, if one was written."""

@@ -1,4 +1,4 @@
-"""`embed`: images and texts become embeddings."""
+"""Command `embed`, which embeds images and texts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from serving.cli.options import Connection, Truncate, connects, image_files
 from serving.errors import InputError
 
 _IMAGES = 64
-"""Images embedded between two reports of progress."""
+"""Images embedded between two progress reports."""
 _SHOWN = 20
 
 
@@ -23,10 +23,10 @@ def embed(
         list[Path] | None,
         typer.Argument(metavar="IMAGE...", help="Image files, or directories of them."),
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text; may be repeated.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="NumPy .npz to write: embeddings float32 (n, dim), and names (n,)."),
+        typer.Option(help="NumPy .npz file to write: embeddings float32 (n, dim), and names (n,)."),
     ] = None,
     truncate: Truncate = False,
     as_json: Json = False,
@@ -36,7 +36,7 @@ def embed(
     """Embed images and texts: images first, then texts, in the order given."""
     files = image_files(images or [])
     if not files and not text:
-        raise InputError("nothing to embed; give image files or directories, or --text")
+        raise InputError("nothing to embed", advice="give image files or directories, or --text")
     parts = []
     with connection.open() as embedder, progress("embedding images") as show:
         for start in range(0, len(files), _IMAGES):

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and the objects that they describe."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or directories of them.")
 ]
 Truncate = Annotated[
-    bool, typer.Option("--truncate", help="Cut off what exceeds the model's context.")
+    bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")
 ]
 REPOSITORY = Path("build/model_repository")
 
@@ -31,8 +31,8 @@ _CONNECTION: dict[str, Any] = {
     "url": Annotated[
         str | None,
         typer.Option(
-            help="URL of a running server: grpc://host:port or http://host:port; with TLS grpcs or "
-            "https."
+            help="URL of a running server: grpc://host:port or http://host:port; with TLS grpcs:// "
+            "or https://."
         ),
     ],
     "ca": Annotated[
@@ -70,7 +70,7 @@ _LOCAL: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """The values of the connection options of a command."""
+    """Values of the connection options of a command."""
 
     url: str | None = None
     ca: Path | None = None
@@ -80,7 +80,7 @@ class Connection:
     runner: str | None = None
 
     def open(self) -> ClipClient | LocalClip:
-        """Return the client of --url, or --bundle in this process, to be entered.
+        """Return a client of --url, or of --bundle in this process; enter it before use.
 
         Raises:
             InputError: the options contradict each other.
@@ -93,37 +93,40 @@ class Connection:
         if self.bundle is not None:
             given = [name for name in ("ca", "cert", "key") if getattr(self, name) is not None]
             if given:
-                raise InputError(f"--{given[0]} belongs to --url, and --bundle was given")
+                raise InputError(
+                    f"--{given[0]} belongs to --url, but --bundle was given",
+                    advice=f"leave out --{given[0]}, or give --url instead of --bundle",
+                )
             return LocalClip(self.bundle, self.runner or "auto")
         return self.client()
 
     def client(self) -> ClipClient:
-        """Return the client of --url, to be entered.
+        """Return a client of --url; enter it before use.
 
         Raises:
-            InputError: there is no --url, or an option that belongs to --bundle.
+            InputError: --url is missing, or there is an option that belongs to --bundle.
         """
         if self.url is None:
             raise InputError("expected --url of a running server")
         if self.runner is not None:
             raise InputError(
-                "--runner belongs to --bundle; the runner of a server is chosen by "
-                "`clip-deploy assemble --runner`"
+                "--runner belongs to --bundle, but --url was given",
+                advice="choose the runner of a server with `clip-deploy assemble --runner`",
             )
         credentials = Credentials(ca=self.ca, certificate=self.cert, key=self.key)
         return ClipClient(self.url, credentials=credentials)
 
 
 def connects(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a connection: --url, --ca, --cert, --key, --bundle, --runner.
+    """Add the connection options to a command: --url, --ca, --cert, --key, --bundle, --runner.
 
-    The command takes the values as one argument `connection`.
+    The command receives their values as one argument `connection`.
     """
     return _with_options(command, _CONNECTION | _LOCAL)
 
 
 def connects_to_server(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a connection to a server: --url, --ca, --cert, --key."""
+    """Add the options of a connection to a server to a command: --url, --ca, --cert, --key."""
     return _with_options(command, _CONNECTION)
 
 
@@ -145,7 +148,7 @@ def _with_options(command: Callable[..., None], options: dict[str, Any]) -> Call
     def wrapper(context: typer.Context, **values: Any) -> None:
         given = {name: values.pop(name, None) for name in options}
         if given.get("bundle") is not None:
-            # Credentials in the environment are for servers, and no contradiction to --bundle.
+            # Credentials from environment variables are meant for servers; --bundle ignores them.
             for name in given:
                 source = context.get_parameter_source(name)
                 if source is not None and source.name == "ENVIRONMENT":
@@ -165,7 +168,9 @@ Host = Annotated[
 ]
 TlsCert = Annotated[
     Path | None,
-    typer.Option(help="PEM file with the server's certificate: TLS for gRPC, HTTP on loopback."),
+    typer.Option(
+        help="PEM file with the server's certificate. Enables TLS for gRPC; HTTP stays on loopback."
+    ),
 ]
 TlsKey = Annotated[
     Path | None, typer.Option(help="PEM file with the unencrypted private key of --tls-cert.")
@@ -173,15 +178,15 @@ TlsKey = Annotated[
 ClientCa = Annotated[
     Path | None,
     typer.Option(
-        help="PEM file with the authority that must have signed gRPC clients' certificates."
+        help="PEM file with an authority. gRPC clients must then have a certificate that it signed."
     ),
 ]
 AdminKey = Annotated[
     str | None,
     typer.Option(
         envvar="CLIP_ADMIN_KEY",
-        help="Key of the administrative APIs, among them statistics. Better given by the variable: "
-        "all users of a machine can read command lines.",
+        help="Key of the administrative APIs, which include statistics. Prefer the environment "
+        "variable: all users of a machine can read command lines.",
     ),
 ]
 
@@ -190,19 +195,20 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> S
     """Return the TLS settings of --tls-cert, --tls-key and --client-ca.
 
     Raises:
-        InputError: they do not go together.
+        InputError: one of --tls-cert and --tls-key is missing.
     """
     if cert is not None and key is not None:
         return ServerTls(certificate=cert, key=key, client_ca=client_ca)
     if (cert, key, client_ca) != (None, None, None):
         raise InputError(
-            "TLS takes --tls-cert and --tls-key; --client-ca makes clients show a certificate too"
+            "TLS needs both --tls-cert and --tls-key",
+            advice="give both; --client-ca additionally requires certificates of clients",
         )
     return None
 
 
 def image_files(paths: list[Path]) -> list[Path]:
-    """Return files as they are given, directories as the images in them."""
+    """Return the given files, with directories replaced by the images in them."""
     files = []
     for path in paths:
         files += find_images(path) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""`rank`, `answer` and `caption`: texts ranked for images."""
+"""Commands `rank`, `answer` and `caption`, which rank texts for images."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,17 +26,20 @@ from serving.util.directories import read_lines
 @connects
 def rank(
     images: Images,
-    text: Annotated[list[str] | None, typer.Option(help="A text; may be repeated.")] = None,
-    texts: Annotated[Path | None, typer.Option(help="Text file with a text a line.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Texts shown per image.")] = 5,
+    text: Annotated[list[str] | None, typer.Option(help="Text; may be repeated.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Text file with one text per line.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of texts to show per image.")] = 5,
     truncate: Truncate = False,
     as_json: Json = False,
     *,
     connection: Connection,
 ) -> None:
-    """Rank free texts for each image: cosine, and probability among the texts."""
+    """Rank texts for each image by cosine, and show their probabilities among all texts."""
     if bool(text) == (texts is not None):
-        raise InputError("give the texts to rank either by --text or by --texts FILE")
+        raise InputError(
+            f"expected either --text or --texts, got {'both' if text else 'neither'}",
+            advice="give the texts to rank with one of them",
+        )
     choices = text or (read_lines(texts) if texts else [])
     files = image_files(images)
     with connection.open() as embedder, progress("embedding texts") as show:
@@ -59,10 +62,10 @@ def answer(
             "question."
         ),
     ],
-    candidate: Annotated[list[str], typer.Option(help="A possible answer; may be repeated.")],
+    candidate: Annotated[list[str], typer.Option(help="Possible answer; may be repeated.")],
     template: Annotated[
         str,
-        typer.Option(help="Prompt template with {answer}, and {question} where it is wanted."),
+        typer.Option(help="Prompt template with {answer}, and optionally {question}."),
     ] = QUESTION_TEMPLATE,
     as_json: Json = False,
     *,
@@ -83,11 +86,12 @@ def caption(
     categories: Annotated[
         Path,
         typer.Option(
-            help="TOML or JSON file: a list of words per category, or words and template of each."
+            help="TOML or JSON file with, for each category, a list of words or a table of words "
+            "and template."
         ),
     ],
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least probability of a word in its category.")
+        float, typer.Option(min=0, max=1, help="Minimum probability of a word within its category.")
     ] = THRESHOLD,
     separator: Annotated[
         str, typer.Option(help="Separator between the words of a caption.")
@@ -96,7 +100,7 @@ def caption(
     *,
     connection: Connection,
 ) -> None:
-    """Caption images: the best word of each category, joined."""
+    """Caption images with the best word of each category."""
     vocabulary, files = read_vocabulary(categories), image_files(images)
     with connection.open() as embedder, progress("embedding texts") as show:
         captions = caption_images(
@@ -119,11 +123,11 @@ def caption(
     result(table("Captions", columns, rows))
 
 
-def _show(title: str, what: str, ranked: Iterable[tuple[str, list[Score]]]) -> None:
+def _show(title: str, column: str, ranked: Iterable[tuple[str, list[Score]]]) -> None:
     def rows() -> Iterator[tuple[str, ...]]:
         for image, scores in ranked:
             for place, score in enumerate(scores):
                 numbers = f"{score.cosine:.3f}", f"{score.probability:.1%}"
                 yield ("" if place else image, score.text, *numbers)
 
-    result(table(title, ("image", what, ">cosine", ">probability"), rows()))
+    result(table(title, ("image", column, ">cosine", ">probability"), rows()))

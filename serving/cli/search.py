@@ -1,4 +1,4 @@
-"""`search`: an index of images, and the images found with it."""
+"""Commands `search ...`, which build, change and search an index of images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from serving.search.build import IndexChange
     from serving.search.storage import IndexManifest
 
-app = typer.Typer(help="Build an index of images, change it, and search it.", no_args_is_help=True)
+app = typer.Typer(help="Build, change and search an index of images.", no_args_is_help=True)
 
 _SHOWN_SKIPPED = 10
 
@@ -27,17 +27,17 @@ def build(
     kind: Annotated[
         Literal["exact", "hnsw", "ivf"] | None,
         typer.Option(
-            help="hnsw and ivf are faster and find most of the nearest images. Default: the kind "
-            "the index has; exact for a new one."
+            help="Kind of the index. hnsw and ivf are faster and find most of the nearest images. "
+            "Default: the kind of the existing index; exact for a new one."
         ),
     ] = None,
     as_json: Json = False,
     *,
     connection: Connection,
 ) -> None:
-    """Build an index of a directory of images, or bring it up to date.
+    """Build an index of a directory of images, or update it.
 
-    A build that was stopped continues where it was.
+    If a build was interrupted, the same command resumes it.
     """
     from serving.search import build as search_build
 
@@ -57,7 +57,7 @@ def update(
     *,
     connection: Connection,
 ) -> None:
-    """Embed new and changed images of the index's directory, and remove those that are gone."""
+    """Embed the new and changed images of an index's directory, and remove the deleted ones."""
     from serving.search import build as search_build
 
     with connection.open() as embedder, progress(f"updating {index}") as show:
@@ -68,7 +68,7 @@ def update(
 @app.command()
 @connects
 def add(index: IndexPath, images: Images, as_json: Json = False, *, connection: Connection) -> None:
-    """Add images to an index; those that changed are embedded again."""
+    """Add images to an index; images already in it are embedded again if they changed."""
     from serving.search import build as search_build
 
     with connection.open() as embedder, progress(f"adding to {index}") as show:
@@ -81,11 +81,11 @@ def remove(
     index: IndexPath,
     globs: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Paths as the index names them, or globs."),
+        typer.Argument(metavar="PATH...", help="Paths in the index, or globs."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Remove images from an index; the files stay."""
+    """Remove images from an index; the image files are not deleted."""
     from serving.search import build as search_build
 
     _show(index, search_build.remove(index, globs), as_json)
@@ -93,7 +93,7 @@ def remove(
 
 @app.command()
 def info(index: IndexPath, as_json: Json = False) -> None:
-    """Check the files of an index, and show what it holds."""
+    """Verify the files of an index, and show its contents."""
     from serving.search.index import SearchIndex
 
     manifest = SearchIndex.open(index).manifest
@@ -157,5 +157,5 @@ def _kind(manifest: "IndexManifest") -> str:
     parameters = ", ".join(f"{name} {value}" for name, value in layout.parameters.items())
     return (
         f"{layout.kind} with {parameters}: recall@10 {layout.recall_at_10:.3f} "
-        f"by {layout.recall_queries} queries"
+        f"over {layout.recall_queries} queries"
     )

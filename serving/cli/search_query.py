@@ -1,4 +1,4 @@
-"""`search query`: the images of an index that are nearest to a query."""
+"""Command `search query`, which finds the images of an index that are nearest to a query."""
 
 import math
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ IndexPath = Annotated[
 ]
 _TOP = 10
 _WITHOUT = 0.25
-"""Weight of a term that is not wanted. All texts have much in common, and that much is subtracted
-from the query too: with weight 1 the wanted part is gone. 0.25 found the most (see
-docs/decisions/0025-search-index-generations.md)."""
+"""Default weight of --not and --not-image. The embeddings of all texts have a large part in common,
+which is subtracted too: with weight 1 little of the query would remain. 0.25 gave the best results
+(docs/decisions/0025-search-index-generations.md)."""
 _COLUMNS = 5
 _HEADING = 90
-"""Characters of a heading that fit over the columns of a contact sheet."""
+"""Maximum number of characters in the title of a contact sheet."""
 
 
 @connects
@@ -38,10 +38,10 @@ def query(
     index: IndexPath,
     text: Annotated[list[str] | None, typer.Argument(help="Text to search for.")] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image to search for similar ones.")
+        list[Path] | None, typer.Option(help="Image to find similar ones to; may be repeated.")
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--not", help="Text that the images should not fit.")
+        list[str] | None, typer.Option("--not", help="Text that the images should not match.")
     ] = None,
     without_image: Annotated[
         list[Path] | None,
@@ -52,27 +52,27 @@ def query(
         typer.Option(
             min=0,
             help="Weight of each text, then each --image, --not and --not-image, in this order. "
-            f"Default: 1, and {_WITHOUT} for what is not wanted. Images count for more than texts "
-            "of the same weight.",
+            f"Default: 1, and {_WITHOUT} for --not and --not-image. Images influence the result "
+            "more than texts of the same weight.",
         ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help=f"Images to find. Default: {_TOP}.")
+        int | None, typer.Option(min=1, help=f"Number of images to find. Default: {_TOP}.")
     ] = None,
     glob: Annotated[
         list[str] | None,
         typer.Option(help="Search only paths that match, such as 'holidays/*'; may be repeated."),
     ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write, a PNG.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write, as PNG.")] = None,
     truncate: Truncate = False,
     as_json: Json = False,
     *,
     connection: Connection,
 ) -> None:
-    """Find images by texts, by images, by both, and by what they should not show.
+    """Find the images of an index that match texts and images, and do not match others.
 
-    The terms are unit vectors: they are weighted and added (those of --not subtracted), the sum is
-    scaled to unit length and compared by cosine.
+    The query is the weighted sum of the embeddings of all terms, from which those of --not and
+    --not-image are subtracted. Images are ranked by their cosine with this sum.
     """
     terms = _terms(text or [], image or [], without or [], without_image or [], weight)
     from serving.search.index import SearchIndex
@@ -112,15 +112,16 @@ def _terms(
     ]
     if not texts and not images:
         raise InputError(
-            "nothing to search for; give a text, such as 'a red circle', or --image FILE "
-            "(--not only subtracts)"
+            "nothing to search for",
+            advice="give a text, such as 'a red circle', or --image FILE (--not only subtracts)",
         )
     if not weights:
         return terms
     if len(weights) != len(terms):
         raise InputError(
-            f"{len(weights)} weights for {len(terms)} terms; give one --weight for each text, "
-            "--image, --not and --not-image, in this order, or none"
+            f"{len(weights)} weights for {len(terms)} terms",
+            advice="give one --weight for each text, --image, --not and --not-image, in this "
+            "order, or none",
         )
     return [
         replace(term, weight=math.copysign(weight, term.weight))
@@ -141,7 +142,7 @@ def _title(terms: list[Term]) -> str:
 
 @contextmanager
 def _advising_truncate() -> Iterator[None]:
-    """For a text that is too long, advise this command's option instead of the function's."""
+    """Advise --truncate if a text is too long, instead of the argument of the Python function."""
     try:
         yield
     except TextTooLongError as error:
@@ -161,7 +162,8 @@ def _draw(
             cells.append(Cell(index.file(hit.path), f"{hit.cosine:.3f}", printable(hit.path)))
     if not cells:
         raise InputError(
-            f"none of the files that were found exists any more; run `search update {index.path}`"
+            "none of the images that were found exists any more",
+            advice=f"run `search update {index.path}`",
         )
     rows = [Row("Query", [Cell(image, image.name) for image in images])] if images else []
     for start in range(0, len(cells), _COLUMNS):

@@ -1,4 +1,4 @@
-"""`status`: the facts of a running server."""
+"""Command `status`, which shows the model of a running server."""
 
 from serving.cli.console import Json, document, result, table
 from serving.cli.documents import Status

@@ -1,4 +1,4 @@
-"""`up`: runs the embedded server until it is stopped, and restarts it when it dies."""
+"""Command `up`, which runs the embedded server and optionally restarts it after a crash."""
 
 import signal
 import time
@@ -29,24 +29,25 @@ from serving.triton.repository import check_assembled
 from serving.triton.server import EXIT_TIMEOUT_S, TritonServer
 
 MOST_RESTARTS, WITHIN_S = 5, 600.0
-"""A server that dies more often than that has a fault that starting it again does not mend."""
+"""Maximum number of restarts within a period in seconds. A server that dies more often has a fault
+that restarting does not fix."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-"""Before a restart; doubled for each one within `WITHIN_S`."""
+"""Pause before a restart, which doubles with each restart within `WITHIN_S`, and its maximum."""
 LOOK_S = 0.5
-"""How often the server is looked at."""
+"""Interval between two checks of the server, in seconds."""
 PATIENCE_S = 5.0
-"""For requests under way on a server of which a model died; what that model had never ends."""
+"""Seconds granted to requests in flight when a model has died. Its own requests never finish."""
 
 
 def up(
     repository: Annotated[
         Path, typer.Argument(help="Model repository that `clip-deploy assemble` wrote.")
     ] = REPOSITORY,
-    http_port: Annotated[int, typer.Option(help="Port of HTTP; 0 takes a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="Port of gRPC; 0 takes a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Port of metrics; 0 takes a free one.")] = 8002,
+    http_port: Annotated[int, typer.Option(help="HTTP port; 0 selects a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 selects a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 selects a free one.")] = 8002,
     log_file: Annotated[
-        Path | None, typer.Option("--log", help="Log file of Triton. Default: a temporary one.")
+        Path | None, typer.Option("--log", help="Log file of Triton. Default: a temporary file.")
     ] = None,
     host: Host = HOST,
     tls_cert: TlsCert = None,
@@ -57,16 +58,16 @@ def up(
         bool,
         typer.Option(
             "--restart",
-            help="Restart the server when it, or the process of a model, dies; up to "
+            help="Restart the server when it or the process of a model dies, up to "
             f"{MOST_RESTARTS} times in {WITHIN_S / 60:g} minutes.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Start the embedded Triton server; `status --url` looks at a running one.
+    """Run the embedded Triton server; `status --url` shows the state of a running one.
 
-    Ctrl-C or SIGTERM stops it after the requests in flight. When it dies, or the process of one of
-    its models, this command ends with an error, or restarts it with --restart.
+    Ctrl-C or SIGTERM stops it after the requests in flight. If the server or the process of a model
+    dies, this command exits with an error, or restarts the server with --restart.
     """
     check_assembled(repository)
     tls = server_tls(tls_cert, tls_key, client_ca)
@@ -101,7 +102,7 @@ def up(
     with _interrupted_by_signals():
         try:
             keep_up(server, Ports(http_port, grpc_port, metrics_port), started, restart)
-        except KeyboardInterrupt:  # while the server is started, or not yet again
+        except KeyboardInterrupt:  # during a start, or the pause before a restart
             note("stopped")
 
 
@@ -111,63 +112,63 @@ def keep_up(
     started: Callable[[TritonServer], None],
     restart: bool,
 ) -> None:
-    """Run a server until a KeyboardInterrupt; with `restart` again when it died, on the same ports.
+    """Run a server until a KeyboardInterrupt.
 
     Args:
-        server: makes one for given ports.
-        ports: of the first; 0 for any that is free.
-        started: told once, when the first is ready.
-        restart: else its death is an error.
+        server: creates a server with given ports.
+        ports: ports of the first server; 0 selects a free one. Restarts use the same ports.
+        started: called once, when the first server is ready.
+        restart: restart the server when it dies, instead of raising an error.
 
     Raises:
-        ServerError: it could not be started at first, it died, or it died too often.
+        ServerError: the server did not start, died without `restart`, or died too often.
     """
-    restarts, again = Restarts(), False
+    restarts, was_ready = Restarts(), False
     while True:
         try:
             with server(ports) as running:
-                if again:
-                    note(f"Triton serves again; its log is {running.log}")
+                if was_ready:
+                    note(f"Triton is running again; its log is {running.log}")
                 else:
                     started(running)
-                ports, again = running.ports, True
+                ports, was_ready = running.ports, True
                 fault = _watched(running)
                 if fault is None:
                     return
                 running.stop(PATIENCE_S)
         except ServerError as error:
-            if not again:
+            if not was_ready:
                 raise
             fault = error.reason
         if not restart:
-            raise ServerError(fault, advice="start it again, or give --restart")
+            raise ServerError(fault, advice="start the server again, or give --restart")
         pause = restarts.pause(time.monotonic())
         if pause is None:
             raise ServerError(
-                f"{fault}. That was once more than {MOST_RESTARTS} times in {WITHIN_S:g} s; it is "
-                "not restarted",
-                advice="look at its log",
+                f"{fault}. The server is not restarted, because it has already been restarted "
+                f"{MOST_RESTARTS} times within {WITHIN_S:g} s",
+                advice="read its log",
             )
         note(
-            f"{fault}. Starting again in {pause:g} s "
-            f"({restarts.count} of {MOST_RESTARTS} times in {WITHIN_S:g} s)"
+            f"{fault}. Restarting in {pause:g} s "
+            f"(restart {restarts.count} of {MOST_RESTARTS} within {WITHIN_S:g} s)"
         )
         time.sleep(pause)
 
 
 class Restarts:
-    """How often a server was started again of late, and how long to wait before the next time."""
+    """Counter of recent restarts, which sets the pause before the next one."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
 
     @property
     def count(self) -> int:
-        """Restarts of the last `WITHIN_S` seconds, as of the last call of `pause`."""
+        """Number of restarts in the last `WITHIN_S` seconds, at the last call of `pause`."""
         return len(self._times)
 
     def pause(self, now: float) -> float | None:
-        """Seconds before the next restart, which is counted; None after too many."""
+        """Count a restart and return the pause before it in seconds, or None after too many."""
         while self._times and now - self._times[0] >= WITHIN_S:
             self._times.popleft()
         if len(self._times) == MOST_RESTARTS:
@@ -177,32 +178,32 @@ class Restarts:
 
 
 def _watched(server: TritonServer) -> str | None:
-    """Wait for a fault of the server, or None when it is to stop."""
+    """Wait for a fault of the server and return it, or None after a KeyboardInterrupt."""
     try:
         while (fault := server.fault()) is None:
             time.sleep(LOOK_S)
     except KeyboardInterrupt:
-        note(f"stopping; requests under way have up to {EXIT_TIMEOUT_S} s")
+        note(f"stopping; requests in flight have up to {EXIT_TIMEOUT_S} s")
         return None
     return fault
 
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """The first SIGTERM or Ctrl-C is a KeyboardInterrupt, even of a shell's background job.
+    """Raise KeyboardInterrupt at the first SIGTERM or SIGINT, even in a shell's background job.
 
-    Those after it change nothing: what is left to do is bounded.
+    Later signals are ignored, because stopping takes a bounded time.
     """
     signals = (signal.SIGTERM, signal.SIGINT)
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = [signal.signal(each, interrupt) for each in signals]
+    previous = [signal.signal(number, interrupt) for number in signals]
     try:
         yield
     finally:
-        for each, handler in zip(signals, before, strict=True):
-            signal.signal(each, handler)
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,1 +1,1 @@
-"""Clients: the same calls to a Triton server and in this process."""
+"""Clients with one interface: `ClipClient` calls a Triton server, `LocalClip` runs in process."""

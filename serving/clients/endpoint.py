@@ -1,6 +1,6 @@
-"""How a client gets to a Triton server: URLs, TLS, the key of the administrative APIs.
+"""Endpoints of a Triton server: URLs, TLS, and the key of the administrative APIs.
 
-Does not know: what the server runs, or how it is started (`triton.py`).
+This module does not know what the server runs or how it is started (`serving.triton`).
 """
 
 import http.client
@@ -24,10 +24,10 @@ _SCHEMES: Mapping[str, tuple[Protocol, bool]] = {
     "grpcs": ("grpc", True),
     "https": ("http", True),
 }
-"""The protocol, and whether TLS is around it."""
-# Without these gRPC leaves a server that was away alone for 1 s, and for up to two minutes after
-# some attempts; how often is asked again is decided in `serving.clients.retry`. Whoever
-# gives arguments gives them all: -1 is no limit of our own to the size of messages.
+"""URL scheme to protocol, and whether the connection uses TLS."""
+# By default gRPC waits 1 s before it reconnects, and up to two minutes after several failures;
+# `serving.clients.retry` decides about retries instead. `channel_args` replaces the defaults of
+# tritonclient, so its unlimited message sizes (-1) are repeated here.
 _CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -38,25 +38,36 @@ _ADMIN_HEADERS: Mapping[Protocol, str] = {
     "http": "admin-key",
     "grpc": "triton-grpc-protocol-admin-key",
 }
-# What OpenSSL (HTTP) and BoringSSL (gRPC) say, and what it means; the first that fits is told.
-_TLS_TROUBLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), meaning)
-    for pattern, meaning in (
-        (r"certificate has expired", "its certificate has expired; the operator is to renew it"),
+# Messages of OpenSSL (HTTP) and BoringSSL (gRPC), each with a reason and an advice for the user.
+# The first match applies.
+_TLS_ERRORS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason, advice)
+    for pattern, reason, advice in (
+        (
+            r"certificate has expired",
+            "the server's certificate has expired",
+            "ask the operator of the server to renew it",
+        ),
         (
             r"hostname mismatch|ip address mismatch|not in peer certificate|verification check",
-            "its certificate is of another host; use the name that stands in it",
+            "the server's certificate is for another host",
+            "use the host name in the certificate",
         ),
         (
             r"certificate.verify.failed",
-            "its certificate is from an authority that is not trusted here; name the file of the "
-            "one that signed it (--ca)",
+            "the server's certificate is from an authority that is not trusted here",
+            "give the PEM file of the authority that signed it (--ca)",
         ),
-        (r"wrong.version.number|record layer failure", "it does not speak TLS at this port"),
+        (
+            r"wrong.version.number|record layer failure",
+            "the server does not use TLS on this port",
+            "use the port with TLS, or a URL without TLS (grpc:// or http://)",
+        ),
         (
             r"alert|handshake|(connection|socket) (reset|closed)|broken pipe|eof ",
-            "it ended the connection. Is this a port with TLS? If the server asks clients for a "
-            "certificate, show one that it trusts and that has not expired (--cert, --key)",
+            "the server closed the connection",
+            "check that this port uses TLS; if the server requires a client certificate, give one "
+            "that it trusts and that has not expired (--cert, --key)",
         ),
     )
 )
@@ -64,27 +75,30 @@ _TLS_TROUBLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """What a client trusts, and shows, over grpcs:// and https://; PEM files."""
+    """PEM files with which a client verifies the server and identifies itself over TLS."""
 
     ca: Path | None = None
-    """Authorities that the server's certificate may come from; without, the public ones."""
+    """Certificate authorities trusted to sign the server's certificate. None: the public ones."""
     certificate: Path | None = None
-    """The client's own, where the server asks for one."""
+    """Certificate of the client, for servers that require one."""
     key: Path | None = None
-    """Of the certificate, not encrypted."""
+    """Unencrypted private key of `certificate`."""
 
     def check(self) -> None:
-        """Read the files as a client would.
+        """Load the files into a TLS context, as a client does, to find errors early.
 
         Raises:
-            InputError: a file is missing or is no PEM, or certificate and key do not belong
-                together.
+            InputError: a file is missing or is not PEM, or the certificate and the key do not
+                belong together.
         """
         if (self.certificate is None) != (self.key is None):
-            raise InputError("a client shows a certificate and its key: give both, or neither")
+            raise InputError(
+                "expected a client certificate together with its key, got only one of them",
+                advice="give both, or neither",
+            )
         for file in (self.ca, self.certificate, self.key):
             if file is not None and not file.is_file():
-                raise InputError(f"{file}: no such file; expected a PEM file for TLS")
+                raise InputError(f"{file}: no such file", advice="give a PEM file for TLS")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if self.ca is not None:
@@ -94,8 +108,9 @@ class Credentials:
         except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError
             given = ", ".join(str(f) for f in (self.ca, self.certificate, self.key) if f)
             raise InputError(
-                f"{given} cannot be used for TLS ({error}); expected PEM files: the authority, a "
-                "certificate, its key without a password"
+                f"{given} cannot be used for TLS ({error})",
+                advice="give PEM files: the certificate authority, the client certificate, and its "
+                "private key without a password",
             ) from error
 
 
@@ -104,41 +119,42 @@ NO_CREDENTIALS = Credentials()
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One protocol of one server."""
+    """Address of one protocol of one server."""
 
     url: str
     protocol: Protocol
     address: str
-    """host:port"""
+    """`host:port`"""
     credentials: Credentials | None
-    """None where nothing is encrypted."""
+    """None without TLS."""
 
     @classmethod
     def of(cls, url: str, credentials: Credentials = NO_CREDENTIALS) -> "Endpoint":
-        """The endpoint at grpc://, http://, grpcs:// or https://host:port.
+        """Return the endpoint of a URL: grpc://, http://, grpcs:// or https://host:port.
 
         Raises:
-            ServerError: it is none of these.
-            InputError: there are credentials that would not be used, or cannot be.
+            ServerError: the URL has none of these forms.
+            InputError: there are credentials although the URL is not encrypted, or they are
+                unusable.
         """
         scheme, _, address = url.partition("://")
         if scheme not in _SCHEMES or not re.fullmatch(r"[^/]+:\d+", address):
             raise ServerError(
-                "expected grpc://host:port or http://host:port of a server, or grpcs:// or "
-                f"https:// with TLS, got {url!r}"
+                "expected grpc://host:port or http://host:port, or grpcs:// or https:// with TLS, "
+                f"got {url!r}"
             )
         protocol, encrypted = _SCHEMES[scheme]
         if not encrypted and credentials != NO_CREDENTIALS:
             raise InputError(
-                f"{url} is not encrypted, so certificates are of no use; give {scheme}s://{address}"
-                ", or leave them out"
+                f"{url} is not encrypted, so certificates have no effect",
+                advice=f"give {scheme}s://{address}, or leave out the certificates",
             )
         credentials.check()
         return cls(url, protocol, address, credentials if encrypted else None)
 
     @property
     def module(self) -> ModuleType:
-        """`tritonclient.grpc` or `tritonclient.http`."""
+        """The module `tritonclient.grpc` or `tritonclient.http`."""
         if self.protocol == "grpc":
             import tritonclient.grpc as module
         else:
@@ -147,7 +163,12 @@ class Endpoint:
         return found
 
     def open(self, timeout: float) -> Any:
-        """A client of tritonclient; of HTTP it is for one thread, and `timeout` is in seconds."""
+        """Return a new client of tritonclient; an HTTP client belongs to one thread.
+
+        Args:
+            timeout: seconds to connect and to wait for an answer, for HTTP; gRPC takes its timeout
+                with each call.
+        """
         if self.protocol == "grpc":
             options = self._grpc_options()
         else:
@@ -173,10 +194,10 @@ class Endpoint:
         return {"ssl": True, "ssl_options": options}
 
     def ready(self, timeout: float) -> bool:
-        """Whether the server is ready; raises what tritonclient does where none answers.
+        """Return whether the server is ready; errors of tritonclient pass through.
 
-        Asks for metadata first: Triton's metrics port answers 200 to any question, also to
-        "ready?".
+        Requests the metadata first: Triton's metrics port answers 200 to every request, the
+        readiness probe included.
         """
         options = {"client_timeout": timeout} if self.protocol == "grpc" else {}
         with self.open(timeout) as client:
@@ -184,23 +205,32 @@ class Endpoint:
             return bool(client.is_server_ready(**options))
 
     def unreachable(self, error: Exception) -> ServerError:
-        """What to tell where nothing, or something else, answers."""
+        """Return the error to raise when no Triton server answers."""
         if self.credentials is not None:
-            for pattern, meaning in _TLS_TROUBLE:
+            for pattern, reason, advice in _TLS_ERRORS:
                 if pattern.search(str(error)):
-                    return ServerError(f"no connection to {self.url}: {meaning} ({error})")
+                    return ServerError(
+                        f"no connection to {self.url}: {reason} ({error})", advice=advice
+                    )
         return UnavailableError(
-            f"no Triton server answers at {self.url} ({error}). Is it started, and is this its "
-            f"{self.protocol} port? By default 8000 is http and 8001 is grpc; with TLS, say grpcs "
-            "or https"
+            f"no Triton server answers at {self.url} ({error})",
+            advice=f"check that it is running and that this is its {self.protocol} port (the "
+            "defaults are 8000 for http and 8001 for grpc); with TLS, use grpcs:// or https://",
         )
 
 
 def attach(url: str, timeout: float = 5.0, credentials: Credentials = NO_CREDENTIALS) -> Endpoint:
-    """Check that the server at `url` answers and is ready, within `timeout` seconds a question.
+    """Return the endpoint of `url` after checking that its server answers and is ready.
 
-    `url` is as `Endpoint.of` takes it. Raises UnavailableError that says what was tried, and
-    ServerError on what asking again cannot mend.
+    Args:
+        url: as for `Endpoint.of`.
+        timeout: seconds for each of the two requests.
+        credentials: files for TLS.
+
+    Raises:
+        UnavailableError: no server answers, or it is not ready.
+        ServerError: the connection fails in a way that a retry cannot fix, or `url` is malformed.
+        InputError: the credentials are unusable.
     """
     endpoint = Endpoint.of(url, credentials)
     try:
@@ -209,12 +239,13 @@ def attach(url: str, timeout: float = 5.0, credentials: Credentials = NO_CREDENT
         raise endpoint.unreachable(error) from error
     if not ready:
         raise UnavailableError(
-            f"the Triton server at {url} answers, but is not ready: its models are still loading, "
-            "or one of them failed to, as its log says"
+            f"the Triton server at {url} answers but is not ready: its models are still loading, "
+            "or one of them failed to load",
+            advice="try again later, or read the server's log",
         )
     return endpoint
 
 
 def admin_headers(protocol: Protocol, key: str | None) -> dict[str, str]:
-    """What a request to an administrative API carries; nothing without a key."""
+    """Return the headers of a request to an administrative API; none without a key."""
     return {} if key is None else {_ADMIN_HEADERS[protocol]: key}

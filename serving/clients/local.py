@@ -1,4 +1,4 @@
-"""The client's calls in this process, without a server."""
+"""Client that runs a bundle in this process, without a server."""
 
 import os
 from collections.abc import Sequence
@@ -26,21 +26,22 @@ from serving.runners.spec import RunnerSpec, known, runtime_of
 from serving.tasks.zero_shot import ZeroShotClassifier
 
 _TREE_TOKENS = 4096
-"""That texts share, from which on they are embedded as trees: the graph for that is opened when it
-is first needed, which takes about as long as the text tower takes for so many."""
+"""Minimum number of tokens in shared prefixes for embedding texts as prefix trees. The prefix-tree
+graph is opened on first use, which takes about as long as the text tower takes for so many tokens.
+"""
 
 
 class LocalClip:
-    """Both towers of a bundle; use it in a `with` statement.
+    """Both towers of a bundle in this process; a context manager.
 
-    Many texts that begin alike, such as labels in templates, are embedded as trees, where the
-    bundle has a graph for that, by a runner that passed the gate with it.
+    Many texts with shared prefixes, such as labels in prompt templates, are embedded as prefix
+    trees if the bundle has a prefix-tree graph and a runner passed the parity gate with it.
 
     Args:
-        bundle: a directory that `clip-deploy export` made.
-        runner: such as `openvino:int8`; `auto` times those that passed the parity gate, here and
-            now, and takes the fastest of each tower.
-        batch_size: pictures or texts a run; more are cut into several.
+        bundle: directory that `clip-deploy export` wrote.
+        runner: name of a runner, such as `openvino:int8`. `auto` times those that passed the parity
+            gate on this machine and takes the fastest for each tower.
+        batch_size: images or texts per run; longer inputs are split.
     """
 
     def __init__(
@@ -52,17 +53,17 @@ class LocalClip:
     ) -> None:
         self._bundle = Bundle.open(Path(bundle))
         self._batch_size = batch_size
-        self._asked = runner
-        self._images = open_runner(self._bundle, "image", self._chosen("image", runner))
-        self._texts = open_runner(self._bundle, "text", self._chosen("text", runner))
+        self._requested_runner = runner
+        self._image_runner = open_runner(self._bundle, "image", self._spec("image", runner))
+        self._text_runner = open_runner(self._bundle, "text", self._spec("text", runner))
         self._tokenizer = Tokenizer(self._bundle.tokenizer, self._bundle.manifest.text)
         self._stack = ExitStack()
         self._tree: Runner | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(self._images)
-            stack.enter_context(self._texts)
+            stack.enter_context(self._image_runner)
+            stack.enter_context(self._text_runner)
             self._stack = stack.pop_all()
         return self
 
@@ -75,15 +76,15 @@ class LocalClip:
         self._stack.close()
         self._tree = None
 
-    def _chosen(self, tower: Tower, runner: str) -> RunnerSpec:
+    def _spec(self, tower: Tower, runner: str) -> RunnerSpec:
         return fastest(self._bundle, tower) if runner == "auto" else known(runner)
 
     @cached_property
     def _tree_spec(self) -> RunnerSpec | None:
-        return prefix_tree_runner(self._bundle, self._asked, self._texts.spec)
+        return prefix_tree_runner(self._bundle, self._requested_runner, self._text_runner.spec)
 
     def _tree_for(self, ids: Ids) -> Runner | None:
-        """What embeds `ids` as trees, where that pays."""
+        """Return the prefix-tree runner, or None if `ids` share too few tokens to benefit."""
         end_id = self._bundle.manifest.text.end_id
         if ids.size < _TREE_TOKENS or shared_tokens(ids, end_id) < _TREE_TOKENS:
             return None
@@ -93,7 +94,7 @@ class LocalClip:
 
     @property
     def identity(self) -> ModelIdentity:
-        """Whose embeddings these are."""
+        """Model that the embeddings belong to."""
         manifest = self._bundle.manifest
         return ModelIdentity(
             name=manifest.name,
@@ -103,19 +104,25 @@ class LocalClip:
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied with before a softmax."""
+        """Factor of the cosines before a softmax."""
         return self._bundle.manifest.logit_scale
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The checkpoint's own prompts."""
+        """Prompt templates of the checkpoint."""
         return self._bundle.manifest.templates
 
     def embed_images(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        """Paths, encoded bytes, PIL images or uint8 [h, w, 3] arrays -> float32 [n, dim].
+        """Embed images.
+
+        Args:
+            images: paths, encoded bytes, PIL images, or uint8 RGB arrays [height, width, 3].
+
+        Returns:
+            float32 [n, dim], unit length.
 
         Raises:
-            ImageError: one of them cannot be used; the message says which.
+            ImageError: an image cannot be used; the error says which and why.
         """
         spec = self._bundle.manifest.image
 
@@ -129,14 +136,21 @@ class LocalClip:
         for start in range(0, len(images), self._batch_size):
             stop = min(start + self._batch_size, len(images))
             batch = np.stack([pixels(index) for index in range(start, stop)])
-            out[start:stop] = self._images.run(batch)
+            out[start:stop] = self._image_runner.run(batch)
         return out
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.float32]:
-        """Texts, in any number -> float32 [n, dim].
+        """Embed texts.
+
+        Args:
+            texts: any number of texts.
+            truncate: cut texts that are too long instead of raising an error.
+
+        Returns:
+            float32 [n, dim], unit length.
 
         Raises:
-            TextError: one of them cannot be used, or is too long and `truncate` is not set.
+            TextError: a text cannot be used; the error says which and why.
         """
         rows = self._tokenizer.encode(texts, truncate=truncate) if len(texts) else []
         ids = self._tokenizer.padded(rows, max(map(len, rows), default=0))
@@ -145,10 +159,11 @@ class LocalClip:
         out = self._empty(len(rows))
         for batch in batches_by_length(rows, self._batch_size):
             length = len(rows[batch[-1]])
-            # TensorRT prepares every shape that it meets, the others take any length as it comes.
-            if runtime_of(self._texts.spec).library is not None:
+            # TensorRT prepares an execution context per shape; other runtimes take any length.
+            if runtime_of(self._text_runner.spec).library is not None:
                 length = self._tokenizer.bucket(length)
-            out[batch] = self._texts.run(self._tokenizer.padded([rows[i] for i in batch], length))
+            ids = self._tokenizer.padded([rows[i] for i in batch], length)
+            out[batch] = self._text_runner.run(ids)
         return out
 
     def _empty(self, count: int) -> Embeddings:
@@ -160,11 +175,12 @@ class LocalClip:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> NDArray[np.float32]:
-        """Probability of each label for each picture, float32 [n, labels].
+        """Return the probability of each label for each image, float32 [n, labels].
 
-        The labels are embedded anew; `ZeroShotClassifier` keeps them.
+        Every call embeds the labels; `ZeroShotClassifier` embeds them once.
 
         Raises:
-            ImageError, TextError: one of them cannot be used; the message says which.
+            ImageError: an image cannot be used; the error says which and why.
+            TextError: labels or templates cannot be used; the error says which and why.
         """
         return ZeroShotClassifier(self, labels, templates).classify(images)

@@ -1,12 +1,12 @@
-"""Asking a server again: what for, how often, and after which pauses.
+"""Retries with exponential backoff and full jitter.
 
-Asked again is what the server did not take: nobody listened, the connection broke, or it was full.
-That is safe, since the same pictures and texts give the same answer. A request that was wrong, or
-that ran out of time, is not repeated.
+A request is retried if the server did not accept it: no server listened, the connection broke, or
+the queues were full. Retries are safe, because the same images and texts always give the same
+answer. A request that was invalid or exceeded its deadline is not retried.
 
-Pauses double, and each is drawn between nothing and its full length ("full jitter": Brooker,
-"Exponential Backoff And Jitter", AWS Architecture Blog, 2015), so that clients that were refused
-together do not come back together.
+Each pause is drawn at random between zero and a limit that doubles ("full jitter": Brooker,
+"Exponential Backoff And Jitter", AWS Architecture Blog, 2015), so that clients that were rejected
+together do not return together.
 """
 
 import math
@@ -20,26 +20,33 @@ from serving.errors import UnavailableError
 T = TypeVar("T")
 
 FIRST_S = 0.1
-"""The first pause, at most."""
+"""Maximum of the first pause, in seconds."""
 LONGEST_S = 2.0
-"""Every other pause, at most."""
+"""Maximum of any pause, in seconds."""
 
 
 def pauses(attempts: int, draw: Callable[[], float] = random.random) -> Iterator[float]:
-    """Seconds between so many attempts, one less than these; `draw` gives numbers in [0, 1)."""
+    """Yield the pauses between `attempts` attempts, in seconds.
+
+    Args:
+        attempts: number of attempts; there is one pause less.
+        draw: returns random numbers in [0, 1).
+    """
     for number in range(attempts - 1):
         yield draw() * min(LONGEST_S, FIRST_S * 2**number)
 
 
 def retried(action: Callable[[float], T], attempts: int, timeout: float) -> T:
-    """What `action` returns, which is given the seconds it may take; the first time, all of them.
+    """Call `action` until it succeeds, and return its result.
 
     Args:
-        attempts: at most, pauses permitting: none begins after `timeout`.
+        action: takes the number of seconds that are left; the first call gets `timeout`.
+        attempts: maximum number of calls; none begins after `timeout`.
         timeout: seconds for all attempts and pauses together.
 
     Raises:
-        UnavailableError: the last attempt's, of the same class; it says how often was asked.
+        UnavailableError: every attempt failed. The error has the class of the last attempt's error
+            and states the number of attempts.
     """
     begin, left, number, waits = time.monotonic(), timeout, 0, pauses(attempts)
     while True:
@@ -53,6 +60,6 @@ def retried(action: Callable[[float], T], attempts: int, timeout: float) -> T:
                 if number == 1:
                     raise
                 raise type(error)(
-                    f"{error.reason} (asked {number} times in {taken:.1f} s)", advice=error.advice
+                    f"{error.reason} (tried {number} times in {taken:.1f} s)", advice=error.advice
                 ) from error
         time.sleep(pause)

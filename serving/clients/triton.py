@@ -1,10 +1,10 @@
-"""A client of the Triton server: pictures and texts in, embeddings and probabilities out.
+"""Client of the Triton server that turns images and texts into embeddings and probabilities.
 
     with ClipClient("grpc://localhost:8001") as client:
         client.embed_images(["cat.jpg", "dog.jpg"])          # float32 [2, dim]
         client.classify(["cat.jpg"], ["cat", "dog"])         # float32 [1, 2]
 
-Does not know: how the server is run (`triton.py`), or what it runs.
+This module does not know how the server is started (`serving.triton`) or which runners it uses.
 """
 
 import functools
@@ -34,21 +34,21 @@ T = TypeVar("T")
 
 
 class ClipClient:
-    """Calls `clip_image`, `clip_text` and `clip_zero_shot`; use it in a `with` statement.
+    """Client of the models `clip_image`, `clip_text` and `clip_zero_shot`; a context manager.
 
-    Inputs are cut into requests of `batch_size`, of which up to `in_flight` are under way at a
-    time, so that the server decodes some while it runs others. Safe to share between threads.
+    Inputs are split into requests of `batch_size`. Up to `in_flight` requests run at a time, so
+    that the server decodes some while it embeds others. Safe to share between threads.
 
     Args:
         url: `grpc://host:port` or `http://host:port`; with TLS `grpcs://` or `https://`.
-        timeout: seconds a request may take, all its attempts included; after that the server drops
-            it from its queues, over HTTP pictures only.
-        batch_size: pictures or texts a request, at most the server's own limit.
-        in_flight: requests under way at a time.
-        attempts: how often a request, or looking for the server in the beginning, is tried at most.
-            Tried again, after a moment, is what found nobody or a full server (`UnavailableError`);
-            never what was wrong, or took too long. 1 tries once.
-        credentials: for TLS: whom to trust, and what to show.
+        timeout: seconds that a request may take, including all its attempts. After that the server
+            drops it from its queues; over HTTP this applies only to images.
+        batch_size: images or texts per request; limited to the server's maximum.
+        in_flight: maximum number of concurrent requests.
+        attempts: maximum number of attempts of a request, and of the first connection. A request
+            is retried after a pause if the server was unavailable or full (`UnavailableError`), but
+            not if it was invalid or exceeded its deadline. 1 disables retries.
+        credentials: files for TLS.
     """
 
     def __init__(
@@ -77,8 +77,9 @@ class ClipClient:
         except KeyError as error:
             self.close()
             raise ServerError(
-                f"{url} serves a clip_image without {error}; it was not assembled by this version "
-                "of the project, assemble its repository again"
+                f"the model clip_image at {url} has no parameter {error}: its repository was "
+                "assembled by another version of this project",
+                advice="assemble the repository again with `clip-deploy assemble`",
             ) from error
         except BaseException:
             self.close()
@@ -97,12 +98,12 @@ class ClipClient:
         self.close()
 
     def close(self) -> None:
-        """End all connections."""
+        """Cancel waiting requests and close all connections."""
         self._pool.shutdown(cancel_futures=True)
         self._calls.close()
 
     def embed_images(self, images: Sequence[Picture]) -> Floats:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             images: paths, encoded bytes, PIL images, or uint8 RGB arrays [height, width, 3].
@@ -111,23 +112,27 @@ class ClipClient:
             float32 [n, dim], unit length.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which and why.
-            OverloadedError: the server was full, at every attempt.
-            ServerError: it did not answer in time, or failed.
+            ImageError: an image cannot be used; the error says which and why.
+            OverloadedError: the server's queues were full at every attempt.
+            ServerError: the server failed, or did not answer in time.
         """
         infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
         return self._embed("images", images, encode_picture, infer, ImageError)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
-        """Embed texts; `truncate` cuts those that are too long instead of refusing them.
+        """Embed texts.
+
+        Args:
+            texts: at least one.
+            truncate: cut texts that are too long instead of raising an error.
 
         Returns:
             float32 [n, dim], unit length.
 
         Raises:
-            TextError: a text cannot be used; the message says which and why.
-            OverloadedError: the server was full, at every attempt.
-            ServerError: it did not answer in time, or failed.
+            TextError: a text cannot be used; the error says which and why.
+            OverloadedError: the server's queues were full at every attempt.
+            ServerError: the server failed, or did not answer in time.
         """
         whole = functools.partial(self._infer_bytes, "clip_text", "text", "text_embeds")
         infer = self._infer_truncated if truncate else whole
@@ -139,24 +144,25 @@ class ClipClient:
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> Floats:
-        """Probability of each label for each picture, by the server's `clip_zero_shot`.
+        """Return the probability of each label for each image, from the model `clip_zero_shot`.
 
-        The server embeds a set of labels once and keeps it: the first call with many labels and
-        templates takes time (the client's `timeout` covers it), later ones what their pictures do.
+        The server embeds a label set once and caches it. The first call with many labels and
+        templates therefore takes longer (the client's `timeout` includes this); later calls only
+        embed their images.
 
         Args:
             images: as for `embed_images`.
-            labels: that differ.
-            templates: what labels are put into; default: the checkpoint's own.
+            labels: distinct labels.
+            templates: prompt templates; default: those of the checkpoint.
 
         Returns:
             float32 [n, labels]; rows sum to 1.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which and why.
-            TextError: labels or templates cannot be used; the message says which and why.
-            OverloadedError: the server was full, at every attempt.
-            ServerError: it has no `clip_zero_shot`, did not answer in time, or failed.
+            ImageError: an image cannot be used; the error says which and why.
+            TextError: labels or templates cannot be used; the error says which and why.
+            OverloadedError: the server's queues were full at every attempt.
+            ServerError: the server has no `clip_zero_shot`, failed, or did not answer in time.
         """
         LabelSet.of(labels, self.templates if templates is None else templates)
         given = [self._strings("LABELS", each("labels", labels, _encode_text))]
@@ -176,17 +182,17 @@ class ClipClient:
         items: Sequence[T],
         encode: Callable[[T], bytes],
         infer: Callable[[list[bytes]], Floats],
-        refusal: type[InputError],
+        error_type: type[InputError],
     ) -> Floats:
         if isinstance(items, str | bytes):
-            raise refusal(f"expected a sequence of {kind}, got one {type(items).__name__}")
+            raise error_type(f"expected a sequence of {kind}, got one {type(items).__name__}")
 
         def embed(start: int) -> Floats:
             data = []
             for index, item in enumerate(items[start : start + self._batch_size], start):
                 try:
                     data.append(encode(item))
-                except refusal as error:
+                except error_type as error:
                     raise error.at(kind, index, _path(kind, item)) from error
             try:
                 return infer(data)
@@ -194,10 +200,10 @@ class ClipClient:
                 if error.kind == kind or (error.kind is None and len(data) == 1):
                     item = items[start + (error.index or 0)]
                     raise error.at(kind, start, _path(kind, item)) from error
-                raise  # about labels or templates, which are the same in every request
+                raise  # an error of labels or templates, which are the same in every request
 
         if not items:
-            raise refusal(f"no {kind} to embed; give at least one")
+            raise error_type(f"no {kind} to embed", advice="give at least one")
         futures = [self._pool.submit(embed, s) for s in range(0, len(items), self._batch_size)]
         try:
             return np.concatenate([future.result() for future in futures])
@@ -206,10 +212,10 @@ class ClipClient:
                 future.cancel()
 
     def _infer_truncated(self, data: list[bytes]) -> Floats:
-        """Tokenize and embed in two steps.
+        """Tokenize and embed with two requests.
 
-        The ensemble's cache does not know of request parameters: it would give what was embedded
-        truncated to those who did not ask for that.
+        The response cache of the ensemble ignores request parameters: it would answer requests
+        without `truncate` with embeddings of truncated texts.
         """
         ids = self._infer_bytes("text_tokenize", "text", "input_ids", data, {"truncate": True})
         tensor = self._calls.protocol.InferInput("input_ids", ids.shape, "INT32")
@@ -228,39 +234,38 @@ class ClipClient:
         return self._calls.infer(model, [self._strings(source, data, 1)], target, parameters or {})
 
     def _strings(self, name: str, data: list[bytes], *rest: int) -> Any:
-        """An input of shape [len(data), *rest]."""
+        """Return an input tensor of shape [len(data), *rest]."""
         tensor = self._calls.protocol.InferInput(name, [len(data), *rest], "BYTES")
         tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(len(data), *rest))
         return tensor
 
 
 def encode_picture(picture: Picture) -> bytes:
-    """The encoded picture that is sent: files and bytes as they are, pixels as PNG (lossless).
+    """Return the encoded image to send: files and bytes unchanged, pixels as lossless PNG.
 
     Raises:
-        ImageError: there is no such file, the array is not uint8 [height, width, 3], or what would
-            be sent is over the limit.
+        ImageError: the file does not exist, the array is not uint8 [height, width, 3], or the
+            encoded image exceeds the limit.
     """
-    data = _encoded_picture(picture)
+    data = _encoded(picture)
     if len(data) > MAX_PICTURE_BYTES:
         raise ImageError(too_large(len(data)))
     return data
 
 
-def _encoded_picture(picture: Picture) -> bytes:
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | os.PathLike):
-        return read_picture(picture)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+def _encoded(image: Picture) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | os.PathLike):
+        return read_picture(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(
-                f"expected an array uint8 [height, width, 3], got {picture.dtype} "
-                f"{list(picture.shape)}"
+                f"expected an array uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
             )
-        picture = Image.fromarray(picture)
+        image = Image.fromarray(image)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

@@ -1,1 +1,1 @@
-"""From encoded images and strings to pixels and token ids."""
+"""Conversion of encoded images to pixels, and of strings to token ids."""

@@ -1,11 +1,11 @@
-"""An encoded picture without the parts that only describe it, before a decoder sees it.
+"""Strip metadata from encoded images before they reach a decoder.
 
-Pillow reads what a file says of itself (EXIF, profiles, comments, private chunks) part by part, in
-Python, and unpacks some of it: a file of an allowed size can keep it busy for minutes. No pixel
-depends on that, so it is cut out unread; what takes long even so is counted and refused. Pixels
-stay the same: tests compare them with what Pillow makes of the whole file.
+Pillow parses metadata (EXIF, color profiles, comments, private chunks) part by part in Python, and
+decompresses some of it. A file within the size limit can keep it busy for minutes. Since no pixel
+depends on metadata, it is removed without being parsed. The parts that remain are counted and
+limited. Pixels do not change: tests compare them with Pillow's result for the whole file.
 
-WebP and BMP come back as they are: the one is read in C, the other has a header of fixed size.
+WebP and BMP are returned unchanged: WebP is parsed in C, and a BMP has a header of fixed size.
 """
 
 import re
@@ -16,23 +16,23 @@ from serving.limits import MAX_JPEG_HEADER_BYTES, MAX_PARTS, MAX_SCANS
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
-# Not a byte of coded data (ff 00), a fill byte (ff ff) or a restart (ff d0 to d7).
+# Excludes stuffed bytes of coded data (ff 00), fill bytes (ff ff) and restarts (ff d0 to d7).
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
-_APP0, _APP14, _APP15 = 0xE0, 0xEE, 0xEF  # the first two tell the colour space
+_APP0, _APP14, _APP15 = 0xE0, 0xEE, 0xEF  # APP0 and APP14 declare the color space
 
-_JUNK = 64 << 10  # bytes of a header that are looked through for what comes next
+_JUNK = 64 << 10  # maximum bytes to search in a header for its next part
 
-_GIF_HEADER = 13  # bytes, before the palette
-_GIF_BLOCK = re.compile(rb"[!,;]")  # an extension, an image, the end
+_GIF_HEADER = 13  # size in bytes; the palette follows
+_GIF_BLOCK = re.compile(rb"[!,;]")  # extension, image, end of file
 
 
 def pixel_parts(data: bytes) -> bytes:
-    """Cuts out of a JPEG, PNG or GIF what its pixels do not depend on.
+    """Return a JPEG, PNG or GIF without the parts that its pixels do not depend on.
 
     Raises:
-        ImageError: it has more than `MAX_PARTS`, or, a JPEG, more than `MAX_SCANS` or
-            `MAX_JPEG_HEADER_BYTES`.
+        ImageError: the image has more than `MAX_PARTS` parts, or is a JPEG with more than
+            `MAX_SCANS` scans or `MAX_JPEG_HEADER_BYTES` bytes of tables.
     """
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
@@ -44,12 +44,12 @@ def pixel_parts(data: bytes) -> bytes:
 
 
 def _jpeg(data: bytes) -> bytes:
-    """Up to the end of the image, in front without application segments, comments and junk."""
+    """Drop application segments, comments and junk before the first scan, and all after the end."""
     view, at, header, first_scan, scans = memoryview(data), 2, 0, 0, 0
     kept = [view[:at]]
     for _ in range(MAX_PARTS):
         found = _JPEG_MARKER.search(data, at, len(data) if scans else at + _JUNK)
-        if found is None:  # cut off, as the decoder will say
+        if found is None:  # truncated; the decoder reports it
             return b"".join([*kept, view[first_scan:]] if scans else kept)
         start, marker = found.start(), data[found.start() + 1]
         at = start + 2
@@ -64,30 +64,31 @@ def _jpeg(data: bytes) -> bytes:
             header += len(kept[-1])
         if scans > MAX_SCANS:
             raise ImageError(
-                f"the JPEG has more than the {MAX_SCANS} scans allowed; save it again, not "
-                "progressive"
+                f"the JPEG has more than the {MAX_SCANS} scans allowed",
+                advice="save it again as a baseline JPEG, not a progressive one",
             )
         if header > MAX_JPEG_HEADER_BYTES:
             raise ImageError(
                 f"the JPEG has {header} bytes of tables before its first scan, more than the "
-                f"{MAX_JPEG_HEADER_BYTES} allowed; save it again"
+                f"{MAX_JPEG_HEADER_BYTES} allowed",
+                advice="save it again",
             )
-    raise ImageError(_too_many("JPEG", "segments"))
+    raise _too_many("JPEG", "segments")
 
 
 def _has_length(marker: int) -> bool:
-    """Whether a length follows a marker, as Pillow reads it (`JpegImagePlugin.MARKER`)."""
+    """Return whether Pillow reads a length after a marker (`JpegImagePlugin.MARKER`)."""
     return marker >= 0xC0 and marker not in (_SOI, _EOI, 0xC8) and not 0xF0 <= marker <= 0xFD
 
 
 def _png(data: bytes) -> bytes:
-    """The critical chunks, and transparency, which must come before the data."""
+    """Keep only critical chunks, and transparency if it precedes the image data."""
     view, at, in_data = memoryview(data), len(_PNG_MAGIC), False
     kept = [view[:at]]
     for _ in range(MAX_PARTS):
         name = data[at + 4 : at + 8]
         if len(name) < 4 or not name.isalpha():
-            kept.append(view[at:])  # cut off or damaged, as the decoder will say
+            kept.append(view[at:])  # truncated or damaged; the decoder reports it
             return b"".join(kept)
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         in_data = in_data or name == b"IDAT"
@@ -96,11 +97,11 @@ def _png(data: bytes) -> bytes:
         if name == b"IEND":
             return b"".join(kept)
         at = end
-    raise ImageError(_too_many("PNG", "chunks"))
+    raise _too_many("PNG", "chunks")
 
 
 def _gif(data: bytes) -> bytes:
-    """The palette, what is said of the first frame, and all from there."""
+    """Drop all extensions before the first frame, except those that control its transparency."""
     view, flags = memoryview(data), data[10]
     at = _GIF_HEADER + (6 << (flags & 7) if flags & 0x80 else 0)
     kept, parts = [view[:at]], 0
@@ -110,14 +111,14 @@ def _gif(data: bytes) -> bytes:
             kept.append(view[start:])
             break
         if found[0] == b";":
-            break  # no image, as the decoder will say
+            break  # no image; the decoder reports it
         at = start + 2  # after the extension's label
         while True:
             size = data[at] if at < len(data) else 0
             at += 1 + size
             parts += 1
             if parts > MAX_PARTS:
-                raise ImageError(_too_many("GIF", "blocks before its first frame"))
+                raise _too_many("GIF", "blocks before its first frame")
             if not size:
                 break
         if data[start + 1 : start + 2] == b"\xf9":  # graphic control: transparency
@@ -125,5 +126,8 @@ def _gif(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _too_many(kind: str, parts: str) -> str:
-    return f"the {kind} has more than the {MAX_PARTS} {parts} allowed; save it again, plainly"
+def _too_many(kind: str, parts: str) -> ImageError:
+    return ImageError(
+        f"the {kind} has more than the {MAX_PARTS} {parts} allowed",
+        advice="save it again without metadata",
+    )

@@ -1,13 +1,14 @@
-"""A set of labels and the templates they are put into: the texts that zero-shot embeds.
+"""Label sets: the labels and prompt templates of zero-shot classification.
 
-Does not know: what embeds them (`zero_shot`, `label_sets`).
+This module does not know how the texts are embedded (`serving.tasks.zero_shot`,
+`serving.triton_models.label_cache`).
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from serving.errors import TextError
+from serving.errors import TextError, TextTooLongError
 from serving.inputs.tokenizer import excerpt
 from serving.limits import (
     MAX_LABEL_SET_BYTES,
@@ -20,11 +21,11 @@ from serving.limits import (
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """Labels and the templates they are put into; text i is label i // t in template i % t.
+    """Labels and prompt templates. With t templates, text i is label i // t in template i % t.
 
     Raises:
-        TextError: no labels, an empty one, the same one twice, no templates, one without `{}`, or
-            more of them than `serving.limits` allow.
+        TextError: there are no labels or no templates, a label is empty or occurs twice, a template
+            has no `{}`, or a limit of `serving.limits` is exceeded.
     """
 
     labels: tuple[str, ...]
@@ -35,11 +36,11 @@ class LabelSet:
             if not isinstance(text, str):
                 raise TextError(f"expected labels and templates to be str, got {text!r}")
         if not self.labels:
-            raise TextError("no labels to choose from; give at least one")
+            raise TextError("no labels to choose from", advice="give at least one")
         if not self.templates:
-            raise TextError("no templates to put labels into; give at least one, such as '{}'")
+            raise TextError("no prompt templates", advice="give at least one, such as '{}'")
         refuse_numbers(len(self.labels), len(self.templates))
-        self._refuse_sizes()
+        self._check_sizes()
         seen: set[str] = set()
         for index, label in enumerate(self.labels):
             if not label.strip():
@@ -50,15 +51,22 @@ class LabelSet:
                 )
             if label in seen:
                 raise TextError(
-                    f"label {excerpt(label)} is given more than once; labels must differ"
+                    f"label {excerpt(label)} is given more than once",
+                    advice="give each label once",
                 )
             seen.add(label)
         for template in self.templates:
             if "{}" not in template:
-                raise TextError(f"template {excerpt(template)} has no {{}} for the label to go")
+                raise TextError(
+                    f"template {excerpt(template)} has no {{}}",
+                    advice="put {} where the label belongs",
+                )
 
-    def _refuse_sizes(self) -> None:
-        """Of the texts, before one is made: a template may repeat a label thousands of times."""
+    def _check_sizes(self) -> None:
+        """Check the sizes of all texts without building them.
+
+        A template may contain `{}` thousands of times.
+        """
         lengths = [_length(label) for label in self.labels]
         longest, total = max(lengths), 0
         for template in self.templates:
@@ -66,36 +74,44 @@ class LabelSet:
             rest = _length(template) - places * len("{}")
             if (size := rest + places * longest) > MAX_TEXT_BYTES:
                 raise TextError(
-                    f"put into the prompt template {excerpt(template)}, the label has {size} "
-                    f"bytes, more than the {MAX_TEXT_BYTES} allowed",
+                    f"in prompt template {excerpt(template)}, the label has {size} bytes, more "
+                    f"than the {MAX_TEXT_BYTES} allowed",
                     kind="labels",
                     index=lengths.index(longest),
-                    advice="shorten either",
+                    advice="shorten the label or the template",
                 )
             total += rest * len(lengths) + places * sum(lengths)
         if total > MAX_LABEL_SET_BYTES:
             raise TextError(
                 f"labels x templates have {total} bytes, more than the {MAX_LABEL_SET_BYTES} "
-                "allowed; give fewer, or shorter ones"
+                "allowed",
+                advice="give fewer or shorter ones",
             )
 
     @classmethod
     def of(cls, labels: Sequence[str], templates: Sequence[str]) -> Self:
-        """Of any sequences, but not of one str, which is a sequence too."""
+        """Return the label set of two sequences of strings.
+
+        Raises:
+            TextError: one of them is a single str, or see `LabelSet`.
+        """
         if isinstance(labels, str) or isinstance(templates, str):
-            raise TextError("expected lists of labels and of templates, got one str; pass [str]")
+            raise TextError(
+                "expected lists of labels and of templates, got one str",
+                advice="pass a list, such as ['cat']",
+            )
         return cls(tuple(labels), tuple(templates))
 
     def __len__(self) -> int:
-        """Texts."""
+        """Return the number of texts: labels x templates."""
         return len(self.labels) * len(self.templates)
 
     def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Texts `start` to `stop` (default: all)."""
+        """Return texts `start` to `stop` (default: all)."""
         return self.some(range(start, len(self) if stop is None else min(stop, len(self))))
 
     def some(self, indices: Iterable[int]) -> list[str]:
-        """The texts `indices`."""
+        """Return the texts with the given indices."""
         count = len(self.templates)
         return [
             self.templates[index % count].replace("{}", self.labels[index // count])
@@ -103,40 +119,46 @@ class LabelSet:
         ]
 
     def by_template(self) -> list[int]:
-        """Indices of all texts, template by template: texts that begin alike come together."""
+        """Return the indices of all texts, template by template: shared prefixes are adjacent."""
         count = len(self.templates)
         return [index for start in range(count) for index in range(start, len(self), count)]
 
     def blamed(self, error: TextError, indices: Sequence[int]) -> TextError:
-        """Return the error of one of `some(indices)` as one of its label and template."""
+        """Return the error of a text in `some(indices)` as an error of its label and template."""
         label, template = divmod(indices[error.index or 0], len(self.templates))
+        # Texts may be truncated on request, prompts of labels may not.
+        too_long = isinstance(error, TextTooLongError)
+        advice = "shorten the label or the template" if too_long else error.advice
         return type(error)(
-            f"put into the prompt template {excerpt(self.templates[template])}: {error.reason}",
+            f"in prompt template {excerpt(self.templates[template])}: {error.reason}",
             kind="labels",
             index=label,
-            advice=error.advice,
+            advice=advice,
         )
 
 
 def refuse_numbers(labels: int, templates: int) -> None:
-    """Refuse more labels or templates than `serving.limits` allow, before one is looked at.
+    """Check the numbers of labels and templates against `serving.limits`.
 
     Raises:
-        TextError: there are more.
+        TextError: there are too many.
     """
     if labels > MAX_LABELS:
-        raise TextError(f"{labels} labels are more than the {MAX_LABELS} allowed; give fewer")
+        raise TextError(
+            f"{labels} labels are more than the {MAX_LABELS} allowed", advice="give fewer"
+        )
     if templates > MAX_TEMPLATES:
         raise TextError(
-            f"{templates} templates are more than the {MAX_TEMPLATES} allowed; give fewer"
+            f"{templates} templates are more than the {MAX_TEMPLATES} allowed", advice="give fewer"
         )
     if (texts := labels * templates) > MAX_LABEL_TEXTS:
         raise TextError(
             f"{labels} labels x {templates} templates are {texts} texts, more than the "
-            f"{MAX_LABEL_TEXTS} allowed; give fewer of either"
+            f"{MAX_LABEL_TEXTS} allowed",
+            advice="give fewer labels or templates",
         )
 
 
 def _length(text: str) -> int:
-    """Bytes in UTF-8."""
+    """Return the size of `text` in bytes of UTF-8."""
     return len(text.encode("utf-8", "surrogatepass"))

@@ -1,17 +1,18 @@
-"""Encoded pictures -> uint8 pixels, as the model's own reference pipeline would make them.
+"""Preprocess images to uint8 pixels, as the model's own reference pipeline does.
 
-Scaling, mean and standard deviation are not applied here: they live inside the image graph.
+Scaling to 0..1, mean and standard deviation are not applied here: they are part of the image graph.
 
-Two pipelines exist (`ImageSpec.pipeline`), and they differ in more than the order of steps:
+There are two reference pipelines (`ImageSpec.pipeline`), which differ in more than the order of
+their steps:
 
 - `openai`: torchvision's `Resize`, `CenterCrop`, then `image.convert("RGB")`, as in
-  `clip/clip.py:_transform` and OpenCLIP. Transparency is dropped; palette and 1-bit pictures are
-  resized by nearest neighbour, as Pillow does for those modes.
-- `huggingface`: transformers' `CLIPImageProcessorPil`. Converts to RGB first, transparency
-  composited onto white, then resizes and crops.
+  `clip/clip.py:_transform` and OpenCLIP. Transparency is dropped. Palette and 1-bit images are
+  resized by nearest neighbor, as Pillow does for those modes.
+- `huggingface`: transformers' `CLIPImageProcessorPil`, which first converts to RGB, with
+  transparency composited onto white, and then resizes and crops.
 
-Neither applies EXIF orientation, and neither scales 16-bit pictures down: their values are clipped
-at 255. Both are followed here.
+Both ignore EXIF orientation, and both clip the values of 16-bit images at 255 instead of scaling
+them. This module does the same.
 """
 
 import math
@@ -29,79 +30,79 @@ from serving.inputs.decode import decode, loaded, read_picture
 from serving.limits import MAX_WHOLE_PIXELS
 
 Picture: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
-"""An encoded file's bytes, its path, a PIL image, or an RGB array uint8 [height, width, 3]."""
+"""An image: bytes or path of an encoded file, PIL image, or RGB array uint8 [height, width, 3]."""
 
 _FILTER_RADIUS = 3
-"""Reach of the widest filter, Lanczos, in pixels of the coarser of source and result."""
+"""Radius of the widest filter, Lanczos, in pixels of source or result, whichever is coarser."""
 
 _EXACT_STEPS = 1 << 20
-"""Up to this start, nearest neighbour adds its positions up one by one, as Pillow does."""
+"""Largest crop offset for which nearest neighbor accumulates positions exactly as Pillow does."""
 
 
 def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Turns a picture, in any of the forms of `Picture`, into the pixels the image tower takes.
+    """Convert an image in any form of `Picture` to the input of the image tower.
 
     Returns:
         uint8 [3, spec.size, spec.size], RGB, C-contiguous.
 
     Raises:
-        ImageError: the picture is unreadable, corrupt, of an unknown format, or too large.
+        ImageError: the image is unreadable, corrupt, of an unknown format, or too large.
     """
     return to_pixels(_as_image(picture), spec)
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Resizes the shorter edge to `spec.resize`, crops the centre and converts to RGB.
+    """Resize the shorter edge to `spec.resize`, crop the center and convert to RGB.
 
-    Equals the reference pipeline that `spec.pipeline` names within one of 256 levels up to an
-    aspect ratio of about 80. Beyond, only what survives the crop is resized, so a 1 x 60000
-    picture costs no more than another; two levels are then possible, and more where a picture
-    with alpha is nearly transparent.
+    Up to an aspect ratio of about 80, the result differs from the reference pipeline named by
+    `spec.pipeline` by at most one of 256 levels. Beyond that ratio, only the area that survives the
+    crop is resized, so that an image of 1 x 60,000 pixels takes no longer than others. The result
+    can then differ by two levels, and by more in nearly transparent areas of an image with alpha.
 
     Returns:
         uint8 [3, spec.size, spec.size], C-contiguous.
 
     Raises:
-        ImageError: the picture has no pixels, or Pillow cannot convert its mode to RGB.
-        BundleError: `spec` would crop more than it resizes to.
+        ImageError: the image has no pixels, or Pillow cannot convert its mode to RGB.
+        BundleError: `spec.size` is larger than `spec.resize`.
     """
     if not all(image.size):
-        raise ImageError(f"the picture has no pixels: its size is {image.size}")
+        raise ImageError(f"the image has no pixels: its size is {image.size}")
     if spec.resize < spec.size:
         raise BundleError(
-            f"the image spec crops {spec.size} pixels out of {spec.resize}; expected resize >= "
-            "size: correct the checkpoint's preprocessor settings and export it again"
+            f"image spec crops {spec.size} pixels out of {spec.resize}; expected resize >= size",
+            advice="correct the checkpoint's preprocessor settings and export it again",
         )
     x, y = (_Axis.of(length, min(image.size), spec) for length in image.size)
     try:
-        centre = _centre(image, x, y, spec)
+        cropped = _cropped(image, x, y, spec)
     except (ValueError, OSError) as error:
         raise ImageError(
-            f"a picture of mode {image.mode!r} cannot be converted to RGB ({error}); "
-            "save it as an 8-bit RGB file"
+            f"an image of mode {image.mode!r} cannot be converted to RGB ({error})",
+            advice="save it as an 8-bit RGB file",
         ) from error
     pixels = np.empty((3, spec.size, spec.size), np.uint8)
-    for channel, band in zip(pixels, centre.split(), strict=True):  # half the time of a transpose
+    for channel, band in zip(pixels, cropped.split(), strict=True):  # twice as fast as a transpose
         channel[:] = band
     return pixels
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """One axis of shortest-edge resize and centre crop; the two axes are independent."""
+    """Geometry of the resize and the center crop along one axis; both axes are independent."""
 
     length: int
-    """Of the picture."""
+    """Length of the image, in pixels."""
     resized: int
-    """Of the whole picture after the resize."""
+    """Length of the whole image after the resize, in pixels."""
     start: int
-    """Where the crop begins, in the resized picture."""
+    """Offset of the crop in the resized image."""
     size: int
-    """Of the crop."""
+    """Length of the crop."""
 
     @classmethod
     def of(cls, length: int, shorter: int, spec: ImageSpec) -> "_Axis":
-        """Computes the geometry as torchvision and transformers do: both truncate the longer edge.
+        """Compute the geometry as torchvision and transformers do: both truncate the longer edge.
 
         The offset is torchvision's `int(round((h - th) / 2.0))`, half to even, or transformers'
         `(orig_height - crop_height) // 2`.
@@ -113,23 +114,23 @@ class _Axis:
 
     @property
     def box(self) -> tuple[float, float]:
-        """What the crop covers in the picture."""
+        """Interval of the image that the crop covers."""
         stop = self.start + self.size
         return self.start * self.length / self.resized, stop * self.length / self.resized
 
     @property
     def reach(self) -> tuple[int, int]:
-        """`box` and every pixel around it that a filter reaches."""
+        """`box`, extended by all pixels that a filter reads around it."""
         low, high = self.box
         margin = _FILTER_RADIUS * max(1.0, self.length / self.resized) + 1
         return max(0, math.floor(low - margin)), min(self.length, math.ceil(high + margin))
 
     def nearest(self) -> NDArray[np.intp]:
-        """Indices into the picture that nearest neighbour picks for the crop, [size].
+        """Return the indices of the image's pixels that nearest neighbor selects, [size].
 
-        Pillow accumulates positions (`ImagingScaleAffine` in Geometry.c), and where one falls on
-        the border of two pixels, the accumulated rounding error decides: it is reproduced. Beyond
-        `_EXACT_STEPS` the reference would need gigabytes for its result.
+        Pillow accumulates positions (`ImagingScaleAffine` in Geometry.c). If a position falls on
+        the border of two pixels, the accumulated rounding error decides, so it is reproduced here.
+        Beyond `_EXACT_STEPS` it is not: there the reference would need gigabytes for its result.
         """
         step = self.length / self.resized
         if self.start <= _EXACT_STEPS:
@@ -141,14 +142,14 @@ class _Axis:
         return np.minimum(positions.astype(np.intp), self.length - 1)
 
 
-def _centre(image: Image.Image, x: _Axis, y: _Axis, spec: ImageSpec) -> Image.Image:
-    """Returns the crop the reference pipeline would return, RGB, without resizing the rest."""
+def _cropped(image: Image.Image, x: _Axis, y: _Axis, spec: ImageSpec) -> Image.Image:
+    """Return the reference pipeline's crop in RGB, without resizing the rest of the image."""
     resample = Image.Resampling[spec.interpolation.upper()]
     whole = _worth_resizing_whole(image, x, y)
     left = top = 0
     (x0, x1), (y0, y1) = x.reach, y.reach
-    # Cropping first bounds what a conversion copies, and keeps the coordinates of `box` small. Of
-    # a common picture it would remove little, and the copy costs a millisecond of page faults.
+    # Cropping first bounds the memory of conversions and keeps the coordinates of `box` small. It
+    # would remove little of a common image, and the copy costs a millisecond of page faults.
     if not whole and 2 * (x1 - x0) * (y1 - y0) < x.length * y.length:
         image, left, top = image.crop((x0, y0, x1, y1)), x0, y0
     if spec.pipeline == "huggingface":
@@ -164,30 +165,30 @@ def _centre(image: Image.Image, x: _Axis, y: _Axis, spec: ImageSpec) -> Image.Im
 
 
 def _worth_resizing_whole(image: Image.Image, x: _Axis, y: _Axis) -> bool:
-    """Tells whether a resize of the crop alone, cheaper, could stray from the reference.
+    """Return whether resizing only the crop, which is faster, could differ from the reference.
 
-    Pillow rounds `box` to float32, which moves one value in some thousands by one level between
-    its two passes. Scaled down by two or more, the second pass averages that away. Scaled less,
-    neighbours can add up to two levels; and of a picture with alpha, the result is divided by
-    alpha, which makes a level into dozens.
+    Pillow rounds `box` to float32, which changes one value in some thousands by one level between
+    its two passes. If the image is scaled down by two or more, the second pass averages that away.
+    If it is scaled down less, adjacent errors can add up to two levels. In an image with alpha, the
+    result is divided by alpha, which can turn one level into dozens.
     """
-    strays = image.mode in ("LA", "RGBA") or x.length < 2 * x.resized
-    return strays and x.resized * y.resized <= MAX_WHOLE_PIXELS
+    inexact = image.mode in ("LA", "RGBA") or x.length < 2 * x.resized
+    return inexact and x.resized * y.resized <= MAX_WHOLE_PIXELS
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Converts to RGB and drops transparency; the result may be `image` itself."""
+    """Convert to RGB and drop transparency; the result may be `image` itself."""
     if image.mode == "RGB":
         return image
     if "transparency" in image.info:
-        # Pillow would carry the transparent colour along, and warn where it cannot.
+        # Pillow would convert the transparent color too, and warn if it cannot.
         image = image.copy()
         del image.info["transparency"]
     return image.convert("RGB")
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:
-    """Converts to RGB as transformers 5.23 does (`image_transforms.convert_to_rgb`)."""
+    """Convert to RGB as transformers 5.23 does (`image_transforms.convert_to_rgb`)."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return _rgb(image)
     image = image.convert("RGBA")

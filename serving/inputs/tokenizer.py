@@ -1,10 +1,10 @@
-"""Text -> token ids, as OpenAI's tokenizer makes them, padded to a length bucket.
+"""Tokenize texts as OpenAI's tokenizer does, padded to a length bucket.
 
-The rules are those of `clip/simple_tokenizer.py` and `clip/clip.py:tokenize`. `clean` does all the
-normalizing; the file `tokenizer.json` contributes the split into words, the vocabulary and the
-merges. OpenAI's rules are not followed where they would hide a mistake or let a text speak to the
-model in its own signs: an empty text, a NUL character and half a surrogate pair are refused, and
-a literal `<|endoftext|>` is text like any other.
+The rules are those of `clip/simple_tokenizer.py` and `clip/clip.py:tokenize`. `clean` does all
+normalization; the file `tokenizer.json` provides the split into words, the vocabulary and the
+merges. Two rules differ from OpenAI's. Likely mistakes raise an error: an empty text, a NUL
+character and a lone surrogate. And a literal `<|endoftext|>` in a text is ordinary text, not a
+special token.
 """
 
 import html
@@ -31,8 +31,8 @@ START = "<|startoftext|>"
 END = "<|endoftext|>"
 
 _RUN_TOKENS = 16
-"""What a run of the text tower costs beside its tokens, as a number of these: 6 by ONNX Runtime's
-fp32 and 40 by its int8 of ViT-B/32 on two CPUs (1 text of 16 tokens against 32)."""
+"""Fixed cost of one run of the text tower, expressed as a number of tokens. Measured with ViT-B/32
+on two CPUs (1 text of 16 tokens against 32): 6 for onnxruntime:fp32, 40 for onnxruntime:int8."""
 
 _WHITESPACE = re.compile(r"\s+")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -42,31 +42,33 @@ _LONE_SURROGATE = re.compile(
 
 
 def clean(text: str) -> str:
-    """Repairs, unescapes, collapses whitespace and lower-cases, in OpenAI's order.
+    """Repair a text, unescape HTML, collapse whitespace and lower-case it, in OpenAI's order.
 
     Source: `basic_clean`, `whitespace_clean` and `encode` in `clip/simple_tokenizer.py`.
 
     Raises:
-        TextError: repairing takes more rounds than `MAX_UNESCAPES`, or a word is too long then.
+        TextError: the repair takes more than `MAX_UNESCAPES` rounds, or the repaired text has a
+            word that is too long.
     """
-    # ftfy leaves printable ASCII as it is, an HTML entity apart, and takes most of the time.
+    # ftfy changes nothing in printable ASCII except HTML entities, and takes most of the time.
     if not (text.isascii() and text.isprintable()) or "&" in text:
         text = html.unescape(html.unescape(_repaired(text)))
     return _WHITESPACE.sub(" ", text.strip()).strip().lower()
 
 
 def _repaired(text: str) -> str:
-    """What `ftfy.fix_text` makes of a text, in a bounded number of rounds.
+    """Return the result of `ftfy.fix_text`, computed in a bounded number of rounds.
 
-    ftfy goes on until nothing changes: of nested HTML entities, `&amp;amp;...`, in quadratic time.
-    As in ftfy, lines are repaired one by one, and from the first `<` on, HTML is left alone.
+    ftfy repeats until nothing changes, which takes quadratic time for nested HTML entities
+    (`&amp;amp;...`). As in ftfy, lines are repaired one by one, and HTML is not unescaped from the
+    first line with a `<` on.
     """
     repaired, unescaping = [], True
     for line in _LINE.findall(text):
         unescaping = unescaping and "<" not in line
         repaired.append(_repaired_line(line) if unescaping else _fixed(line))
     result = "".join(repaired)
-    _refuse_word(result)  # ftfy removes control characters, some of which are whitespace
+    _check_words(result)  # again: ftfy removes control characters, some of which are whitespace
     return result
 
 
@@ -77,7 +79,7 @@ def _repaired_line(line: str) -> str:
             return line
     raise TextError(
         f"the text has HTML that was escaped more than {MAX_UNESCAPES} times",
-        advice="unescape it before",
+        advice="unescape it first",
     )
 
 
@@ -87,10 +89,10 @@ def _fixed(line: str) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode a text from the network.
+    """Decode a text received over the network.
 
     Raises:
-        TextError: it is too long, or not UTF-8.
+        TextError: the text is too long or not UTF-8.
     """
     if len(data) > MAX_TEXT_BYTES:
         raise _too_many_bytes(len(data))
@@ -101,14 +103,14 @@ def decode_text(data: bytes) -> str:
 
 
 class Tokenizer:
-    """Turns texts into the ids a text tower takes.
+    """Tokenizer that converts texts to the input ids of a text tower.
 
     Args:
-        path: a `tokenizer.json` in CLIP's form: byte-level BPE with `</w>`, of any vocabulary.
-        spec: the text tower it belongs to.
+        path: a `tokenizer.json` of CLIP's type: byte-level BPE with `</w>`, with any vocabulary.
+        spec: the text tower that it belongs to.
 
     Raises:
-        BundleError: the file is missing, unreadable, or belongs to another model than `spec`.
+        BundleError: the file is missing, unreadable, or belongs to a different model than `spec`.
     """
 
     def __init__(self, path: str | os.PathLike[str], spec: TextSpec) -> None:
@@ -116,15 +118,15 @@ class Tokenizer:
         self._backend = _load(Path(path), spec)
 
     def __call__(self, texts: Sequence[str], *, truncate: bool = False) -> NDArray[np.int32]:
-        """Tokenizes texts.
+        """Tokenize texts.
 
         Args:
-            texts: at least one.
-            truncate: cut what exceeds the context, keeping the end-of-text token, instead of
-                raising.
+            texts: at least one text.
+            truncate: truncate texts that exceed the context length, keeping the end-of-text token,
+                instead of raising.
 
         Returns:
-            int32 [len(texts), length]: start, the text, end, then padding. `length` is the
+            int32 [len(texts), length]: start-of-text, text, end-of-text, padding. `length` is the
             smallest of `spec.buckets` that holds the longest text.
 
         Raises:
@@ -134,14 +136,16 @@ class Tokenizer:
         return self.padded(rows, self.bucket(max(map(len, rows))))
 
     def encode(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
-        """Tokenizes texts without padding them: start, the text, end.
+        """Tokenize texts without padding them: start-of-text, text, end-of-text.
 
         Raises:
             TextError: a text is empty, too long, not a `str`, or has a character that cannot be
-                tokenized; of several texts, the message names the index.
+                tokenized. The error has the index of the text.
         """
         if isinstance(texts, str):
-            raise TextError(f"expected a list of texts, got one str; pass [{excerpt(texts)}]")
+            raise TextError(
+                "expected a list of texts, got one str", advice=f"pass [{excerpt(texts)}]"
+            )
         if not len(texts):
             raise TextError("expected at least one text, got none")
         cleaned = each("texts", texts, _checked)
@@ -150,21 +154,21 @@ class Tokenizer:
         return each("texts", pairs, lambda pair: self._row(pair[0].ids, pair[1], truncate))
 
     def bucket(self, length: int) -> int:
-        """The smallest of the buckets that holds `length` tokens."""
+        """Return the smallest of `spec.buckets` that holds `length` tokens."""
         return next(bucket for bucket in self._spec.buckets if bucket >= length)
 
     def padded(self, rows: Sequence[Sequence[int]], length: int) -> NDArray[np.int32]:
-        """Rows of `encode`, none longer than `length` -> int32 [len(rows), length]."""
+        """Pad rows of `encode`, none longer than `length`, to int32 [len(rows), length]."""
         ids = np.full((len(rows), length), self._spec.pad_id, np.int32)
         for padded, row in zip(ids, rows, strict=True):
             padded[: len(row)] = row
         return ids
 
     def _row(self, body: list[int], text: str, truncate: bool) -> list[int]:
-        """Puts start and end around a text's ids, and makes sure that they fit and are unique."""
+        """Add start and end to a text's ids, which must fit and contain neither of them."""
         spec = self._spec
         if not body or spec.end_id in body or spec.start_id in body:
-            raise TextError(self._unknown(text))
+            raise self._unknown(text)
         if len(body) + 2 > spec.context_length:
             if not truncate:
                 raise TextTooLongError(
@@ -175,10 +179,10 @@ class Tokenizer:
             body = body[: spec.context_length - 2]
         return [spec.start_id, *body, spec.end_id]
 
-    def _unknown(self, text: str) -> str:
-        """Names what a small vocabulary, one without all 256 bytes, cannot spell."""
-        # Its tokenizer answers with the unknown token, which in CLIP's form is end-of-text: the
-        # text tower would pool there and ignore the rest.
+    def _unknown(self, text: str) -> TextError:
+        """Return the error for characters that a vocabulary without all 256 bytes cannot encode."""
+        # The tokenizer emits the unknown token for them, which for CLIP is end-of-text. The text
+        # tower would pool there and ignore the rest of the text.
         encoding = self._backend.encode(text, add_special_tokens=False)
         special = (self._spec.start_id, self._spec.end_id)
         spans = [
@@ -188,16 +192,16 @@ class Tokenizer:
         ]
         pieces = sorted({text[start:stop] for start, stop in spans}) or [text]
         listed = ", ".join(excerpt(piece) for piece in pieces[:5])
-        return (
-            f"the text has characters outside this model's vocabulary: {listed}; "
-            f"leave them out of {excerpt(text)}"
+        return TextError(
+            f"the text has characters outside this model's vocabulary: {listed}",
+            advice=f"remove them from {excerpt(text)}",
         )
 
 
 def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of `rows` in batches of up to `size`, shortest rows first.
+    """Yield the indices of `rows` in batches of up to `size`, shortest rows first.
 
-    A tower's time is proportional to the padded length, so batches of like length waste least.
+    A tower's time is proportional to the padded length, so batches of similar lengths waste least.
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     for start in range(0, len(order), size):
@@ -205,9 +209,9 @@ def batches_by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list
 
 
 def batches_by_beginning(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of `rows` in batches of up to `size`; those that begin alike stand together.
+    """Yield the indices of `rows` in batches of up to `size`, with shared prefixes adjacent.
 
-    For what computes shared beginnings once, see `serving.inputs.prefix_tree`.
+    For prefix trees, which compute shared prefixes once (`serving.inputs.prefix_tree`).
     """
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     for start in range(0, len(order), size):
@@ -215,15 +219,15 @@ def batches_by_beginning(rows: Sequence[Sequence[int]], size: int) -> Iterator[l
 
 
 def runs_by_length(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Which arrays of token ids to pad to one length and run as one, shortest first.
+    """Group arrays of token ids, each group to be padded to one length and run as one batch.
 
-    A shorter array joins a longer one where its padding costs less than a run of its own.
+    A shorter array joins a longer one if its padding costs less than a separate run.
 
     Args:
-        shapes: texts and length of each array.
+        shapes: number of texts and length of each array.
 
     Returns:
-        Indices of `shapes`, in groups; the last of a group is the longest.
+        Groups of indices of `shapes`, shortest first; the last array of a group is the longest.
     """
     groups: list[list[int]] = []
     texts = length = 0
@@ -239,61 +243,63 @@ def runs_by_length(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
 def _load(path: Path, spec: TextSpec) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise BundleError(
-            f"{path}: no such file; expected a tokenizer.json, export the model again"
+            f"{path}: no such file, expected a tokenizer.json", advice="export the model again"
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError(
-            f"{path} is not a tokenizer.json ({error}); export the model again"
+            f"{path} is not a tokenizer.json ({error})", advice="export the model again"
         ) from error
     for token, expected in ((START, spec.start_id), (END, spec.end_id)):
         found = backend.token_to_id(token)
         if found != expected:
             raise BundleError(
                 f"{path} and the manifest belong to different models: {token} is {found} in the "
-                f"file and {expected} in the manifest; export the model again"
+                f"file and {expected} in the manifest",
+                advice="export the model again",
             )
     entries = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     if entries > spec.vocab_size:
         raise BundleError(
             f"{path} has {entries} entries, the text tower only {spec.vocab_size}: they belong to "
-            "different models; export the model again"
+            "different models",
+            advice="export the model again",
         )
     backend.no_padding()
     backend.no_truncation()
-    # `clean` has normalized already. The NFC in transformers' files would compose accents that
-    # OpenAI's tokenizer leaves apart: those that html.unescape and lower() bring in after ftfy.
+    # `clean` has already normalized the text. The NFC normalizer in transformers' files would
+    # compose accents that html.unescape and lower() add after ftfy; OpenAI's tokenizer does not.
     backend.normalizer = None
     backend.encode_special_tokens = True  # a user's "<|endoftext|>" must not end the text
     return backend
 
 
 def _checked(text: object) -> str:
-    """Cleans a text, unless it is one that nobody can mean to tokenize."""
+    """Clean a text, after checking its type, its size and its characters."""
     if not isinstance(text, str):
         raise TextError(f"expected a str, got {type(text).__name__}")
-    _refuse_size(text)
+    _check_size(text)
     if "\0" in text:
         raise TextError(
             f"the text has a NUL character at position {text.index(chr(0))}", advice="remove it"
         )
     if surrogate := _LONE_SURROGATE.search(text):
         raise TextError(
-            f"the text has half a surrogate pair, {surrogate[0]!r}, at position "
-            f"{surrogate.start()}",
+            f"the text has a lone surrogate, {surrogate[0]!r}, at position {surrogate.start()}",
             advice="decode the text as UTF-8 and without 'surrogateescape'",
         )
     cleaned = clean(text)
     if not cleaned:
         raise TextError(
-            f"the text is empty or only whitespace: {excerpt(text)}", advice="give it words"
+            f"the text is empty or only whitespace: {excerpt(text)}",
+            advice="give it words",
         )
     return cleaned
 
 
-def _refuse_size(text: str) -> None:
-    """Keeps to the limits of a text, before anything reads it character by character."""
+def _check_size(text: str) -> None:
+    """Check the limits on a text, before anything processes it character by character."""
     size = len(text)
     if size <= MAX_TEXT_BYTES and not text.isascii():
         size = len(text.encode("utf-8", "surrogatepass"))
@@ -301,12 +307,13 @@ def _refuse_size(text: str) -> None:
         raise _too_many_bytes(size)
     if (lines := text.count("\n") + 1) > MAX_LINES:
         raise TextError(
-            f"the text has {lines} lines, more than the {MAX_LINES} allowed", advice="join them"
+            f"the text has {lines} lines, more than the {MAX_LINES} allowed",
+            advice="join some of them",
         )
-    _refuse_word(text)
+    _check_words(text)
 
 
-def _refuse_word(text: str) -> None:
+def _check_words(text: str) -> None:
     longest = max(map(len, text.split()), default=0)
     if longest > MAX_WORD:
         raise TextError(
@@ -318,15 +325,16 @@ def _refuse_word(text: str) -> None:
 
 def _too_many_bytes(size: int) -> TextError:
     return TextError(
-        f"the text has {size} bytes, more than the {MAX_TEXT_BYTES} allowed", advice="shorten it"
+        f"the text has {size} bytes, more than the {MAX_TEXT_BYTES} allowed",
+        advice="shorten it",
     )
 
 
 def each(kind: str, items: Iterable[T], convert: Callable[[T], U]) -> list[U]:
-    """Convert every item; the error of one names its place in the argument `kind`.
+    """Convert every item of the argument `kind`.
 
     Raises:
-        TextError: an item cannot be converted.
+        TextError: an item cannot be converted; the error has the item's index.
     """
     converted = []
     for index, item in enumerate(items):
@@ -338,5 +346,5 @@ def each(kind: str, items: Iterable[T], convert: Callable[[T], U]) -> list[U]:
 
 
 def excerpt(text: str) -> str:
-    """Return the beginning of a text as errors quote it: gRPC carries no more than 8 kB of them."""
+    """Return the beginning of a text for an error message; gRPC limits messages to 8 kB."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."

@@ -1,1 +1,1 @@
-"""Runtimes behind one interface."""
+"""Runners: inference runtimes behind one interface."""

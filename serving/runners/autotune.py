@@ -1,4 +1,4 @@
-"""Which runner of a tower is the fastest here, of those that passed the gate?"""
+"""Autotune: time the runners of a tower that passed the parity gate, and select the fastest."""
 
 import statistics
 import time
@@ -18,14 +18,18 @@ from serving.runners.spec import RUNNERS, RunnerSpec, runners_of
 from serving.util.machine import describe
 
 BATCH, LENGTH = 8, 16
-"""What is timed: about what dynamic batching makes of a few clients, and a text of usual length."""
-_LOOKS, _NEAR = 2, 2.0
-"""A runner whose better look takes up to _NEAR times as long as the fastest one's stays open, to be
-timed; no fewer than all of these, since a busy machine makes the fastest look like the last."""
+"""The timed batch: about the size that dynamic batching reaches with a few clients, and the usual
+length of a text, in tokens."""
+_PROBES, _NEAR = 2, 2.0
+"""Each runner is probed `_PROBES` times. Runners within `_NEAR` times of the fastest probe advance
+to the timed rounds. All of them must: on a busy machine the fastest runner can have the slowest
+probe."""
 _ROUNDS, _FEWEST_ROUNDS, _ENOUGH_S = 7, 3, 2.0
-"""Slow runs are as even as quick ones are after many: three rounds, if seven would take long."""
+"""Maximum and minimum number of timed rounds, and the seconds after which the minimum suffices:
+the times of slow runners vary little."""
 _LONG_S = 0.15
-"""A shorter run is of a runner that finds its weights in the caches: it runs untimed before."""
+"""A run of up to this many seconds is repeated, and the repetition counts. It belongs to a runner
+whose weights fit into the CPU caches, which the run of another runner may have evicted."""
 
 
 def passed(bundle: Bundle, graph: Graph) -> list[RunnerSpec]:
@@ -46,13 +50,13 @@ def _passed(bundle: Bundle, graph: Graph) -> list[RunnerSpec]:
 
 
 def time_runners(bundle: Bundle, tower: Tower, runners: Iterable[RunnerSpec]) -> list[Latency]:
-    """Time each runner, fastest first; one that cannot run here is left out.
+    """Time each runner of `tower`, fastest first. Runners that cannot run here are left out.
 
     Raises:
-        BundleError: none of them can.
+        BundleError: none of the runners can run here.
     """
     opened = {str(spec): partial(open_runner, bundle, tower, spec) for spec in runners}
-    times, errors = _race(opened, _batch(bundle, tower))
+    times, errors = _ranked(opened, _batch(bundle, tower))
     if not times:
         absent = filter(None, map(missing, _passed(bundle, tower)))
         reasons = dict.fromkeys(map(str, (*errors.values(), *absent)))
@@ -65,33 +69,33 @@ def time_runners(bundle: Bundle, tower: Tower, runners: Iterable[RunnerSpec]) ->
 
 
 def fastest(bundle: Bundle, tower: Tower) -> RunnerSpec:
-    """Return the fastest runner of `tower` on this machine, of those that passed the gate.
+    """Return the fastest runner of `tower` on this machine that passed the parity gate.
 
     Raises:
-        BundleError: none can run here.
+        BundleError: no runner can run here.
     """
     return RunnerSpec.parse(time_runners(bundle, tower, passed(bundle, tower))[0].runner)
 
 
 def prefix_tree_runner(bundle: Bundle, asked: str, plain: RunnerSpec) -> RunnerSpec | None:
-    """Return the runner that is to embed prompts as prefix trees.
-
-    None: it did not pass the gate with the prefix-tree graph, or the bundle has none.
+    """Return the runner that embeds prompts as prefix trees; None if there is none.
 
     Args:
-        asked: a runner; with `auto`, those that passed are timed, and it is the fastest one, or
-            None if `plain` is faster.
-        plain: the runner of the text tower itself.
+        bundle: bundle with or without a prefix-tree graph.
+        asked: a runner, returned if it passed the parity gate with the prefix-tree graph. With
+            `auto`, all runners that passed it are timed, and the fastest is returned, or None if
+            `plain` is faster.
+        plain: runner of the plain text graph.
 
     Raises:
-        RunnerError, BundleError: `plain` cannot be opened, or a file is not the exported one.
+        RunnerError, BundleError: `plain` cannot be opened, or a file differs from the exported one.
     """
     found = passed(bundle, "prefix_tree")
     if asked != "auto" or not found:
         return next((spec for spec in found if str(spec) == asked), None)
     runners: dict[str, Callable[[], Runner]] = {"": partial(open_runner, bundle, "text", plain)}
     runners |= {str(spec): partial(open_prefix_tree, bundle, spec) for spec in found}
-    times, errors = _race(runners, _prompts(bundle))
+    times, errors = _ranked(runners, _prompts(bundle))
     if "" in errors:
         raise errors[""]
     first = next(iter(times))
@@ -111,22 +115,27 @@ def _batch(bundle: Bundle, tower: Tower) -> Batch:
 
 
 def _prompts(bundle: Bundle) -> Batch:
-    """Texts as labels in templates make them: eight beginnings, each with eight endings."""
+    """Return texts like those of a label set: eight prefixes, each with eight endings."""
     ids = np.tile(_batch(bundle, "text"), (BATCH, 1)).astype(np.int32)
     half = ids.shape[1] // 2
     ids[:, half:-1] = np.repeat(ids[:BATCH, half:-1], BATCH, axis=0)
     return ids
 
 
-def _race(
+def _ranked(
     runners: Mapping[str, Callable[[], Runner]], batch: Batch
 ) -> tuple[dict[str, float], dict[str, RunnerError]]:
-    """Milliseconds of runners that are not yet entered, fastest first; why others cannot run.
+    """Return the milliseconds of each runner, fastest first, and the errors of those that failed.
 
-    Each is looked at, and those that come near the fastest are timed in turns: a machine that is
-    busy for a second would otherwise decide for as long as the repository is served.
+    All runners are probed, and those near the fastest are then timed in interleaved rounds. Without
+    that, a machine that is busy for one second could change the selection, which lasts for as long
+    as the model repository is served.
+
+    Args:
+        runners: name -> function that returns the runner, not yet entered.
+        batch: the batch to time.
     """
-    looks: dict[str, float] = {}
+    probes: dict[str, float] = {}
     errors = {}
     near: dict[str, tuple[Runner, ExitStack]] = {}
     with ExitStack() as every:
@@ -135,24 +144,25 @@ def _race(
             try:
                 runner = closing.enter_context(opened())
                 runner.run(batch)
-                looks[name] = min(_run_s(runner, batch) for _ in range(_LOOKS))
+                probes[name] = min(_run_s(runner, batch) for _ in range(_PROBES))
             except RunnerError as error:
                 errors[name] = error
                 closing.close()
                 continue
             near[name] = runner, closing
-            for far in [one for one in near if looks[one] > _NEAR * min(looks.values())]:
+            for far in [one for one in near if probes[one] > _NEAR * min(probes.values())]:
                 near.pop(far)[1].close()
-        times = _in_turns({name: runner for name, (runner, _) in near.items()}, batch)
-    seconds = looks | times
-    # A look may have been in a better moment than the turns: only who took turns can be first.
+        times = _interleaved({name: runner for name, (runner, _) in near.items()}, batch)
+    seconds = probes | times
+    # A probe may have run at a quieter moment than the rounds, so only a runner that was timed in
+    # the rounds can be the fastest.
     first = min(times, key=times.__getitem__, default="")
     ranked = sorted(seconds, key=lambda name: (name != first, seconds[name]))
     return {name: seconds[name] * 1e3 for name in ranked}, errors
 
 
-def _in_turns(runners: Mapping[str, Runner], batch: Batch) -> dict[str, float]:
-    """Median seconds."""
+def _interleaved(runners: Mapping[str, Runner], batch: Batch) -> dict[str, float]:
+    """Return the median seconds of each runner over interleaved rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for place in range(_ROUNDS):
         for name, runner in runners.items():

@@ -1,4 +1,4 @@
-"""The one interface everything that computes embeddings is run, compared and timed through."""
+"""The interface through which all runners are run, compared and timed."""
 
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -15,10 +15,10 @@ Embeddings = NDArray[np.float32]
 
 
 class Runner(Protocol):
-    """One tower, ready to run: construction is cheap, entering allocates, leaving frees.
+    """A context manager that runs one graph: construction is cheap, entering allocates, exit frees.
 
-    A runner that does not get the device or the precision it was asked for raises `RunnerError`
-    on entering; it never falls back to another. Timing stays outside.
+    A runner that does not get the requested device or precision raises `RunnerError` on entering;
+    it never falls back to another one. Runners do not time themselves.
     """
 
     @property
@@ -27,11 +27,11 @@ class Runner(Protocol):
 
     @property
     def name(self) -> str:
-        """The spec as text."""
+        """The spec as text, such as `onnxruntime:fp32`."""
 
     @property
     def runtime_version(self) -> str:
-        """Of the library underneath, such as `onnxruntime 1.31.1`."""
+        """Name and version of the library, such as `onnxruntime 1.31.1`."""
 
     def __enter__(self) -> Self: ...
 
@@ -43,14 +43,17 @@ class Runner(Protocol):
     ) -> None: ...
 
     def run(self, batch: Batch) -> Embeddings:
-        """`pixels` uint8 [n, 3, size, size] or `input_ids` int32 [n, length] -> float32 [n, dim].
+        """Embed `pixels` uint8 [n, 3, size, size] or `input_ids` int32 [n, length].
 
-        Embeddings have unit length. Safe to call from one thread at a time.
+        Not thread-safe: call it from one thread at a time.
+
+        Returns:
+            float32 [n, dim], of unit length.
         """
 
 
 class LoadedRunner(ABC):
-    """A `Runner` around one loaded object; what a runtime adds is how to load it and call it."""
+    """Base class of runners around one loaded object, which subclasses load and call."""
 
     spec: RunnerSpec
     runtime_version: str
@@ -63,11 +66,11 @@ class LoadedRunner(ABC):
 
     @abstractmethod
     def _load(self) -> Any:
-        """Allocate; raises `RunnerError` when device or precision are not to be had."""
+        """Load the object; raise `RunnerError` if device or precision are not available."""
 
     @abstractmethod
     def _infer(self, batch: Batch) -> Embeddings:
-        """Run `self._loaded`."""
+        """Run `self._loaded` on a batch."""
 
     def __enter__(self) -> Self:
         self._loaded = self._load()
@@ -82,16 +85,16 @@ class LoadedRunner(ABC):
         self._loaded = None
 
     def run(self, batch: Batch) -> Embeddings:
-        """See `Runner.run`.
+        """Embed a batch, see `Runner.run`.
 
         Raises:
             RunnerError: the runner is not open, or its runtime cannot run this batch.
         """
         if self._loaded is None:
-            raise RunnerError(f"{self.name} is not open; use it in a `with` statement")
+            raise RunnerError(f"{self.name} is not open", advice="use it in a `with` statement")
         try:
             return self._infer(batch)
-        except Exception as error:  # each runtime has classes of its own
+        except Exception as error:  # each runtime has its own exception classes
             raise RunnerError(
                 f"{self.name} cannot run {batch.dtype} {list(batch.shape)}: {error}"
             ) from error

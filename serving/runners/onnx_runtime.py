@@ -1,8 +1,8 @@
-"""ONNX Runtime: on the CPU, on CUDA, or with TensorRT as its execution provider.
+"""Runner for ONNX Runtime with its CPU, CUDA or TensorRT execution provider.
 
-onnxruntime:…           the CPU
-onnxruntime-cuda:…      CUDA; what CUDA cannot run, the CPU does
-onnxruntime-tensorrt:…  engines that ONNX Runtime builds while it loads the graph, then CUDA
+onnxruntime:…           CPU
+onnxruntime-cuda:…      CUDA; operators that CUDA does not support run on the CPU
+onnxruntime-tensorrt:…  engines that ONNX Runtime builds when it loads the graph; the rest on CUDA
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from serving.util.machine import cpu_count
 
 
 class OnnxRuntimeRunner(LoadedRunner):
-    """One exported graph in an ONNX Runtime session with explicit threads and device."""
+    """Runner of an ONNX graph in an ONNX Runtime session with explicit threads and device."""
 
     def __init__(
         self,
@@ -40,9 +40,9 @@ class OnnxRuntimeRunner(LoadedRunner):
         path = self._bundle.verified(self._artifact)
         try:
             session = onnxruntime.InferenceSession(path, options, providers=self._providers())
-        except Exception as error:  # ONNX Runtime raises a class of its own for each status code
+        except Exception as error:  # ONNX Runtime has an exception class for each status code
             raise RunnerError(f"{self.name}: ONNX Runtime cannot load {path}: {error}") from error
-        # A provider that cannot start is left out with no more than a line in the log.
+        # ONNX Runtime drops a provider that cannot start and only logs a warning.
         if (got := session.get_providers())[0] != self._provider:
             raise RunnerError(f"{self.name}: asked ONNX Runtime for {self._provider}, got {got}")
         return session
@@ -51,7 +51,7 @@ class OnnxRuntimeRunner(LoadedRunner):
         if self._provider == "TensorrtExecutionProvider":
             return [self._provider, "CUDAExecutionProvider", "CPUExecutionProvider"]
         if self._provider == "CUDAExecutionProvider":
-            # float32 is to be float32: TF32 has ten bits of mantissa.
+            # TF32, ONNX Runtime's default, has only ten bits of mantissa.
             return [(self._provider, {"use_tf32": 0}), "CPUExecutionProvider"]
         return [self._provider]
 
@@ -62,15 +62,15 @@ class OnnxRuntimeRunner(LoadedRunner):
 
 
 def session_options(threads: int, *, int8: bool) -> onnxruntime.SessionOptions:
-    """Options under which an INT8 graph is fast and its products exact on every x86 CPU.
+    """Return session options that keep other threads fast and INT8 products exact on any x86 CPU.
 
-    Threads wait for work by spinning, which is fast, and go on for 50 ms after a run unless they
-    are told to stop: on CPUs that the next picture is to be decoded on.
+    Threads wait for work by spinning, which is fast. By default they spin for another 50 ms after a
+    run and occupy CPUs that decode the next image, so they are told to stop at the end of a run.
 
-    Without VNNI, ONNX Runtime's default products add pairs in 16 bits, which overflow: 10 x 127
-    summed 64 times came to 8160 (ONNX Runtime 1.31, AVX2). The slower products that are asked for
-    do not, and other CPUs ignore that. Both options are told of in ONNX Runtime's
-    onnxruntime_session_options_config_keys.h.
+    On CPUs without VNNI, ONNX Runtime's default INT8 products add pairs in 16 bits, which overflow:
+    10 x 127 summed 64 times gave 8160 (ONNX Runtime 1.31, AVX2). `session.x64quantprecision`
+    selects slower products that do not overflow; other CPUs ignore it. Both options are documented
+    in ONNX Runtime's onnxruntime_session_options_config_keys.h.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -79,7 +79,7 @@ def session_options(threads: int, *, int8: bool) -> onnxruntime.SessionOptions:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if int8:
         options.add_session_config_entry("session.x64quantprecision", "1")
-        # It would join what `export.int8.qdq` keeps apart.
-        joins = "CommonSubexpressionElimination"
-        options.add_session_config_entry("optimization.disable_specified_optimizers", joins)
+        # It would merge the Q/DQ pairs that `export.int8.qdq` creates for each layer.
+        disabled = "CommonSubexpressionElimination"
+        options.add_session_config_entry("optimization.disable_specified_optimizers", disabled)
     return options

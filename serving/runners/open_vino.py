@@ -1,9 +1,9 @@
-"""OpenVINO on the CPU: the fastest runtime for it that we know.
+"""Runner for OpenVINO on the CPU, usually the fastest CPU runtime.
 
 openvino:fp32   the fp32 graph in float32
-openvino:bf16   the fp32 graph with matrix products in bfloat16, on CPUs that have it
-openvino:fp16   the fp16 graph; its weights are widened when it is compiled
-openvino:int8   the int8 graph; what is not quantised in bfloat16 where the CPU has it
+openvino:bf16   the fp32 graph with matrix products in bfloat16, on CPUs that support it
+openvino:fp16   the fp16 graph; its weights are converted to float32 at compile time
+openvino:int8   the int8 graph; layers that are not quantized use bfloat16 if the CPU supports it
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from serving.util.machine import cpu_count
 
 
 class OpenVinoRunner(LoadedRunner):
-    """One exported graph, compiled for this CPU with explicit threads and precision."""
+    """Runner of an ONNX graph, compiled for this CPU with explicit threads and precision."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class OpenVinoRunner(LoadedRunner):
         return compiled.create_infer_request()
 
     def _infer(self, batch: Batch) -> Embeddings:
-        # A copy: the request's own memory is overwritten by the next run.
+        # Copied, because the next run overwrites the request's memory.
         output: Embeddings = np.array(self._loaded.infer([batch], share_inputs=True)[0])
         return output
 
@@ -65,7 +65,7 @@ class OpenVinoRunner(LoadedRunner):
         bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if self._precision == "bf16" and not bf16:
             raise RunnerError(
-                f"{self.name}: this CPU has no bfloat16 (avx512_bf16 or amx_bf16); "
-                "use openvino:fp32 or openvino:int8"
+                f"{self.name}: this CPU has no bfloat16 (avx512_bf16 or amx_bf16)",
+                advice="use openvino:fp32 or openvino:int8",
             )
         return "bf16" if bf16 and self._precision in ("bf16", "int8") else "f32"

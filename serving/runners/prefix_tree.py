@@ -1,4 +1,4 @@
-"""The text tower by its prefix-tree graph: for texts that share prefixes, such as prompts."""
+"""Runner of the text tower's prefix-tree graph, for texts with shared prefixes such as prompts."""
 
 from types import TracebackType
 from typing import Self
@@ -14,10 +14,11 @@ from serving.runners.spec import RunnerSpec
 
 
 class PrefixTreeRunner:
-    """A `Runner` of the text tower: texts in, any number, put into trees for the runner below.
+    """A `Runner` of the text tower that arranges any number of texts in trees for `inner`.
 
     Args:
-        inner: takes batches of trees, see `serving.inputs.prefix_tree`.
+        inner: runner of the prefix-tree graph; its batches are trees, see
+            `serving.inputs.prefix_tree`.
         end_id: the end-of-text token.
     """
 
@@ -40,10 +41,13 @@ class PrefixTreeRunner:
         self._inner.__exit__(kind, error, trace)
 
     def run(self, batch: Batch) -> Embeddings:
-        """`input_ids` int32 [n, length], n >= 1 -> float32 [n, dim], in the order of the texts.
+        """Embed `input_ids` int32 [n, length], n >= 1.
+
+        Returns:
+            float32 [n, dim], in the order of the texts.
 
         Raises:
-            RunnerError: the runner below cannot run them, or a text has no end-of-text token.
+            RunnerError: `inner` cannot run the trees, or a text has no end-of-text token.
         """
         texts, parts = [], []
         try:
@@ -64,8 +68,9 @@ def open_prefix_tree(bundle: Bundle, runner: RunnerSpec | str) -> Runner:
     """Return a runner of the text tower's prefix-tree graph, not yet entered.
 
     Raises:
-        RunnerError: there is no such runner, it does not run trees, or not in this environment.
-        BundleError: the bundle has no tree graph of this precision, or it is not the exported one.
+        RunnerError: the runner is unknown, does not run trees, or is not available here.
+        BundleError: the bundle has no prefix-tree graph in this precision, or the file differs from
+            the exported one.
     """
     inner = open_runner(bundle, "prefix_tree", runner)
     return PrefixTreeRunner(inner, bundle.manifest.text.end_id)

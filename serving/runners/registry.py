@@ -1,6 +1,6 @@
-"""Opens runners by name, and reports why one is not available in this environment.
+"""Open runners by name, and report why a runner is not available in this environment.
 
-The runtimes are imported only when one of their runners is opened.
+A runtime is imported only when one of its runners is opened.
 """
 
 from serving.bundles.bundle import Bundle
@@ -13,7 +13,7 @@ from serving.util.nvidia import gpu
 
 
 def missing(runner: RunnerSpec | str) -> RunnerError | None:
-    """Return why a runner is not available in this environment, and what to do; None if it is."""
+    """Return the error that says why a runner is not available here; None if it is available."""
     spec = known(runner)
     runtime = runtime_of(spec)
     if not any(map(is_installed, runtime.modules)):
@@ -38,11 +38,13 @@ def missing(runner: RunnerSpec | str) -> RunnerError | None:
 def open_runner(bundle: Bundle, graph: Graph, runner: RunnerSpec | str) -> Runner:
     """Return a runner of one graph of `bundle`, not yet entered.
 
-    Of the prefix-tree graph it takes batches of trees; `open_prefix_tree` makes them of texts.
+    The runner of the prefix-tree graph takes batches of trees; use `open_prefix_tree` for a runner
+    that takes texts.
 
     Raises:
-        RunnerError: there is no such runner, or not in this environment, or not of this graph.
-        BundleError: the bundle has no such precision, or its file is not the exported one.
+        RunnerError: the runner is unknown, not available here, or cannot run this graph.
+        BundleError: the bundle has no graph or engine in this precision, or the file differs from
+            the exported one.
     """
     spec = known(runner)
     runtime = runtime_of(spec)
@@ -57,7 +59,7 @@ def open_runner(bundle: Bundle, graph: Graph, runner: RunnerSpec | str) -> Runne
     if runtime.library is not None:
         from serving.runners.tensor_rt import TensorRtRunner
 
-        assert graph != "prefix_tree"  # checked above: these runtimes run no trees
+        assert graph != "prefix_tree"  # checked above: TensorRT does not run prefix trees
         return TensorRtRunner(bundle, graph, spec)
     from serving.runners.onnx_runtime import OnnxRuntimeRunner
 

@@ -1,4 +1,4 @@
-"""The table of runners: a runtime and a precision, and the graph that each of them runs."""
+"""The table of runners: each is a runtime and a precision, and runs one graph of a bundle."""
 
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -13,17 +13,17 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class RunnerSpec:
-    """Names a runner: a runtime and the precision it computes in, written `openvino:int8`."""
+    """The name of a runner: a runtime and a precision, written as in `openvino:int8`."""
 
     runtime: str
     precision: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `<runtime>:<precision>`.
+        """Parse `<runtime>:<precision>`.
 
         Raises:
-            RunnerError: it is not of that form.
+            RunnerError: `text` does not have that form.
         """
         runtime, colon, precision = text.partition(":")
         if not (runtime and colon and precision) or ":" in precision:
@@ -38,21 +38,21 @@ class RunnerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """A library that runs towers, on one kind of device."""
+    """A library that runs graphs or engines on one type of device."""
 
     device: Device
     graphs: dict[str, str]
-    """Precision of a runner -> precision of the graph that it runs, or its engine is built from."""
+    """Precision of a runner -> precision of the graph that it runs or builds its engine from."""
     modules: tuple[str, ...]
-    """Names to import it by, any of which will do."""
+    """Names of its modules, any one of which suffices."""
     install: str
     """Shell command that installs it."""
     provider: str | None = None
     """ONNX Runtime's execution provider."""
     library: Library | None = None
-    """The TensorRT library whose engines it runs; None: it runs graphs."""
+    """The TensorRT library whose engines it runs; None if it runs ONNX graphs."""
     prefix_trees: bool = False
-    """Whether it runs the prefix-tree graph, which has an axis whose length only a run tells."""
+    """True if it runs the prefix-tree graph, whose output length depends on the input's values."""
 
 
 _INT8 = {"int8": "int8", "int8-fp16": "int8-fp16"}
@@ -110,14 +110,14 @@ RUNNERS: tuple[RunnerSpec, ...] = tuple(
     for name, runtime in RUNTIMES.items()
     for precision in runtime.graphs
 )
-"""Every runner of a bundle's artifacts."""
+"""All runners of artifacts in a bundle."""
 
 
 def known(runner: RunnerSpec | str) -> RunnerSpec:
-    """Return the spec of a runner of the table.
+    """Return the spec of a runner, after checking that it is in the table.
 
     Raises:
-        RunnerError: there is no such runner.
+        RunnerError: the table has no such runner.
     """
     spec = RunnerSpec.parse(runner) if isinstance(runner, str) else runner
     if spec not in RUNNERS:
@@ -128,24 +128,24 @@ def known(runner: RunnerSpec | str) -> RunnerSpec:
 
 
 def runtime_of(spec: RunnerSpec) -> Runtime:
-    """Return the runtime of a runner of the table."""
+    """Return the runtime of a runner in the table."""
     return RUNTIMES[spec.runtime]
 
 
 def device_of(spec: RunnerSpec) -> Device:
-    """Return the device of any runner; PyTorch's on a GPU are called such as `eager-cuda`."""
+    """Return the device of any runner, including PyTorch's, such as `eager-cuda` on a GPU."""
     if spec.runtime in RUNTIMES:
         return RUNTIMES[spec.runtime].device
     return "cuda" if spec.runtime.endswith("-cuda") else "cpu"
 
 
 def graph_of(spec: RunnerSpec) -> str:
-    """Return the precision of the graph behind a runner of the table."""
+    """Return the precision of the graph that a runner in the table runs."""
     return RUNTIMES[spec.runtime].graphs[spec.precision]
 
 
 def runners_of(artifact: Artifact) -> list[RunnerSpec]:
-    """Return the runners that can run `artifact`, available here or not."""
+    """Return the runners of `artifact`, whether or not they are available here."""
     if artifact.kind == "torchscript":
         return []
     library = artifact.engine.library if artifact.engine else None

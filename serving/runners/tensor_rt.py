@@ -1,10 +1,11 @@
-"""TensorRT and TensorRT-RTX plans, on CUDA through cuda-python alone.
+"""Runner for TensorRT and TensorRT-RTX engines. Uses only cuda-python to access CUDA.
 
-Every shape gets an execution context of its own and, after one plain run, a CUDA graph of the whole
-of it: pixels or ids to the device, the tower, embeddings back. Replaying one costs a single launch.
-Contexts share one scratch memory and run one after the other on one stream.
+Each input shape has its own execution context and, after its first run, a CUDA graph of the entire
+computation: copy pixels or ids to the device, run the tower, copy embeddings back. Replaying a CUDA
+graph takes a single launch. The contexts share their scratch memory and run one after the other on
+one stream.
 
-Does not know: how plans are made (`export.engines.builder`).
+This module does not know how engines are built (`export.engines.builder`).
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 MOST_SHAPES = 64
-"""Contexts and graphs that are kept; past that the one that was used longest ago is dropped."""
+"""Maximum number of shapes whose contexts and CUDA graphs are kept; the least recently used is
+dropped first."""
 
 
 def load_library(name: Library) -> Any:
-    """The Python module of TensorRT or TensorRT-RTX.
+    """Import the Python module of TensorRT or TensorRT-RTX.
 
     Raises:
-        RunnerError: it is not installed, or its shared libraries are not found.
+        RunnerError: the module is not installed, or its shared libraries are not found.
     """
     reasons = []
     for module in MODULES[name]:
@@ -49,13 +51,13 @@ def load_library(name: Library) -> Any:
             reasons.append(f"import {module}: {error}")
     extra = "gpu" if name == "tensorrt" else "rtx"
     raise RunnerError(
-        f"{name} cannot be loaded ({'; '.join(reasons)}); {install_command(extra)}, or look at "
-        "`clip-deploy doctor`"
+        f"{name} cannot be loaded ({'; '.join(reasons)})",
+        advice=f"{install_command(extra)}, or run `clip-deploy doctor` for details",
     )
 
 
 def library_version(name: Library) -> str | None:
-    """Of the library here; None if it cannot be loaded."""
+    """Return the version of the installed library; None if it cannot be loaded."""
     try:
         return str(load_library(name).__version__)
     except RunnerError:
@@ -63,41 +65,43 @@ def library_version(name: Library) -> str | None:
 
 
 def fitting_plan(bundle: Bundle, tower: Tower, precision: str, library: Library) -> Artifact:
-    """The plan that was built for this machine.
+    """Return the engine that can run on this machine.
 
     Raises:
-        BundleError: the bundle has no plan at all.
-        RunnerError: none was; says in which facts each differs, and what builds one.
+        BundleError: the bundle has no engine of this tower, precision and library.
+        RunnerError: none of them can run here; the message lists each engine's mismatches and the
+            command that builds one.
     """
     graph = bundle.artifact(tower, precision).files[0].sha256
     version, device, reasons = library_version(library), gpu(), []
-    for plan in bundle.plans(tower, precision, library):
-        assert plan.engine is not None
-        wrong = mismatches(plan.engine, graph, device, version)
+    for artifact in bundle.plans(tower, precision, library):
+        assert artifact.engine is not None
+        wrong = mismatches(artifact.engine, graph, device, version)
         if not wrong:
-            return plan
-        reasons.append(f"{plan.file}: {'; '.join(wrong)}")
+            return artifact
+        reasons.append(f"{artifact.file}: {'; '.join(wrong)}")
     raise RunnerError(
-        f"no {precision} {tower} plan of {bundle.path} fits this machine.\n"
+        f"no {precision} {tower} engine of {bundle.path} can run on this machine.\n"
         + "\n".join(reasons)
         + f"\nBuild it here: {bundle.build_command(precision, library)}"
     )
 
 
 class TensorRtRunner(LoadedRunner):
-    """One plan, on the first GPU.
+    """Runner of one engine on the first GPU.
 
     Args:
-        bundle: holds the plan and, for stripped plans, the graph with the weights.
+        bundle: bundle with the engine and, if the engine is stripped, the graph with its weights.
+        tower: the tower to run.
         spec: a runner of `tensorrt` or `tensorrt-rtx`.
-        graphs: capture and replay CUDA graphs.
+        graphs: whether to capture and replay CUDA graphs.
     """
 
     def __init__(
         self, bundle: Bundle, tower: Tower, spec: RunnerSpec, *, graphs: bool = True
     ) -> None:
         library = runtime_of(spec).library
-        assert library is not None  # of a runtime that runs engines
+        assert library is not None  # holds for all runtimes that run engines
         self.spec = spec
         self.runtime_version = f"{library} {library_version(library)}"
         self._bundle, self._tower, self._library = bundle, tower, library
@@ -106,7 +110,7 @@ class TensorRtRunner(LoadedRunner):
     def _load(self) -> _Tower:
         library = load_library(self._library)
         artifact = fitting_plan(self._bundle, self._tower, self._precision, self._library)
-        plan = self._bundle.verified(artifact)  # before a byte of it is executed
+        plan = self._bundle.verified(artifact)  # before any of its code is executed
         assert artifact.engine is not None
         graph = self._bundle.artifact(self._tower, self._precision)
         stripped = artifact.engine.weights_stripped
@@ -114,7 +118,7 @@ class TensorRtRunner(LoadedRunner):
         engine = deserialize(library, plan, artifact.engine, weights)
         try:
             return _Tower(library, engine, artifact.engine, self._graphs)
-        except RuntimeError as error:  # such as too little memory
+        except RuntimeError as error:  # such as out of memory
             raise RunnerError(f"{self.name}: {error}") from error
 
     def _infer(self, batch: Batch) -> Embeddings:
@@ -122,16 +126,16 @@ class TensorRtRunner(LoadedRunner):
         return output
 
     def __exit__(self, *error: Any) -> None:
-        """Free what is on the device."""
+        """Free the memory on the device."""
         if self._loaded is not None:
             self._loaded.close()
         super().__exit__(*error)
 
 
 def collecting(library: Any, messages: deque[str]) -> Any:
-    """An `ILogger` that keeps errors instead of printing them."""
+    """Return an `ILogger` that appends errors to `messages` instead of printing them."""
 
-    class Collector(library.ILogger):  # type: ignore[misc]  # the base is known only here
+    class Collector(library.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             library.ILogger.__init__(self)
 
@@ -145,30 +149,33 @@ def collecting(library: Any, messages: deque[str]) -> Any:
 def deserialize(
     library: Any, plan: Path, facts: Engine, weights: Path | None = None
 ) -> trt.ICudaEngine:
-    """An `ICudaEngine` from a verified plan.
+    """Return an `ICudaEngine` from a verified `.plan` file.
 
     Args:
-        weights: the graph to put weights in from, where the plan was stripped of its own.
+        library: module of TensorRT or TensorRT-RTX.
+        plan: path of the file.
+        facts: build parameters of the engine.
+        weights: ONNX graph to refit the weights from, if the engine is stripped.
 
     Raises:
-        RunnerError: the library refuses the plan; with the library's reason.
+        RunnerError: the library cannot load the engine; the message has the library's reason.
     """
     content, logger = plan.read_bytes(), library.Logger(library.Logger.ERROR)
     engine = _deserialized(library, logger, content, facts)
     if engine is None:
-        # Asked again for its reason: not by the first logger, since one in Python would be called
-        # from any of the library's threads for as long as the engine lives.
+        # Deserialized again to collect the reason. The first logger is not a Python one, because
+        # the library's threads would call it for as long as the engine exists.
         messages: deque[str] = deque(maxlen=3)
         _deserialized(library, collecting(library, messages), content, facts)
         raise RunnerError(
             f"{facts.library} {library.__version__} cannot load {plan}: "
-            f"{'; '.join(messages) or 'it gives no reason'}"
+            f"{'; '.join(messages) or 'no reason given'}"
         )
     if weights is not None:
         refitter: trt.Refitter = library.Refitter(engine, logger)
         parser: trt.OnnxParserRefitter = library.OnnxParserRefitter(refitter, logger)
         if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-            raise RunnerError(f"the weights of {weights} do not fit into the stripped plan {plan}")
+            raise RunnerError(f"the weights of {weights} do not fit the stripped engine {plan}")
     return engine
 
 
@@ -176,7 +183,7 @@ def _deserialized(
     library: Any, logger: Any, content: bytes, facts: Engine
 ) -> trt.ICudaEngine | None:
     runtime: trt.Runtime = library.Runtime(logger)
-    # A version-compatible plan carries the runtime that it needs, as host code.
+    # A version-compatible engine contains the runtime that it needs, as host code.
     runtime.engine_host_code_allowed = facts.version_compatible
     engine: trt.ICudaEngine = runtime.deserialize_cuda_engine(content)
     return engine
@@ -193,11 +200,12 @@ class _Shape:
     graph: Any = None
     """A `cudaGraphExec_t`, once captured."""
     warm: bool = False
-    """TensorRT allocates on a shape's first run, which a capture must not see."""
+    """True after the first run. TensorRT allocates memory in the first run, which must not be
+    captured."""
 
 
 class _Tower:
-    """An engine, its memory, its stream, and the shapes it has met."""
+    """An engine with its memory, its stream, and the contexts of recent shapes."""
 
     def __init__(self, library: Any, engine: trt.ICudaEngine, facts: Engine, graphs: bool) -> None:
         from cuda.bindings import runtime as cudart
@@ -229,7 +237,7 @@ class _Tower:
         self._host_out = _view(self._pinned[1], rows * self._dim, np.float32)
 
     def run(self, batch: Batch) -> Embeddings:
-        """Embed `batch`, in parts where it is larger than the plan's profiles."""
+        """Embed `batch`, in parts if it is larger than the engine's largest profile."""
         if batch.dtype != self._dtype:
             raise TypeError(f"expected {self._dtype}, got {batch.dtype}")
         most = max(profile.maximum[0] for profile in self._facts.profiles)
@@ -276,7 +284,7 @@ class _Tower:
         source, target, stream = self._pinned[0], self._device[0], self._stream
         self._cuda(cudart.cudaMemcpyAsync(target, source, shape.bytes_in, to_device, stream))
         if not context.execute_async_v3(int(stream)):
-            raise RuntimeError("TensorRT could not enqueue the batch; its log says why")
+            raise RuntimeError("TensorRT could not enqueue the batch; see its log for the reason")
         source, target, size = self._device[1], self._pinned[1], shape.output.nbytes
         self._cuda(cudart.cudaMemcpyAsync(target, source, size, to_host, stream))
 
@@ -298,7 +306,7 @@ class _Tower:
             self._cuda(self._cudart.cudaGraphExecDestroy(shape.graph))
 
     def close(self) -> None:
-        """Free memory, graphs and stream."""
+        """Free the memory, the CUDA graphs and the stream."""
         cudart = self._cudart
         while self._shapes:
             self._drop(self._shapes.popitem()[1])
@@ -309,7 +317,7 @@ class _Tower:
         self._cuda(cudart.cudaStreamDestroy(self._stream))
 
     def _cuda(self, result: tuple[Any, ...]) -> Any:
-        """The value of a CUDA call, or its error as an exception."""
+        """Return the value of a CUDA call; raise `RuntimeError` if it failed."""
         status, *values = result
         if status != self._cudart.cudaError_t.cudaSuccess:
             raise RuntimeError(f"CUDA: {self._cudart.cudaGetErrorString(status)[1].decode()}")
@@ -321,11 +329,11 @@ def _profile(profiles: tuple[Profile, ...], shape: tuple[int, ...]) -> int:
         if len(profile.minimum) == len(shape) and profile.takes(shape):
             return number
     ranges = ", ".join(f"{list(p.minimum)} to {list(p.maximum)}" for p in profiles)
-    raise ValueError(f"the plan takes shapes from {ranges}")
+    raise ValueError(f"the engine accepts shapes from {ranges}")
 
 
 def _view(pointer: Any, count: int, dtype: Any) -> NDArray[Any]:
-    """Pinned host memory as an array."""
+    """Return pinned host memory as an array."""
     size = count * np.dtype(dtype).itemsize
     view: NDArray[Any] = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(int(pointer)))
     return view.view(dtype)

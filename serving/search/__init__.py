@@ -1,1 +1,1 @@
-"""Image search: queries, FAISS indexes and their storage."""
+"""Image search: queries, FAISS indexes, and index directories on disk."""

@@ -1,9 +1,9 @@
-"""Making and changing a search index: which pictures to embed, and the way there that survives.
+"""Builds and updates search indexes.
 
-Embeddings are written chunk by chunk to the index's folder, each chunk a file that appears whole.
-Whatever is embedded there is not embedded again: a build that was killed goes on where it was. Only
-new and changed files are embedded (by size and time of change); the FAISS index itself is made anew
-from all embeddings, which costs seconds where embedding costs hours.
+New embeddings are written to the index directory in chunks, each a file that is written atomically.
+They are not computed again: a build that was killed resumes where it stopped. Only new and changed
+files, by size and modification time, are embedded. The FAISS index is always rebuilt from all
+embeddings, which takes seconds where embedding takes hours.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,24 +32,24 @@ from serving.util.directories import find_images
 from serving.util.progress import Progress, silent
 
 CHUNK = 256
-"""Pictures a call of `embed_images`, and a file: so many are lost at most when it is killed."""
+"""Images per call of `embed_images` and per chunk file. A killed build loses at most so many."""
 _BLOCK = 16_384
-"""Embeddings copied at a time."""
+"""Number of embeddings copied at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexChange:
-    """What a change of an index came to."""
+    """Result of a change of an index."""
 
     manifest: IndexManifest
     embedded: int
-    """Pictures embedded by this call."""
+    """Images embedded by this call."""
     resumed: int
-    """Pictures that a call before this one embedded and did not get to use."""
+    """Images embedded by an earlier call that was interrupted."""
     kept: int
-    """Pictures that the index held already, unchanged."""
+    """Unchanged images that were already in the index."""
     removed: int
-    """Pictures that it held and no longer holds."""
+    """Images removed from the index."""
 
 
 def build(
@@ -61,16 +61,20 @@ def build(
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> IndexChange:
-    """Make the index in `path` hold the pictures of `folder`, whatever of it is there already.
+    """Build the index of a directory of images, or update it.
 
     Args:
-        kind: default: the kind it has, `exact` where it is new.
-        chunk: pictures embedded at a time.
+        folder: directory of images.
+        path: directory of the index.
+        embedder: embeds the images.
+        kind: default: the kind of the existing index, `exact` for a new one.
+        chunk: number of images embedded at a time.
+        progress: receives the number of embedded images.
 
     Raises:
-        InputError: no pictures, none of them readable, or `path` holds another folder's index,
-            another model's, or something else. What is there stays as it is.
-        ServerError: the server failed; the same call goes on.
+        InputError: there are no images or none of them is readable, or `path` holds the index of
+            another directory or model, or other files. The contents of `path` are unchanged.
+        ServerError: the server failed; the same call resumes the build.
     """
     library()
     folder = folder.resolve()
@@ -79,12 +83,12 @@ def build(
         old = SearchIndex.open(path) if (path / MANIFEST).exists() else None
         if old is not None and old.manifest.folder != str(folder):
             raise InputError(
-                f"{path} holds the pictures of {old.manifest.folder}, not of {folder}; give "
-                "another folder for the index, or `search add` them to it, or, if they are the "
-                "same in another place, `search update --directory`"
+                f"{path} is the index of {old.manifest.folder}, not of {folder}",
+                advice="give another directory for the index; or add the images with `search add`; "
+                "or, if the images were moved, use `search update --directory`",
             )
-        work = _Work(path, old, folder, embedder, chunk, progress)
-        return work.bring(_with_outsiders(old, wanted), failed, kind)
+        change = _Change(path, old, folder, embedder, chunk, progress)
+        return change.apply(_with_external_files(old, wanted), failed, kind)
 
 
 def update(
@@ -95,20 +99,24 @@ def update(
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> IndexChange:
-    """Follow the files: new and changed ones are embedded, those that are gone are removed.
+    """Embed the new and changed files of an index's directory, and remove the deleted ones.
 
     Args:
-        folder: where the pictures are now; default: where they were.
+        path: directory of the index.
+        embedder: embeds the images.
+        folder: directory that the images were moved to; default: unchanged.
+        chunk: number of images embedded at a time.
+        progress: receives the number of embedded images.
 
     Raises:
-        InputError: see `build`; a folder without any picture is taken for a mistake.
+        InputError: see `build`. A directory without images is an error.
     """
     with index_locked(path):
         old = SearchIndex.open(path)
         folder = Path(old.manifest.folder) if folder is None else folder.resolve()
         wanted, failed = _scan(folder)
-        work = _Work(path, old, folder, embedder, chunk, progress)
-        return work.bring(_with_outsiders(old, wanted), failed, None)
+        change = _Change(path, old, folder, embedder, chunk, progress)
+        return change.apply(_with_external_files(old, wanted), failed, None)
 
 
 def add(
@@ -119,10 +127,17 @@ def add(
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> IndexChange:
-    """Add files and folders of files; those that the index holds are embedded again if changed.
+    """Add images to an index. Images that it already has are embedded again only if changed.
+
+    Args:
+        path: directory of the index.
+        pictures: files, or directories of them.
+        embedder: embeds the images.
+        chunk: number of images embedded at a time.
+        progress: receives the number of embedded images.
 
     Raises:
-        InputError: see `build`; or there is no such file.
+        InputError: see `build`, or a file does not exist.
     """
     with index_locked(path):
         old = SearchIndex.open(path)
@@ -131,21 +146,25 @@ def add(
         for picture in pictures:
             whole = picture.parent.resolve() / picture.name
             if not whole.exists():
-                raise InputError(f"{picture}: no such file or folder; give pictures to add")
+                raise InputError(
+                    f"{picture}: no such file or directory", advice="give images to add"
+                )
             files += find_images(whole.resolve()) if whole.is_dir() else [whole]
         added, failed = _entries(files, root)
         tried = {entry.path for entry in added} | {item.path for item in failed}
         wanted = [entry for entry in old.entries if entry.path not in tried]
         failed += [item for item in old.manifest.skipped if item.path not in tried]
-        work = _Work(path, old, root, embedder, chunk, progress)
-        return work.bring([*wanted, *added], failed, None)
+        change = _Change(path, old, root, embedder, chunk, progress)
+        return change.apply([*wanted, *added], failed, None)
 
 
 def remove(path: Path, globs: Sequence[str]) -> IndexChange:
-    """Take pictures out of the index, by path or glob (`*` also goes over `/`); files stay.
+    """Remove images from an index by path or glob, in which `*` also matches `/`.
+
+    The image files are not deleted.
 
     Raises:
-        InputError: one of them fits nothing, or nothing would be left.
+        InputError: a path or glob matches nothing, or the index would become empty.
     """
     with index_locked(path):
         old = SearchIndex.open(path)
@@ -153,14 +172,15 @@ def remove(path: Path, globs: Sequence[str]) -> IndexChange:
         wanted = [entry for row, entry in enumerate(old.entries) if row not in rows]
         if not wanted:
             raise InputError(
-                f"that would take out all {len(old.entries)} pictures; delete {path} instead"
+                f"that would remove all {len(old.entries)} images",
+                advice=f"delete {path} instead",
             )
-        work = _Work(path, old, Path(old.manifest.folder), None, CHUNK, silent)
-        return work.bring(wanted, list(old.manifest.skipped), None)
+        change = _Change(path, old, Path(old.manifest.folder), None, CHUNK, silent)
+        return change.apply(wanted, list(old.manifest.skipped), None)
 
 
-class _Work:
-    """One change of an index, under its lock."""
+class _Change:
+    """A change of an index, made while its lock is held."""
 
     def __init__(
         self,
@@ -181,14 +201,14 @@ class _Work:
         if old is not None:
             check_model(path, old.manifest.model, self._model)
 
-    def bring(
+    def apply(
         self, wanted: Sequence[Entry], failed: list[Skipped], kind: IndexKind | None
     ) -> IndexChange:
-        """Make the index hold `wanted`, sorted by path, without what turns out to be unreadable."""
+        """Replace the contents of the index by the readable images of `wanted`, sorted by path."""
         old = self._old
         held = {entry: row for row, entry in enumerate(old.entries)} if old else {}
-        sign = Unfinished(format=INDEX_FORMAT, model=self._model, folder=str(self._folder))
-        pending = Pending(self._path, sign, replaceable=old is not None)
+        owner = Unfinished(format=INDEX_FORMAT, model=self._model, folder=str(self._folder))
+        pending = Pending(self._path, owner, replaceable=old is not None)
         todo = [entry for entry in wanted if entry not in held and entry not in pending]
         resumed = sum(entry in pending and entry not in held for entry in wanted)
         unreadable = self._embed(todo, pending)
@@ -199,7 +219,7 @@ class _Work:
         )
         if not entries:
             raise InputError(
-                f"none of the {len(failed)} pictures can be read; the first, {failed[0].path}: "
+                f"none of the {len(failed)} images can be read, such as {failed[0].path}: "
                 f"{failed[0].reason}"
             )
         failed.sort(key=lambda item: item.path)
@@ -219,10 +239,10 @@ class _Work:
         )
 
     def _embed(self, todo: Sequence[Entry], pending: Pending) -> list[Skipped]:
-        """Embed what is to do into `pending`; what cannot be read comes back."""
+        """Embed images into `pending`, and return those that cannot be read."""
         failed: list[Skipped] = []
         for start in range(0, len(todo), self._chunk):
-            self._progress(f"embedding {len(todo)} pictures", start, len(todo))
+            self._progress(f"embedding {len(todo)} images", start, len(todo))
             entries = todo[start : start + self._chunk]
             embedded, embeddings, unreadable = self._embed_readable(entries)
             failed += unreadable
@@ -233,7 +253,7 @@ class _Work:
     def _embed_readable(
         self, entries: Sequence[Entry]
     ) -> tuple[list[Entry], list[Floats], list[Skipped]]:
-        """Embed all that can be read: which, their embeddings in parts, and which cannot."""
+        """Return the readable entries, their embeddings in parts, and the unreadable entries."""
         assert self._embedder is not None
         embedded: list[Entry] = []
         parts: list[Floats] = []
@@ -244,7 +264,7 @@ class _Work:
                 parts.append(self._embedder.embed_images([self._folder / e.path for e in rest]))
             except ImageError as error:
                 if error.index is None:
-                    raise  # no image of these: what embeds them does not work
+                    raise  # the error is not about one of these images
                 bad, reason = error.index, error.reason
             else:
                 return embedded + rest, parts, failed
@@ -263,17 +283,17 @@ class _Work:
         pending: Pending,
     ) -> IndexManifest:
         old = self._old
-        places = {entry: place for place, entry in enumerate(entries)}
-        kept = [(place, held[entry]) for entry, place in places.items() if entry in held]
+        rows = {entry: row for row, entry in enumerate(entries)}
+        kept = [(row, held[entry]) for entry, row in rows.items() if entry in held]
 
         def fill(out: Floats) -> None:
-            pending.fill({e: place for e, place in places.items() if e not in held}, out)
+            pending.fill({entry: row for entry, row in rows.items() if entry not in held}, out)
             for start in range(0, len(kept), _BLOCK):
-                targets, rows = zip(*kept[start : start + _BLOCK], strict=True)
+                targets, sources = zip(*kept[start : start + _BLOCK], strict=True)
                 assert old is not None
-                out[list(targets)] = old.embeddings[list(rows)]
+                out[list(targets)] = old.embeddings[list(sources)]
 
-        self._progress(f"indexing {len(entries)} pictures ({kind})")
+        self._progress(f"indexing {len(entries)} images ({kind})")
         return commit(
             self._path,
             old.manifest if old else None,
@@ -291,7 +311,7 @@ def _scan(folder: Path) -> tuple[list[Entry], list[Skipped]]:
 
 
 def _entries(files: Iterable[Path], root: Path) -> tuple[list[Entry], list[Skipped]]:
-    """What is known of files before they are opened; some may be gone or closed to us."""
+    """Return the files with their size and modification time, and those that are inaccessible."""
     found: dict[str, Entry] = {}
     failed: dict[str, Skipped] = {}
     for file in files:
@@ -305,8 +325,8 @@ def _entries(files: Iterable[Path], root: Path) -> tuple[list[Entry], list[Skipp
     return list(found.values()), list(failed.values())
 
 
-def _with_outsiders(old: SearchIndex | None, wanted: list[Entry]) -> list[Entry]:
-    """`wanted` and those of the index that lie outside its folder, as far as they still exist."""
+def _with_external_files(old: SearchIndex | None, wanted: list[Entry]) -> list[Entry]:
+    """Return `wanted` and the index's existing files from outside its directory of images."""
     paths = [Path(e.path) for e in old.entries if e.path.startswith("/")] if old else []
     present, _ = _entries((path for path in paths if path.exists()), Path("/nowhere"))
     return [*wanted, *present]

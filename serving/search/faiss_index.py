@@ -1,8 +1,8 @@
-"""FAISS indexes of three kinds, and how far the approximate ones must look, measured.
+"""FAISS indexes of three kinds, with tuned search parameters.
 
-`exact` compares with every embedding. `hnsw` walks a graph of neighbours, `ivf` looks into the
-nearest of many cells; how wide they look is set here, to the least that finds `TARGET` of what the
-exact search finds.
+`exact` compares a query with every embedding. `hnsw` walks a graph of neighbors, `ivf` searches the
+nearest of many cells. The search width of these two is set to the smallest value with which they
+find the share `TARGET` of the results of an exact search.
 """
 
 import importlib
@@ -22,45 +22,45 @@ IndexKind = Literal["exact", "hnsw", "ivf"]
 Index = Any  # faiss ships no stubs
 
 TARGET = 0.95
-"""Recall@10 that an approximate index is tuned for."""
+"""Recall@10 that an approximate index is tuned to."""
 _TOP = 10
 _QUERIES = 1000
-"""Half of them to tune on, half to measure on."""
+"""Number of queries; one half is for tuning, the other for measuring the recall."""
 _QUERY_COSINE = 0.9
-"""Of a query to the embedding that it was made from."""
+"""Cosine between a query and the embedding that it was generated from."""
 _BLOCK = 16_384
-"""Embeddings copied at a time."""
+"""Number of embeddings copied at a time."""
 _LINKS, _BUILD_WIDTH = 32, 200
-"""HNSW: neighbours of a node (0.25 KB an embedding), candidates while building."""
+"""HNSW: neighbors per node (0.25 KB per embedding), and candidates while building."""
 _TRAINING = 39
-"""IVF: the fewest embeddings a cell that FAISS's k-means takes without a warning."""
+"""IVF: minimum of embeddings per cell for FAISS's k-means to run without a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Which index it is, how it is searched, and what it finds."""
+    """Kind of an index, its parameters and its recall."""
 
     kind: IndexKind
     parameters: dict[str, int]
     """hnsw: `links`, `build_width`, `width`; ivf: `cells`, `probes`."""
     recall_at_10: float | None = None
-    """Share of the 10 nearest by exact search that are found; None: it is exact."""
+    """Share of the 10 nearest neighbors that are found. None for an exact index."""
     recall_queries: int = 0
-    """How many queries that was measured with; see `_queries`."""
+    """Number of queries that the recall was measured with; see `_queries`."""
 
 
 def library() -> ModuleType:
     """Return the module `faiss`.
 
     Raises:
-        MissingPackageError: it is not installed.
+        MissingPackageError: FAISS is not installed.
     """
     require("search", "search", "faiss")
     return importlib.import_module("faiss")
 
 
 def make(kind: IndexKind, embeddings: Floats) -> tuple[Index, Layout]:
-    """An index over float32 [n, dim] of unit length, n >= 1, by inner product; and its layout."""
+    """Build an inner-product index of float32 [n, dim], unit length, n >= 1, with its layout."""
     faiss = library()
     count, dim = embeddings.shape
     if kind == "exact":
@@ -82,7 +82,11 @@ def make(kind: IndexKind, embeddings: Floats) -> tuple[Index, Layout]:
 
 
 def search(index: Index, layout: Layout, queries: Floats, count: int) -> tuple[Any, Any]:
-    """Cosines float32 and rows int64, both [q, count]; row -1 where an index found too few."""
+    """Search an index for the `count` nearest embeddings of each query.
+
+    Returns:
+        Cosines float32 and rows int64, both [q, count]. A row is -1 if the index found too few.
+    """
     faiss, parameters = library(), None
     if layout.kind == "hnsw":
         parameters = faiss.SearchParametersHNSW(efSearch=layout.parameters["width"])
@@ -96,7 +100,7 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def _tuned(index: Index, layout: Layout, embeddings: Floats) -> Layout:
-    """`layout` with the narrowest search that reaches `TARGET`, and its recall on other queries."""
+    """Return `layout` with the smallest width that reaches `TARGET`, and the measured recall."""
     queries, top = _queries(embeddings), min(_TOP, len(embeddings))
     cosines, _ = library().knn(queries, embeddings, top, metric=library().METRIC_INNER_PRODUCT)
     half = (len(queries) + 1) // 2
@@ -115,26 +119,26 @@ def _tuned(index: Index, layout: Layout, embeddings: Floats) -> Layout:
 
 
 def _queries(embeddings: Floats) -> Floats:
-    """A sample of the embeddings, each turned away from itself at random, float32 [q, dim].
+    """Return queries for tuning: a sample of the embeddings with random noise, float32 [q, dim].
 
-    Not in the index, and like pictures that are not in it. Texts lie elsewhere than pictures: what
-    is found of theirs may be less.
+    They represent images that are not in the index. Embeddings of texts lie in another region, so
+    the recall of text queries may be lower.
     """
     rng = np.random.default_rng(1)
     rows = rng.permutation(len(embeddings))[:_QUERIES]
     sample = np.asarray(embeddings[np.sort(rows)])
     noise = rng.normal(size=sample.shape).astype(np.float32)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    turned = sample + np.float32(math.tan(math.acos(_QUERY_COSINE))) * noise
-    turned /= np.linalg.norm(turned, axis=1, keepdims=True)
-    queries: Floats = turned[rng.permutation(len(turned))]
+    noisy = sample + np.float32(math.tan(math.acos(_QUERY_COSINE))) * noise
+    noisy /= np.linalg.norm(noisy, axis=1, keepdims=True)
+    queries: Floats = noisy[rng.permutation(len(noisy))]
     return queries
 
 
 def _recall(index: Index, layout: Layout, queries: Floats, expected: NDArray[np.float32]) -> float:
-    """Share of `expected`, cosines [q, top] of the exact search, that `layout` reaches.
+    """Return the share of `expected`, cosines [q, top] of an exact search, that an index finds.
 
-    By cosine and not by row: of equal pictures either is right.
+    Cosines are compared instead of rows, because identical images are interchangeable.
     """
     cosines, rows = search(index, layout, queries, expected.shape[1])
     found = (cosines >= expected[:, -1:] - 1e-5) & (rows >= 0)

@@ -1,10 +1,10 @@
-"""A search index, open: which pictures are nearest to a query?
+"""Search in an index: the images that are nearest to a query.
 
     index = SearchIndex.open(Path("photos.index"))
     with LocalClip("artifacts/clip") as clip:
         index.find(clip, [Term(text="a beach"), Term(text="people", weight=-0.5)])
 
-How it lies on disk: `search_folder.py`. How it is made and changed: `search_build.py`.
+`serving.search.storage` describes the files of an index, `serving.search.build` writes them.
 """
 
 import fnmatch
@@ -24,22 +24,22 @@ from serving.search.storage import Entry, IndexManifest, check_model, read_manif
 from serving.tasks.embedder import Embedder, Floats
 
 _BLOCK = 16_384
-"""Embeddings copied at a time."""
+"""Number of embeddings copied at a time."""
 _ATTEMPTS = 5
-"""At reading an index while others replace it."""
+"""Attempts to open an index while another process replaces it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A picture that a query found."""
+    """Image found by a query."""
 
     path: str
-    """As the index names it; see `Entry`."""
+    """Path in the index; see `Entry`."""
     cosine: float
 
 
 class SearchIndex:
-    """An index, open for reading. What is on disk may be replaced meanwhile; this one stays."""
+    """Index that is open for reading. It stays valid if the files on disk are replaced."""
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class SearchIndex:
         self.manifest = manifest
         self.entries = entries
         self.embeddings = embeddings
-        """float32 [n, dim], mapped from the file."""
+        """float32 [n, dim], memory-mapped."""
         self._index = index
 
     @classmethod
     def open(cls, path: Path) -> "SearchIndex":
-        """Open the index in the folder `path`, after comparing its files with the manifest.
+        """Open the index in the directory `path` after verifying its files.
 
         Raises:
-            InputError: there is none, it is of another format, or a file is missing or damaged.
+            InputError: there is no index, it has another format, or a file is missing or damaged.
         """
         for _ in range(_ATTEMPTS):
             manifest = read_manifest(path)
@@ -70,7 +70,10 @@ class SearchIndex:
             except (FileNotFoundError, InputError):
                 if read_manifest(path) == manifest:
                     raise
-        raise InputError(f"{path} is replaced again and again; try again when that is over")
+        raise InputError(
+            f"{path} was replaced during each of {_ATTEMPTS} attempts to read it",
+            advice="try again later",
+        )
 
     @classmethod
     def _open(cls, path: Path, manifest: IndexManifest) -> "SearchIndex":
@@ -84,22 +87,24 @@ class SearchIndex:
         return cls(path, manifest, entries, embeddings, index)
 
     def check(self, model: ModelIdentity) -> None:
-        """Refuse what embeds otherwise than this index was embedded.
+        """Check that embeddings of `model` can be compared with those of this index.
 
         Raises:
-            InputError: it is another model.
+            InputError: the index was built with another model.
         """
         check_model(self.path, self.manifest.model, model)
 
     def file(self, path: str) -> Path:
-        """Where the picture of an entry or a hit lies."""
+        """Return the image file of an entry or a hit."""
         return Path(self.manifest.folder) / path
 
     def matching(self, globs: Sequence[str]) -> NDArray[np.intp]:
-        """Rows whose path fits one of `globs`; `*` also goes over `/`. All without globs.
+        """Return the rows whose path matches one of `globs`, or all rows if there are no globs.
+
+        `*` also matches `/`.
 
         Raises:
-            InputError: no path does.
+            InputError: no path matches.
         """
         if not globs:
             return np.arange(len(self.entries))
@@ -110,43 +115,43 @@ class SearchIndex:
         ]
         if not rows:
             raise InputError(
-                f"no picture of the index fits {' or '.join(map(repr, globs))}; paths are such as "
-                f"{self.entries[0].path!r}"
+                f"no path in the index matches {' or '.join(map(repr, globs))}",
+                advice=f"give paths such as {self.entries[0].path!r}",
             )
         return np.array(rows, np.intp)
 
     def search(
         self, queries: Floats, top: int, globs: Sequence[str] = ()
     ) -> tuple[NDArray[np.intp], Floats]:
-        """The nearest pictures by cosine.
+        """Find the nearest images by cosine.
 
-        With `globs` the fitting pictures are compared exactly, whatever the index's kind.
+        With `globs` the search among the matching images is exact, whatever the kind of the index.
 
         Args:
             queries: float32 [q, dim], unit length.
-            top: hits a query; with `globs` fewer come back where fewer fit.
+            top: hits per query; fewer are returned if fewer images match `globs`.
             globs: see `matching`.
 
         Returns:
             Rows [q, hits] into `entries`, best first, and cosines float32 [q, hits].
 
         Raises:
-            InputError: `top` is not 1 to the size of the index, nothing fits the globs, or the
-                queries are of another dimension.
+            InputError: `top` is not between 1 and the size of the index, no path matches the
+                globs, or the queries have another dimension.
         """
         if not 1 <= top <= len(self.entries):
             raise InputError(
-                f"asked for {top} hits, {self.path} holds {len(self.entries)} pictures; "
-                f"ask for 1 to {len(self.entries)}"
+                f"asked for {top} hits, but {self.path} holds {len(self.entries)} images",
+                advice=f"ask for 1 to {len(self.entries)}",
             )
         dim = self.embeddings.shape[1]
         if queries.ndim != 2 or queries.shape[1] != dim:
-            raise InputError(f"queries are {list(queries.shape)}, expected [q, {dim}]")
+            raise InputError(f"expected queries of shape [q, {dim}], got {list(queries.shape)}")
         if globs:
-            return self._among(self.matching(globs), queries, top)
+            return self._search_rows(self.matching(globs), queries, top)
         cosines, rows = search(self._index, self.manifest.layout, queries, top)
-        if (rows < 0).any():  # an approximate index that met too few
-            return self._among(self.matching(()), queries, top)
+        if (rows < 0).any():  # an approximate index found too few
+            return self._search_rows(self.matching(()), queries, top)
         return rows, cosines
 
     def find(
@@ -158,10 +163,13 @@ class SearchIndex:
         *,
         truncate: bool = False,
     ) -> list[Hit]:
-        """The pictures nearest to a combined query, best first; see `query_vector` and `search`.
+        """Find the images that are nearest to a combined query, best first.
+
+        See `query_vector` for the query, and `search` for the other arguments.
 
         Raises:
-            InputError: the embedder is of another model, or see `query_vector` and `search`.
+            InputError: the index was built with another model than `embedder`, or see
+                `query_vector` and `search`.
         """
         self.check(embedder.identity)
         query = query_vector(embedder, terms, truncate=truncate)
@@ -171,10 +179,10 @@ class SearchIndex:
             for row, cosine in zip(rows[0], cosines[0], strict=True)
         ]
 
-    def _among(
+    def _search_rows(
         self, rows: NDArray[np.intp], queries: Floats, top: int
     ) -> tuple[NDArray[np.intp], Floats]:
-        """Exact search among some rows, a block of them at a time."""
+        """Search `rows` exactly, one block at a time."""
         found = np.empty((len(queries), 0), np.intp)
         cosines = np.empty((len(queries), 0), np.float32)
         for start in range(0, len(rows), _BLOCK):
@@ -191,8 +199,9 @@ class SearchIndex:
 def _mapped(file: Path) -> Floats:
     try:
         embeddings: Floats = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:  # of Python objects, which would be unpickled, or no .npy at all
+    except ValueError as error:  # not a .npy file, or pickled Python objects, which are not loaded
         raise InputError(
-            f"{file} holds no embeddings ({error}); where is it from? Build the index again"
+            f"{file} holds no embeddings ({error})",
+            advice="do not trust this file; build the index again",
         ) from error
     return embeddings

@@ -1,6 +1,6 @@
-"""What is looked for, and which embeddings are nearest to it: exactly, by NumPy alone.
+"""Combined queries, and exact nearest-neighbor search with NumPy alone.
 
-`search_index.py` keeps embeddings in a folder and asks FAISS; `search_build.py` fills it.
+`serving.search.index` searches an index directory with FAISS.
 """
 
 import math
@@ -15,30 +15,30 @@ from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
 
 _CANCELLED = 1e-4
-"""Below this length the direction of a sum is rounding error."""
+"""Minimum length of a sum of terms. Below it, its direction is rounding error."""
 
 
 def nearest(
     queries: NDArray[np.float32], embeddings: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Exact search by cosine over unit vectors.
+    """Find the nearest unit vectors by cosine, exactly.
 
     Args:
         queries: float32 [q, dim], unit length.
         embeddings: float32 [n, dim], unit length.
-        count: hits a query; no more than n come back.
+        count: hits per query, limited to n.
 
     Returns:
         Indices [q, count] into `embeddings`, best first, and their cosines, float32 [q, count].
-        Of equal cosines the lower index comes first.
+        If cosines are equal, the lower index comes first.
 
     Raises:
-        InputError: the two are not of the same dimension.
+        InputError: queries and embeddings have different dimensions.
     """
     if queries.ndim != 2 or embeddings.ndim != 2 or queries.shape[1] != embeddings.shape[1]:
         raise InputError(
-            f"queries {list(queries.shape)} and embeddings {list(embeddings.shape)} do not fit; "
-            "expected [q, dim] and [n, dim] from the same model"
+            "expected queries [q, dim] and embeddings [n, dim] of the same model, got "
+            f"{list(queries.shape)} and {list(embeddings.shape)}"
         )
     cosines = queries @ embeddings.T
     order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
@@ -47,46 +47,56 @@ def nearest(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One part of a query: a text or a picture, and how much of it is wanted."""
+    """Part of a query: a text or an image, and its weight."""
 
     text: str | None = None
     picture: Picture | None = None
     weight: float = 1.0
-    """Of its unit vector in the sum; below zero: away from it."""
+    """Factor of the term's unit vector in the sum. Negative weights move the query away from it."""
 
 
 def query_vector(embedder: Embedder, terms: Sequence[Term], *, truncate: bool = False) -> Floats:
-    """The unit vector of a combined query, float32 [dim].
+    """Return the unit vector of a combined query, float32 [dim].
 
-    Each term's embedding has unit length; they are multiplied by their weights, added, and the sum
-    is brought back to unit length. Pictures lie nearer to pictures than texts do, so that of a text
-    and a picture with equal weights the picture decides more: give it less.
+    The embeddings of the terms, which have unit length, are multiplied by their weights and added,
+    and the sum is scaled to unit length. Images lie closer to other images than texts do. In a
+    query of a text and an image with equal weights, the image therefore dominates; give it a
+    smaller weight.
 
     Raises:
-        InputError: nothing is looked for, a weight is no number other than zero, a term is not
-            either a text or a picture, or the terms cancel each other out.
-        TextError, ImageError: a term cannot be used; a text too long unless `truncate` is set.
+        InputError: no weight is positive, a weight is zero or not finite, a term does not have
+            either a text or an image, or the terms cancel each other out.
+        TextError: a text cannot be used, or it is too long and `truncate` is not set.
+        ImageError: an image cannot be used.
     """
     for term in terms:
         if (term.text is None) == (term.picture is None):
-            raise InputError("a term of a query is either a text or a picture; give one of them")
+            raise InputError(
+                "expected a query term with either a text or an image, got "
+                + ("neither" if term.text is None else "both")
+            )
         if not math.isfinite(term.weight) or term.weight == 0:
-            raise InputError(f"a weight of {term.weight:g} says nothing; expected 1, 0.5, -1, ...")
+            raise InputError(
+                f"expected a finite weight other than 0, got {term.weight:g}",
+                advice="give a weight such as 1, 0.5 or -1",
+            )
     if not any(term.weight > 0 for term in terms):
         raise InputError(
-            "nothing to look for; give at least one text or picture with a weight above zero "
-            "(what is not wanted can only be taken from that)"
+            "nothing to search for: no term has a positive weight",
+            advice="give at least one text or image; negative weights only subtract from it",
         )
     texts = [(t.text, t.weight) for t in terms if t.text is not None]
-    pictures = [(t.picture, t.weight) for t in terms if t.picture is not None]
-    parts, weights = [], [weight for _, weight in texts + pictures]
+    images = [(t.picture, t.weight) for t in terms if t.picture is not None]
+    parts, weights = [], [weight for _, weight in texts + images]
     if texts:
         parts.append(embedder.embed_texts([text for text, _ in texts], truncate=truncate))
-    if pictures:
-        parts.append(embedder.embed_images([picture for picture, _ in pictures]))
+    if images:
+        parts.append(embedder.embed_images([image for image, _ in images]))
     total = np.array(weights, np.float32) @ np.concatenate(parts)
     length = float(np.linalg.norm(total))
     if length < _CANCELLED * max(map(abs, weights)):
-        raise InputError("the terms of the query cancel each other out; change their weights")
+        raise InputError(
+            "the terms of the query cancel each other out", advice="change the weights"
+        )
     unit: Floats = total / np.float32(length)
     return unit

@@ -1,6 +1,7 @@
-"""Embeddings of a change of an index that is not finished: chunk files, each there whole or not.
+"""Embeddings of an unfinished change of an index.
 
-Whose they are stands in `unfinished.json` beside their folder `pending`.
+They are stored in the directory `pending` as chunk files, which are written atomically.
+`unfinished.json` beside it records their model and the directory of images.
 """
 
 import io
@@ -23,53 +24,53 @@ from serving.util.typed_json import from_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfinished:
-    """`unfinished.json`."""
+    """Contents of `unfinished.json`."""
 
     format: str
     model: ModelIdentity
     folder: str
-    """Of the pictures."""
+    """Directory of the images."""
 
 
 class Pending:
-    """The finished chunks of an unfinished change. To be used in `storage.index_locked`.
+    """Finished chunks of an unfinished change. Use it within `storage.index_locked`.
 
     Args:
-        path: the index's folder.
-        sign: whose embeddings are wanted.
-        replaceable: chunks of another model or folder may be dropped, because `path` holds a
-            finished index beside them.
+        path: directory of the index.
+        owner: model and directory of the images that are to be embedded.
+        replaceable: chunks of another owner may be deleted, because `path` also holds a finished
+            index.
 
     Raises:
-        InputError: there are chunks of another model or folder, and nothing else.
+        InputError: there are chunks of another owner that may not be deleted.
     """
 
-    def __init__(self, path: Path, sign: Unfinished, *, replaceable: bool) -> None:
-        self._path, self._sign = path, sign
+    def __init__(self, path: Path, owner: Unfinished, *, replaceable: bool) -> None:
+        self._path, self._owner = path, owner
         self._rows: dict[Entry, tuple[Path, int]] = {}
-        found = self._read_sign()
-        if found is None or (replaceable and found != sign):
+        found = self._read_owner()
+        if found is None or (replaceable and found != owner):
             self.drop()
             return
-        check_model(path, found.model, sign.model)
-        if found.folder != sign.folder:
+        check_model(path, found.model, owner.model)
+        if found.folder != owner.folder:
             raise InputError(
-                f"{path} is the beginning of an index of {found.folder}, not of {sign.folder}; "
-                "finish that, delete it, or give another folder for the index"
+                f"{path} holds an unfinished index of {found.folder}, not of {owner.folder}",
+                advice="finish or delete it, or give another directory for the index",
             )
         for file in sorted((path / PENDING).glob("*.npz")):
             try:
                 entries, _ = _read(file)
             except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-                file.unlink()  # cut short by a full disk or a power cut: embedded again
+                file.unlink()  # truncated by a full disk or a power failure: embed them again
                 continue
             self._rows |= {entry: (file, row) for row, entry in enumerate(entries)}
 
     def __contains__(self, entry: Entry) -> bool:
         return entry in self._rows
 
-    def _read_sign(self) -> Unfinished | None:
-        """What `unfinished.json` says; None where there is none of ours."""
+    def _read_owner(self) -> Unfinished | None:
+        """Read `unfinished.json`; return None if it does not exist or is not valid."""
         try:
             document = json.loads((self._path / UNFINISHED).read_text(encoding="utf-8"))
             found = from_json(Unfinished, document)
@@ -78,30 +79,30 @@ class Pending:
         return found if found.format == INDEX_FORMAT else None
 
     def add(self, entries: Sequence[Entry], embeddings: Floats) -> None:
-        """Keep a chunk: float32 [entries, dim]."""
-        folder = self._path / PENDING
-        if not folder.exists():
-            write_text(self._path / UNFINISHED, json.dumps(asdict(self._sign)) + "\n")
-            folder.mkdir()
-        numbers = [int(file.stem) for file in folder.glob("*.npz")]
-        file = folder / f"{max(numbers, default=0) + 1:06d}.npz"
+        """Write a chunk of embeddings, float32 [entries, dim]."""
+        directory = self._path / PENDING
+        if not directory.exists():
+            write_text(self._path / UNFINISHED, json.dumps(asdict(self._owner)) + "\n")
+            directory.mkdir()
+        numbers = [int(file.stem) for file in directory.glob("*.npz")]
+        file = directory / f"{max(numbers, default=0) + 1:06d}.npz"
         text = json.dumps([asdict(entry) for entry in entries]).encode()
         buffer = io.BytesIO()
         np.savez(buffer, embeddings=embeddings, entries=np.frombuffer(text, np.uint8))
         write_bytes(file, buffer.getvalue())
         self._rows |= {entry: (file, row) for row, entry in enumerate(entries)}
 
-    def fill(self, places: Mapping[Entry, int], out: Floats) -> None:
-        """Write the embeddings of those of `places` that are here to their rows of `out`."""
+    def fill(self, targets: Mapping[Entry, int], out: Floats) -> None:
+        """Copy the pending embeddings of the entries in `targets` to these rows of `out`."""
         by_file: dict[Path, list[tuple[int, int]]] = {}
-        for entry, place in places.items():
+        for entry, target in targets.items():
             if entry in self._rows:
                 file, row = self._rows[entry]
-                by_file.setdefault(file, []).append((place, row))
+                by_file.setdefault(file, []).append((target, row))
         for file, pairs in by_file.items():
             _, embeddings = _read(file)
-            targets, rows = zip(*pairs, strict=True)
-            out[list(targets)] = embeddings[list(rows)]
+            out_rows, rows = zip(*pairs, strict=True)
+            out[list(out_rows)] = embeddings[list(rows)]
 
     def drop(self) -> None:
         """Delete all chunks."""
@@ -111,7 +112,7 @@ class Pending:
 
 
 def _read(file: Path) -> tuple[list[Entry], Floats]:
-    # Opened here: np.load leaves a file open that it finds to be no archive.
+    # np.load does not close a file that it opened itself and that is not an archive.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as chunk:
         entries = [Entry(**fields) for fields in json.loads(chunk["entries"].tobytes())]
         return entries, chunk["embeddings"]

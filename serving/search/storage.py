@@ -1,18 +1,19 @@
-"""A folder that holds a search index: its layout, and how it is replaced whole.
+"""Files of a search index, and their atomic replacement.
 
     photos.index/
-      manifest.json             the model, the pictures' folder, the index's kind and recall, name
-                                and sha256 of each file below; what it does not name is ignored
+      manifest.json             model, directory of the images, kind and recall of the index, name
+                                and sha256 of each file below; files not named here are ignored
       generation-3/
         index.faiss             see `serving.search.faiss_index`
         embeddings.npy          float32 [n, dim], unit length
-        paths.jsonl             row by row the path, size and time of each picture's file
-      unfinished.json           whose embeddings, and of which folder, lie in
-      pending/                  embeddings of a change that is not finished (`serving.search.build`)
+        paths.jsonl             path, size and modification time of each image file, one per row
+      unfinished.json           model and directory of the images in `pending`
+      pending/                  embeddings of an unfinished change (`serving.search.resume`)
 
-A change writes the next generation beside the present one, then renames a new manifest over the old
-one: whenever it is killed, the index is the old one or the new one. The sha256 are there against
-damage and half a copy; they are no protection against someone who may write to the folder.
+A change writes the next generation beside the current one, then atomically replaces the manifest.
+If it is killed at any moment, the index is either the old one or the new one. The sha256 hashes
+detect damage and incomplete copies. They do not protect against an attacker who can write to the
+directory.
 """
 
 import json
@@ -46,13 +47,13 @@ _FILES = ("index.faiss", "embeddings.npy", "paths.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A picture's file when it was embedded."""
+    """State of an image file at the time it was embedded."""
 
     path: str
-    """With `/`, below the index's folder of pictures; absolute for one from elsewhere."""
+    """Relative to the index's directory of images, with `/`; absolute for files outside of it."""
     bytes: int
     mtime_ns: int
-    """Time of its last change, nanoseconds since 1970."""
+    """Modification time, in nanoseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +66,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexManifest:
-    """Everything about an index but its contents."""
+    """Contents of `manifest.json`."""
 
     format: str
     created: str
     """UTC, ISO 8601."""
     model: ModelIdentity
     folder: str
-    """Of the pictures, absolute."""
+    """Absolute path of the directory of images."""
     count: int
     layout: Layout
     skipped: tuple[Skipped, ...]
@@ -82,48 +83,54 @@ class IndexManifest:
 
     @property
     def generation(self) -> int:
-        """Number of the folder that its files are in."""
+        """Number of the directory that holds the files."""
         return int(self.index.name.partition("/")[0].removeprefix(_GENERATION))
 
     @property
     def files(self) -> tuple[File, File, File]:
-        """All that the manifest vouches for."""
+        """The files of the index."""
         return self.index, self.embeddings, self.paths
 
 
 def check_model(path: Path, expected: ModelIdentity, found: ModelIdentity) -> None:
-    """Refuse another model than the one that the index in `path` was made with."""
+    """Check that the index in `path` was built with the model `found`.
+
+    Raises:
+        InputError: it was built with another model, `expected`.
+    """
     if not expected.fits(found):
         raise InputError(
-            f"{path} was made with {expected}, this is {found}: their embeddings cannot be "
-            "compared; use that model, or build another index with this one"
+            f"{path} was built with {expected}, but this is {found}: their embeddings cannot be "
+            "compared",
+            advice="use the same model, or build another index with this one",
         )
 
 
 def read_manifest(path: Path) -> IndexManifest:
-    """The manifest of the index in `path`.
+    """Read the manifest of the index in `path`.
 
     Raises:
-        InputError: there is no index, or one of another format.
+        InputError: there is no index, or it has another format.
     """
     file = path / MANIFEST
     if not file.is_file():
         if (path / UNFINISHED).is_file():
             raise InputError(
-                f"{path} is the beginning of an index; the `clip-deploy search build` that made it "
-                "goes on when it is called again"
+                f"{path} holds an unfinished index",
+                advice="run the same `clip-deploy search build` command again to finish it",
             )
         raise InputError(
-            f"{path} is no search index: no {MANIFEST} in it; make one with "
-            f"`clip-deploy search build DIR --output {path}`"
+            f"{path} is not a search index: it has no {MANIFEST}",
+            advice=f"build one with `clip-deploy search build DIR --output {path}`",
         )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         found = document.get("format") if isinstance(document, dict) else None
         if found != INDEX_FORMAT:
             raise InputError(
-                f"{file}: format {found!r}, expected {INDEX_FORMAT!r}; it is no search index, or "
-                "one of another version, which must be built again elsewhere"
+                f"{file}: format {found!r}, expected {INDEX_FORMAT!r}: it is not a search index, "
+                "or one of another version",
+                advice="build the index again in another directory",
             )
         manifest = from_json(IndexManifest, document)
         names = [f"{_GENERATION}{manifest.generation}/{name}" for name in _FILES]
@@ -133,27 +140,27 @@ def read_manifest(path: Path) -> IndexManifest:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file} is damaged: {error}; {_remedy(path)}") from error
+        raise InputError(f"{file} is damaged: {error}", advice=_repair(path)) from error
 
 
 def verify(path: Path, file: File, manifest: IndexManifest) -> None:
-    """Compare a file with what the manifest says of it.
+    """Compare the sha256 of a file with the manifest.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     whole = path / file.name
     if not whole.is_file():
-        raise InputError(f"{whole} is missing; {_remedy(path, manifest)}")
+        raise InputError(f"{whole} is missing", advice=_repair(path, manifest))
     if (found := sha256_of(whole)) != file.sha256:
         raise InputError(
             f"{whole} is damaged: {whole.stat().st_size} bytes with sha256 {found[:16]}..., "
-            f"{MANIFEST} says {file.bytes} bytes with {file.sha256[:16]}...; "
-            f"{_remedy(path, manifest)}"
+            f"expected {file.bytes} bytes with {file.sha256[:16]}... by {MANIFEST}",
+            advice=_repair(path, manifest),
         )
 
 
-def _remedy(path: Path, manifest: IndexManifest | None = None) -> str:
+def _repair(path: Path, manifest: IndexManifest | None = None) -> str:
     folder = manifest.folder if manifest else "DIR"
     return (
         f"restore {path} from a copy, or delete it and build it again: "
@@ -163,22 +170,26 @@ def _remedy(path: Path, manifest: IndexManifest | None = None) -> str:
 
 @contextmanager
 def index_locked(path: Path) -> Iterator[None]:
-    """The folder `path`, made if need be, for one writer at a time; freed when the process ends.
+    """Create the directory `path` if needed, and lock it for one writer.
+
+    The lock is released at the end of the block or of the process.
 
     Raises:
-        InputError: it holds something else than an index, or another process is at it.
-        StorageError: the disk became full in the block.
+        InputError: `path` holds other files than an index, or another process holds the lock.
+        StorageError: the disk became full within the block.
     """
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; expected the name of a folder for the index")
+        raise InputError(
+            f"{path} is a file, expected a directory", advice="give a directory for the index"
+        )
     if (path / MANIFEST).exists():
         read_manifest(path)
     elif path.is_dir() and not (path / UNFINISHED).exists():
         others = {item.name for item in path.iterdir()} - {_LOCK, f".{UNFINISHED}.tmp"}
         if others:
             raise InputError(
-                f"{path} holds other things, such as {min(others)}, which are left alone; "
-                "give another folder for the index"
+                f"{path} holds other files, such as {min(others)}, which are left unchanged",
+                advice="give another directory for the index",
             )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -189,7 +200,7 @@ def index_locked(path: Path) -> Iterator[None]:
             stack.enter_context(locked(path / _LOCK))
         except BlockingIOError as error:
             raise InputError(
-                f"another process changes {path} at the moment; wait until it is done"
+                f"another process is changing {path}", advice="wait until it has finished"
             ) from error
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}") from error
@@ -208,9 +219,19 @@ def commit(
     skipped: Sequence[Skipped],
     fill: Callable[[Floats], None],
 ) -> IndexManifest:
-    """Write the next generation and make it the index; `fill` writes its embeddings [n, dim].
+    """Write the next generation and make it the current one.
 
-    To be called in `index_locked`. Memory: what FAISS keeps, which is all embeddings.
+    Call it within `index_locked`. FAISS holds all embeddings in memory meanwhile.
+
+    Args:
+        path: directory of the index.
+        old: manifest of the current generation, if there is one.
+        model: model of the embeddings.
+        folder: directory of the images.
+        kind: kind of the index.
+        entries: files, row by row.
+        skipped: files that could not be embedded.
+        fill: writes the embeddings to an array, float32 [n, dim].
     """
     generation = path / f"{_GENERATION}{old.generation + 1 if old else 1}"
     _remove_generations(path, old)
@@ -224,7 +245,7 @@ def commit(
         with files[2].open("w", encoding="utf-8") as file:
             file.writelines(lines)
         index, layout = make(kind, embeddings)
-        with files[0].open("wb") as out:  # FAISS itself does not tell of an error on closing
+        with files[0].open("wb") as out:  # FAISS itself ignores errors when it closes a file
             library().write_index(index, library().PyCallbackIOWriter(out.write))
         sync(generation)
         manifest = IndexManifest(
@@ -240,7 +261,7 @@ def commit(
             paths=describe_file(files[2], path),
         )
         _publish(path, manifest)
-    except Exception:  # such as a full disk, of which this is a part
+    except Exception:  # on a full disk, the incomplete generation takes up space
         _remove_generations(path, read_manifest(path) if (path / MANIFEST).exists() else None)
         raise
     _remove_generations(path, manifest)
@@ -248,9 +269,9 @@ def commit(
 
 
 def _created(file: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
-    """A new .npy of float32, mapped for writing, with its space on the disk.
+    """Create a float32 .npy file with its disk space allocated, memory-mapped for writing.
 
-    Else the disk could become full while a page is written, of which a process dies (SIGBUS).
+    Without the allocation, a disk that becomes full would kill the process with SIGBUS.
     """
     embeddings = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
         file, "w+", np.float32, shape
@@ -264,9 +285,9 @@ def _created(file: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.f
 def amend(
     path: Path, manifest: IndexManifest, folder: Path, skipped: Sequence[Skipped]
 ) -> IndexManifest:
-    """Change what the manifest says beside the generation, where anything is to change.
+    """Update `folder` and `skipped` of the manifest and return it; the generation stays current.
 
-    To be called in `index_locked`.
+    Call it within `index_locked`.
     """
     _remove_generations(path, manifest)
     changed = replace(manifest, folder=str(folder), skipped=tuple(skipped))
@@ -281,7 +302,7 @@ def _publish(path: Path, manifest: IndexManifest) -> None:
 
 
 def _remove_generations(path: Path, kept: IndexManifest | None) -> None:
-    """All but the one that `kept` names: those that gave way, and those never finished."""
+    """Delete all generations, replaced and unfinished ones, except that of the manifest `kept`."""
     name = f"{_GENERATION}{kept.generation}" if kept else ""
     for generation in path.glob(f"{_GENERATION}*"):
         if generation.name != name:

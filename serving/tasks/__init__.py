@@ -1,1 +1,1 @@
-"""Tasks on top of embeddings: zero-shot classification, ranking, captions."""
+"""Tasks that use embeddings: zero-shot classification, ranking and captions."""

@@ -1,7 +1,6 @@
-"""What turns pictures and texts into embeddings, and which model's embeddings they are.
+"""The `Embedder` protocol, which zero-shot classification, ranking and search are built on.
 
-`ClipClient` asks a server, `LocalClip` runs in this process; what is built on embeddings (zero-shot
-classification, search, ranking) takes either.
+`ClipClient` implements it with a server, `LocalClip` in this process.
 """
 
 from collections.abc import Sequence
@@ -17,22 +16,22 @@ Floats = NDArray[np.float32]
 
 
 class Embedder(Protocol):
-    """What turns pictures and texts into embeddings: `ClipClient` or `LocalClip`."""
+    """Protocol of classes that embed images and texts: `ClipClient` and `LocalClip`."""
 
     @property
     def identity(self) -> ModelIdentity:
-        """Whose embeddings these are."""
+        """Model that the embeddings belong to."""
 
     @property
     def logit_scale(self) -> float:
-        """What cosines are multiplied with before a softmax."""
+        """Factor of the cosines before a softmax."""
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """The checkpoint's own prompts, each with a `{}`."""
+        """Prompt templates of the checkpoint, each with a `{}`."""
 
     def embed_images(self, images: Sequence[Picture]) -> Floats:
-        """float32 [n, dim], unit length."""
+        """Return the embeddings of images, float32 [n, dim], unit length."""
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
-        """float32 [n, dim], unit length."""
+        """Return the embeddings of texts, float32 [n, dim], unit length."""

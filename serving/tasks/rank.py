@@ -1,13 +1,13 @@
-"""Free texts ranked for pictures, and what follows from that: answers to multiple-choice questions,
-captions put together from a vocabulary.
+"""Ranking of texts for images, multiple-choice answers, and captions from a vocabulary.
 
     rank(embedder, ["cat.jpg"], ["a cat asleep", "a cat that hunts"])[0][0].text
     answer(embedder, "street.jpg", "the traffic light is", ["red", "green"])[0].probability
     caption(embedder, ["street.jpg"], read_vocabulary(Path("street.toml")))[0].text
 
-A text's logit is its cosine to the picture times the checkpoint's scale, `logits_per_image` of
-OpenAI's model and of transformers' `CLIPModel`; its probability is the softmax over the texts that
-it was ranked among. A probability compares: that of a single text is 1, whatever the picture shows.
+The logit of a text is its cosine with the image times the logit scale of the checkpoint. OpenAI's
+model and transformers' `CLIPModel` call it `logits_per_image`. The probability of a text is the
+softmax over all texts that were ranked together. Probabilities are relative: a single text always
+has probability 1, whatever the image shows.
 """
 
 import json
@@ -30,37 +30,38 @@ QUESTION_TEMPLATE = "{question} {answer}"
 THRESHOLD = 0.5
 SEPARATOR = ", "
 
-_CHUNK = 64  # pictures embedded between two reports of progress
+_CHUNK = 64
+"""Images embedded between two progress reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How well a text fits a picture."""
+    """Similarity of a text and an image."""
 
     text: str
     cosine: float
     logit: float
-    """The cosine times the checkpoint's scale."""
+    """The cosine times the logit scale of the checkpoint."""
     probability: float
-    """Softmax of the logits of all texts that were ranked together."""
+    """Softmax over the logits of all texts that were ranked together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Category:
-    """Words of which at most one goes into a caption, such as colours."""
+    """Alternative words, such as colors, at most one of which is used in a caption."""
 
     name: str
     words: tuple[str, ...]
     templates: tuple[str, ...] | None = None
-    """What words are put into before they are embedded; None: the checkpoint's own."""
+    """Prompt templates for the words. None: those of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caption:
-    """What a vocabulary says of a picture."""
+    """Caption of an image, composed from a vocabulary."""
 
     text: str
-    """The words that reached the threshold, joined; empty where none did."""
+    """The words that reached the threshold, joined. Empty if none did."""
     best: dict[str, Score]
     """The best word of each category, whether it reached the threshold or not."""
 
@@ -73,20 +74,24 @@ def rank(
     truncate: bool = False,
     progress: Progress = silent,
 ) -> list[list[Score]]:
-    """The scores of all `texts` for each of `images`, best first; of equals the earlier text.
+    """Rank `texts` for each of `images`.
 
     Args:
         embedder: `ClipClient` or `LocalClip`, entered.
         images: at least one.
-        texts: at least one, that differ; they are embedded as they are, without templates.
-        truncate: cut texts that are too long instead of refusing them.
-        progress: told how many of the pictures are embedded.
+        texts: distinct texts, at least one. They are embedded unchanged, without templates.
+        truncate: cut texts that are too long instead of raising an error.
+        progress: receives the number of embedded images.
+
+    Returns:
+        For each image the scores of all texts, best first; texts with equal scores keep their
+        order.
 
     Raises:
-        ImageError: a picture cannot be used; the message says which and why.
-        TextError: no texts, the same one twice, an empty one, or one that is too long.
+        ImageError: an image cannot be used; the error says which and why.
+        TextError: there are no texts, or one of them is empty, too long or given twice.
     """
-    _refuse(texts, "texts")
+    _check_choices(texts, "texts")
     embedded = embedder.embed_texts(texts, truncate=truncate)
     return _scores(_embed(embedder, images, progress), embedded, texts, embedder.logit_scale)
 
@@ -99,27 +104,33 @@ def answer(
     *,
     template: str = QUESTION_TEMPLATE,
 ) -> list[Score]:
-    """The scores of `candidates` as answers to a question about a picture, best first.
+    """Rank candidate answers to a question about an image.
 
-    CLIP was trained on captions: a beginning of a sentence serves better than a question, and a
-    template such as `a photo of a {answer}` may leave the question out.
+    CLIP was trained on captions, so the start of a sentence works better than a question. A
+    template such as `a photo of a {answer}` may omit the question.
 
     Args:
-        template: how the two are put together, with `{answer}`, and `{question}` where it goes.
+        embedder: `ClipClient` or `LocalClip`, entered.
+        image: the image that the question is about.
+        question: replaces `{question}` in the template.
+        candidates: distinct answers, at least one; each replaces `{answer}` in the template.
+        template: text to embed, with `{answer}` and optionally `{question}`.
 
     Returns:
-        Scores whose texts are the candidates.
+        Scores, best first, whose texts are the candidates.
 
     Raises:
-        ImageError: the picture cannot be used.
-        TextError: no candidates, the same one twice, an empty one, a template without `{answer}`,
-            or a text that is too long.
+        ImageError: the image cannot be used.
+        TextError: there are no candidates, one of them is empty or given twice, the template has
+            no `{answer}`, or a text is too long.
     """
     if "{answer}" not in template:
-        raise TextError(f"template {template!r} has no {{answer}} for the candidate to go")
-    _refuse(candidates, "candidates")
+        raise TextError(f"template {template!r} has no {{answer}} to replace with the candidates")
+    _check_choices(candidates, "candidates")
     if not question.strip() and "{question}" in template:
-        raise TextError("the question is empty; give one, or a template without {question}")
+        raise TextError(
+            "the question is empty", advice="give one, or a template without {question}"
+        )
 
     def filled(candidate: str) -> str:
         if not candidate.strip():
@@ -141,30 +152,33 @@ def caption(
     separator: str = SEPARATOR,
     progress: Progress = silent,
 ) -> list[Caption]:
-    """The best word of each category for each picture, joined where its probability is enough.
+    """Caption images with the best word of each category.
 
-    A probability is a share among the words of a category. It tells which of them fits best, not
-    whether any does: a category that may not apply needs a word for that, such as `nothing`.
+    Probabilities are relative to the other words of the category. They tell which word matches the
+    image best, not whether any does: a category that may not apply needs a word for that case,
+    such as `nothing`.
 
     Args:
-        vocabulary: in the order in which words are joined.
-        threshold: least probability, 0 to 1, of a word that is put into the caption.
-        separator: between words.
-        progress: told how many of the pictures are embedded.
+        embedder: `ClipClient` or `LocalClip`, entered.
+        images: at least one.
+        vocabulary: categories, in the order of their words in the caption.
+        threshold: minimum probability, 0 to 1, of a word in the caption.
+        separator: text between two words.
+        progress: receives the number of embedded images.
 
     Raises:
-        ImageError: a picture cannot be used; the message says which and why.
+        ImageError: an image cannot be used; the error says which and why.
         InputError: the threshold is not between 0 and 1.
-        TextError: no categories, two of one name, or words or templates that cannot be used; the
-            message says of which category.
+        TextError: there are no categories, two have the same name, or words or templates cannot be
+            used; the error names the category.
     """
     if not 0 <= threshold <= 1:
-        raise InputError(f"expected a threshold from 0 to 1, a probability; got {threshold}")
-    _refuse([category.name for category in vocabulary], "categories")
+        raise InputError(f"expected a threshold from 0 to 1, got {threshold}")
+    _check_choices([category.name for category in vocabulary], "categories")
     words = [_embed_words(embedder, category) for category in vocabulary]
-    pictures = _embed(embedder, images, progress)
+    embeddings = _embed(embedder, images, progress)
     ranked = [
-        _scores(pictures, embedded, category.words, embedder.logit_scale)
+        _scores(embeddings, embedded, category.words, embedder.logit_scale)
         for category, embedded in zip(vocabulary, words, strict=True)
     ]
     names = [category.name for category in vocabulary]
@@ -177,18 +191,19 @@ def caption(
 
 
 def read_vocabulary(file: Path) -> list[Category]:
-    """The categories of a `.toml` or `.json` file, in its order.
+    """Read the categories of a `.toml` or `.json` file, in the order of the file.
 
-    A category is a list of words, or a table of `words` and `template`, one or a list:
+    A category is a list of words, or a table with `words` and `template`, which is one prompt
+    template or a list of them:
 
-        colour = ["red", "green"]
+        color = ["red", "green"]
 
         [shape]
         words = ["circle", "square"]
         template = "a {}"
 
     Raises:
-        InputError: the file cannot be read, or is not of this form; the message says where.
+        InputError: the file cannot be read, or does not have this form; the error says where.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -199,10 +214,10 @@ def read_vocabulary(file: Path) -> list[Category]:
         raise InputError(f"{file}: expected a vocabulary in a .toml or .json file")
     try:
         document = readers[file.suffix.lower()](text)
-    except ValueError as error:  # of both libraries
-        raise InputError(f"{file} is no {file.suffix[1:].upper()}: {error}") from error
+    except ValueError as error:  # the base class of both libraries' errors
+        raise InputError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
     if not isinstance(document, dict) or not document:
-        raise InputError(f'{file}: expected categories, such as colour = ["red", "green"]')
+        raise InputError(f'{file}: expected categories, such as color = ["red", "green"]')
     return [_category(file, name, content) for name, content in document.items()]
 
 
@@ -234,11 +249,11 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
 
 
 def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress) -> Floats:
-    """All pictures, float32 [n, dim], in chunks between which `progress` is told."""
+    """Embed images in chunks, reporting progress; return float32 [n, dim]."""
     if isinstance(images, str | bytes | os.PathLike):
-        raise ImageError(f"expected a sequence of pictures, got one {type(images).__name__}")
+        raise ImageError(f"expected a sequence of images, got one {type(images).__name__}")
     if not len(images):
-        raise ImageError("no pictures to rank for; give at least one")
+        raise ImageError("no images to rank texts for", advice="give at least one")
     parts = []
     for start in range(0, len(images), _CHUNK):
         progress("embedding images", start, len(images))
@@ -252,17 +267,17 @@ def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress) ->
 def _scores(
     images: Floats, embedded: Floats, texts: Sequence[str], logit_scale: float
 ) -> list[list[Score]]:
-    """[n, dim] and [texts, dim] -> for each picture all texts, best first."""
+    """Return for each image [n, dim] the scores of all texts [texts, dim], best first."""
     cosines = images @ embedded.T
     logits = np.float32(logit_scale) * cosines
-    shares, order = softmax(logits), np.argsort(-cosines, axis=1, kind="stable")
+    probabilities, order = softmax(logits), np.argsort(-cosines, axis=1, kind="stable")
     return [
         [
             Score(
                 text=texts[index],
                 cosine=float(cosines[row, index]),
                 logit=float(logits[row, index]),
-                probability=float(shares[row, index]),
+                probability=float(probabilities[row, index]),
             )
             for index in indices
         ]
@@ -270,12 +285,12 @@ def _scores(
     ]
 
 
-def _refuse(texts: Sequence[str], kind: str) -> None:
-    """What cannot be chosen from; single texts are judged where they are tokenized."""
+def _check_choices(texts: Sequence[str], kind: str) -> None:
+    """Raise a TextError unless `texts` are distinct. The tokenizer checks each of them."""
     if isinstance(texts, str):
-        raise TextError(f"expected a list of {kind}, got one str; pass [{texts!r}]")
+        raise TextError(f"expected a list of {kind}, got one str", advice=f"pass [{texts!r}]")
     if not texts:
-        raise TextError(f"no {kind} to choose from; give at least one")
+        raise TextError(f"no {kind} to choose from", advice="give at least one")
     seen: set[str] = set()
     for text in texts:
         if text in seen:

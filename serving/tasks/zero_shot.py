@@ -1,12 +1,12 @@
-"""Zero-shot classification: which of these labels, put into words, fits a picture best?
+"""Zero-shot classification: the probability of each label for an image.
 
     classifier = ZeroShotClassifier(embedder, ["cat", "dog"], TEMPLATES["openai-7"])
     classifier.classify(["cat.jpg"])          # float32 [1, 2]
-    classifier.save("pets.npz")               # the labels' embeddings, for the next process
+    classifier.save("pets.npz")               # the class embeddings, for other processes
 
-After Radford et al. 2021, 3.1.4: each label is put into every template, the embeddings, of unit
-length, are averaged and brought back to unit length, and the softmax runs over cosines times the
-checkpoint's scale.
+The method is that of Radford et al. 2021, section 3.1.4. Each label is inserted into every prompt
+template. The class embedding of a label is the mean of the embeddings of these prompts, scaled to
+unit length. Probabilities are the softmax over the cosines times the checkpoint's logit scale.
 """
 
 import io
@@ -41,13 +41,14 @@ TEMPLATES = {
         "a photo of the small {}.",
     ),
 }
-"""Prompts by name. `openai-7`: the seven that served best on ImageNet, from the notebook
-`Prompt_Engineering_for_ImageNet.ipynb` of openai/CLIP."""
+"""Prompt templates by name. `openai-7`: the seven that performed best on ImageNet, according to the
+notebook `Prompt_Engineering_for_ImageNet.ipynb` of openai/CLIP."""
 
 CLASSIFIER_FORMAT = 1
-"""Version of a saved classifier; a reader refuses any other."""
+"""Version of the file format of saved classifiers. No other version can be loaded."""
 
-_GROUP = 8192  # texts embedded at a time: what their embeddings take stays small
+_GROUP = 8192
+"""Texts embedded at a time, which bounds the memory of their embeddings."""
 
 
 def embed_labels(
@@ -57,16 +58,17 @@ def embed_labels(
     *,
     progress: Progress = silent,
 ) -> Floats:
-    """One embedding a label, float32 [labels, dim], unit length.
+    """Return the class embeddings of labels, float32 [labels, dim], unit length.
 
     Args:
-        embedder: what embeds the texts.
-        labels: that differ.
-        templates: what labels are put into; default: the checkpoint's own.
-        progress: told now and then how many of the labels x templates texts are done.
+        embedder: `ClipClient` or `LocalClip`, entered.
+        labels: distinct labels.
+        templates: prompt templates; default: those of the checkpoint.
+        progress: receives the number of embedded texts, of labels x templates in total.
 
     Raises:
-        TextError: what `LabelSet` refuses, or a label that is too long; the message says which.
+        TextError: `LabelSet` does not accept the labels or templates, or a label is too long; the
+            error says which.
     """
     wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
     order = wanted.by_template()
@@ -83,11 +85,11 @@ def embed_labels(
 
 
 class ClassEmbeddings:
-    """The embeddings of labels: the mean over their prompt templates, at unit length.
+    """Accumulator of class embeddings: the mean over the prompt templates, at unit length.
 
     Args:
-        labels: their number.
-        templates: their number; text i is label i // templates in template i % templates.
+        labels: number of labels.
+        templates: number of templates. Text i is label i // templates in template i % templates.
     """
 
     def __init__(self, labels: int, templates: int) -> None:
@@ -95,38 +97,38 @@ class ClassEmbeddings:
         self._sums: Floats | None = None
 
     def add(self, texts: Sequence[int], embeddings: Floats) -> None:
-        """Add embeddings, float32 [n, dim], unit length, of the texts with these indices."""
+        """Add the embeddings of the texts with these indices, float32 [n, dim], unit length."""
         if self._sums is None:
             self._sums = np.zeros((self._labels, embeddings.shape[1]), np.float32)
         np.add.at(self._sums, np.asarray(texts) // self._templates, embeddings)
 
     def unit(self) -> Floats:
-        """Return float32 [labels, dim], unit length, once every text was added."""
-        assert self._sums is not None  # a label set has a text at least
+        """Return the class embeddings, float32 [labels, dim], after every text was added."""
+        assert self._sums is not None  # a label set has at least one text
         result: Floats = self._sums / np.linalg.norm(self._sums, axis=1, keepdims=True)
         return result
 
 
 def softmax(logits: Floats) -> Floats:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result: Floats = exponents / exponents.sum(axis=-1, keepdims=True)
     return result
 
 
 def probabilities(images: Floats, labels: Floats, logit_scale: float) -> Floats:
-    """Softmax over labels of scaled cosines: [n, dim], [labels, dim] -> float32 [n, labels]."""
+    """Return class probabilities: [n, dim] and [labels, dim] -> float32 [n, labels]."""
     return softmax(np.float32(logit_scale) * (images @ labels.T))
 
 
 class ZeroShotClassifier:
-    """A set of labels, embedded once; every picture then costs one pass of the image tower.
+    """Classifier for a fixed label set, which is embedded once.
 
     Args:
-        embedder: what embeds labels and pictures.
-        labels: that differ.
-        templates: what labels are put into; default: the checkpoint's own.
-        progress: told how many of the texts are embedded.
+        embedder: embeds the labels and the images.
+        labels: distinct labels.
+        templates: prompt templates; default: those of the checkpoint.
+        progress: receives the number of embedded texts.
 
     Raises:
         TextError: see `embed_labels`.
@@ -142,40 +144,45 @@ class ZeroShotClassifier:
     ) -> None:
         self._embedder = embedder
         self.embeddings = embed_labels(embedder, labels, templates, progress=progress)
-        """float32 [labels, dim], unit length."""
+        """Class embeddings, float32 [labels, dim], unit length."""
         self.labels = tuple(labels)
         self.templates = tuple(embedder.templates if templates is None else templates)
 
     def classify(self, images: Sequence[Picture]) -> Floats:
-        """Probability of each label for each picture, float32 [n, labels]; rows sum to 1.
+        """Return the probability of each label for each image, float32 [n, labels].
+
+        Rows sum to 1.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which and why.
+            ImageError: an image cannot be used; the error says which and why.
         """
         return self.classify_embeddings(self._embedder.embed_images(images))
 
     def classify_embeddings(self, images: Floats) -> Floats:
-        """The same of pictures that are embedded already, float32 [n, dim]."""
+        """Classify images that are already embedded, float32 [n, dim]; see `classify`."""
         return probabilities(images, self.embeddings, self._embedder.logit_scale)
 
     def batches(self, images: Iterable[Picture], size: int = 64) -> Iterator[Floats]:
-        """`classify`, `size` pictures at a time, of any number of pictures.
+        """Classify any number of images, `size` at a time, and yield the results of `classify`.
 
         Raises:
-            ImageError: as `classify`.
+            ImageError: see `classify`.
         """
         return in_batches(self.classify, images, size)
 
     def top_k(self, images: Sequence[Picture], k: int) -> list[list[tuple[str, float]]]:
-        """The `k` best labels of each picture and their probabilities, best first.
+        """Return the `k` best labels of each image with their probabilities, best first.
 
-        Of equals the earlier label comes first; k over the number of labels gives all of them.
+        Labels with equal probabilities keep their order. If `k` exceeds the number of labels, all
+        labels are returned.
 
         Raises:
-            InputError: k < 1.
+            InputError: `k` is less than 1.
         """
         if k < 1:
-            raise InputError(f"expected k, the number of labels an image, to be 1 or more; got {k}")
+            raise InputError(
+                f"expected k, the number of labels per image, to be 1 or more; got {k}"
+            )
         scores = self.classify(images)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [
@@ -184,7 +191,7 @@ class ZeroShotClassifier:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write the labels' embeddings and whose they are to `path`, a NumPy .npz."""
+        """Write the class embeddings and the identity of their model to `path`, an .npz file."""
         facts = {
             "format": CLASSIFIER_FORMAT,
             "labels": self.labels,
@@ -197,17 +204,18 @@ class ZeroShotClassifier:
 
     @classmethod
     def load(cls, path: str | Path, embedder: Embedder) -> Self:
-        """What `save` wrote; the labels are not embedded again.
+        """Load a classifier that `save` wrote, without embedding the labels again.
 
         Raises:
-            InputError: there is no such file, it is damaged, or it belongs to another model than
-                `embedder`.
+            InputError: the file does not exist or is damaged, or its embeddings belong to another
+                model than `embedder`.
         """
         labels, templates, saved, embeddings = _read(Path(path))
         if not saved.fits(embedder.identity):
             raise InputError(
-                f"{path} holds labels embedded by {saved}, the pictures would be embedded by "
-                f"{embedder.identity}; embed the labels again with this model"
+                f"{path} holds labels embedded by {saved}, but images are embedded by "
+                f"{embedder.identity}",
+                advice="embed the labels again with this model",
             )
         loaded = cls.__new__(cls)
         loaded._embedder = embedder
@@ -219,7 +227,7 @@ class ZeroShotClassifier:
 def in_batches(
     classify: Callable[[Sequence[Picture]], Floats], images: Iterable[Picture], size: int
 ) -> Iterator[Floats]:
-    """What `classify` says of `images`, `size` at a time; an error counts them all."""
+    """Yield `classify` of `size` images at a time; errors have the index within all `images`."""
     source, start = iter(images), 0
     while batch := list(itertools.islice(source, size)):
         try:
@@ -235,41 +243,43 @@ def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, 
             facts, embeddings = json.loads(str(file["facts"])), file["embeddings"]
         if facts["format"] != CLASSIFIER_FORMAT:
             raise InputError(
-                f"{path} is of format {facts['format']!r}, this version reads {CLASSIFIER_FORMAT}; "
-                "save the classifier again"
+                f"{path} has format {facts['format']!r}, expected {CLASSIFIER_FORMAT}",
+                advice="save the classifier again with this version",
             )
         model = ModelIdentity(**facts["model"])
         expected = (len(facts["labels"]), model.embed_dim)
         if embeddings.dtype != np.float32 or embeddings.shape != expected:
             raise ValueError(f"embeddings {embeddings.dtype} {list(embeddings.shape)}")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; expected what save() wrote") from error
+        raise InputError(
+            f"{path}: no such file", advice="give a file that ZeroShotClassifier.save() wrote"
+        ) from error
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"{path} is not a saved classifier, or is damaged ({error}); save it again"
+            f"{path} is not a saved classifier, or is damaged ({error})", advice="save it again"
         ) from error
     return tuple(facts["labels"]), tuple(facts["templates"]), model, embeddings
 
 
 def read_templates(source: str) -> tuple[str, ...]:
-    """Templates by name, see `TEMPLATES`, or from a UTF-8 file with one a line.
+    """Return a built-in template set, see `TEMPLATES`, or read a UTF-8 file with one per line.
 
     Raises:
-        InputError: there is neither such a name nor such a file, or the file is empty.
-        TextError: it is not UTF-8.
+        InputError: `source` is neither a name nor a file, or the file has no templates.
+        TextError: the file is not UTF-8.
     """
     if source in TEMPLATES:
         return TEMPLATES[source]
     if not Path(source).is_file():
         raise InputError(
-            f"{source} is neither a file with a template a line nor one of the built-in sets: "
+            f"{source} is neither a file with one template per line nor one of the built-in sets: "
             f"{', '.join(TEMPLATES)}"
         )
     found = tuple(read_lines(Path(source)))
     if not found:
         raise InputError(
-            f"{source} has no templates; expected one a line, such as 'a photo of {{}}'"
+            f"{source} has no templates", advice="give one per line, such as 'a photo of {}'"
         )
     return found

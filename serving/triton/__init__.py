@@ -1,1 +1,1 @@
-"""Model repositories, and the Triton server that serves them."""
+"""Assembly of Triton model repositories, and the embedded Triton server that serves them."""

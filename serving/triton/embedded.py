@@ -1,8 +1,8 @@
-"""The tritonserver inside the `nvidia-pytriton` wheel: find it, and lay it out so that it runs.
+"""Locates the tritonserver inside the `nvidia-pytriton` wheel and prepares it to run.
 
-The wheel carries tritonserver 2.51, its Python backend and no other, a response cache, and one
-"stub" (the program that runs model.py files) for each Python version. pytriton's own Python code is
-not used, not even imported. `serving.triton.server` starts what is laid out here.
+The wheel contains tritonserver 2.51, the Python backend (no other backend), a response cache, and
+one "stub" (the program that runs model.py files) for each supported Python version. pytriton's own
+Python code is not imported. `serving.triton.server` starts the server that this module prepares.
 """
 
 import importlib.metadata
@@ -16,29 +16,30 @@ from pathlib import Path
 from serving.errors import ServerError
 from serving.util.extras import install_command
 
-VERSION = (2, 51)  # of the tritonserver in nvidia-pytriton 0.7.0
+VERSION = (2, 51)  # release of the tritonserver in nvidia-pytriton 0.7.0
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Where the parts of an embedded Triton server lie."""
+    """Paths of the parts of an embedded Triton server."""
 
     root: Path  # pytriton/tritonserver in site-packages
     stub: Path
-    libraries: tuple[Path, ...]  # directories for the dynamic loader
+    libraries: tuple[Path, ...]  # directories for LD_LIBRARY_PATH
 
     @property
     def binary(self) -> Path:
-        """The tritonserver program."""
+        """Path of the tritonserver executable."""
         return self.root / "bin" / "tritonserver"
 
     def lay_out(self, scratch: Path) -> list[str]:
-        """Make a backend directory in `scratch`, and return the flags that point to the parts.
+        """Create a backend directory in `scratch`, and return tritonserver flags that point to it.
 
-        The Python backend looks for its stub beside its library, where the wheel has none, and the
-        wheel may be read-only; so links to both go into a directory of ours. The package `serving`
-        lies there too, since that directory is on the sys.path of every model.py, and PYTHONPATH
-        is not: the stubs for Python 3.11 and later run isolated (sys.flags.isolated is 1 in them).
+        The Python backend looks for its stub next to its library. The wheel stores the stub
+        elsewhere and may be read-only, so both are linked into a new directory. The package
+        `serving` is linked there as well, because that directory is on the sys.path of every
+        model.py while PYTHONPATH is ignored: the stubs for Python 3.11 and later run in isolated
+        mode (`sys.flags.isolated` is 1).
         """
         backends = scratch / "backends"
         python = backends / "python"
@@ -50,10 +51,11 @@ class Embedded:
         return [f"--backend-directory={backends}", f"--cache-directory={self.root / 'caches'}"]
 
     def environment(self) -> dict[str, str]:
-        """Return the environment for tritonserver: ours, with this Python and its libraries first.
+        """Return the environment variables for tritonserver.
 
-        The stub embeds an interpreter that takes its prefix, and so its site-packages, from the
-        first `python3` on PATH.
+        They are those of this process, with this interpreter first on PATH and the libraries first
+        on LD_LIBRARY_PATH. The stub embeds an interpreter that derives its prefix, and so its
+        site-packages, from the first `python3` on PATH.
         """
         libraries = [*map(str, self.libraries), os.environ.get("LD_LIBRARY_PATH", "")]
         programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -66,8 +68,9 @@ class Embedded:
 def find_embedded() -> Embedded:
     """Return the embedded server of this environment.
 
-    Raises ServerError, saying what to install, when the wheel is missing, NumPy is 2, the wheel
-    knows no stub for this Python, or this Python has no shared library.
+    Raises:
+        ServerError: the wheel is missing, NumPy 2 is installed, the wheel has no stub for this
+            Python version, or this Python has no shared library. The advice says what to install.
     """
     python = sys.version_info[:2]
     root = find_wheel()
@@ -83,38 +86,46 @@ def find_wheel() -> Path:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            "the embedded Triton server comes with nvidia-pytriton, which is not installed",
+            "the embedded Triton server requires nvidia-pytriton, which is not installed",
             advice=f"{install_command('embedded')}, or connect to a server that runs elsewhere",
         )
     return Path(spec.origin).parent / "tritonserver"
 
 
 def check_numpy(version: str) -> None:
-    """Refuse NumPy 2, with which a BYTES input kills the Python backend of 2.51 (measured)."""
+    """Check that NumPy is older than 2, with which BYTES inputs crash the Python backend of 2.51.
+
+    Raises:
+        ServerError: `version` is 2 or later.
+    """
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
-            f"the embedded Triton server needs NumPy 1, found NumPy {version}, with which its "
-            "Python backend dies of any text or image input",
+            f"the embedded Triton server requires NumPy 1, found NumPy {version}, with which its "
+            "Python backend crashes on any text or image input",
             advice=install_command("embedded"),
         )
 
 
 def find_stub(root: Path, python: tuple[int, int]) -> Path:
-    """Return the stub for one Python version, given as (major, minor)."""
+    """Return the stub for a Python version, given as (major, minor).
+
+    Raises:
+        ServerError: the wheel has no stub for it.
+    """
     stubs = root / "python_backend_stubs"
     stub = stubs / "{}.{}".format(*python) / "triton_python_backend_stub"
     if not stub.is_file():
         known = sorted((path.name for path in stubs.iterdir()), key=lambda v: int(v.split(".")[1]))
         raise ServerError(
-            f"the embedded Triton server runs models with Python {', '.join(known)}; this is "
+            f"the embedded Triton server supports Python {', '.join(known)}; this is "
             f"Python {python[0]}.{python[1]}",
-            advice="make the virtual environment with one of those",
+            advice="create the virtual environment with a supported version",
         )
     return stub
 
 
 def libpython_directories() -> list[Path]:
-    """Return where the shared library of this interpreter may lie, likeliest first."""
+    """Return directories that may hold the shared library of this interpreter, likeliest first."""
     multiarch = sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
     libdir = sysconfig.get_config_var("LIBDIR") or "/usr/lib"
     usual = (libdir, f"{sys.base_prefix}/lib", f"/usr/lib/{multiarch}", "/usr/lib64", "/usr/lib")
@@ -122,10 +133,13 @@ def libpython_directories() -> list[Path]:
 
 
 def find_libpython(python: tuple[int, int], directories: list[Path]) -> Path:
-    """Return the first of `directories` that holds the shared libpython which the stub needs.
+    """Return the first of `directories` that contains the shared libpython that the stub needs.
 
-    The stub for 3.13 asks for it under another name, libpython3-<hash>.13.so.1.0, and the wheel
-    carries that one; the others ask for the interpreter's own, which not every build has.
+    The stub for 3.13 links against libpython3-<hash>.13.so.1.0, which the wheel contains. The other
+    stubs link against the interpreter's own libpython, which not every Python build has.
+
+    Raises:
+        ServerError: none of `directories` contains it.
     """
     major, minor = python
     names = (f"libpython{major}.{minor}.so.1.0", f"libpython{major}-*.{minor}.so.1.0")
@@ -133,7 +147,7 @@ def find_libpython(python: tuple[int, int], directories: list[Path]) -> Path:
         if any(any(directory.glob(name)) for name in names):
             return directory
     raise ServerError(
-        f"the embedded Triton server needs {names[0]}, found in none of "
+        f"the embedded Triton server requires {names[0]}, which was not found in "
         f"{', '.join(map(str, directories))}",
         advice=f"install it (Debian, Ubuntu: apt-get install libpython{major}.{minor}), or use a "
         "Python built with --enable-shared",

@@ -1,7 +1,7 @@
-"""Where the embedded server listens, who can read it there, and what that opens.
+"""Addresses, ports, TLS files and the administrative key of the embedded server.
 
-By default everything listens on loopback. An operator who asks for another address is told what is
-exposed (`Exposure.told`); SECURITY.md says what that is fit for.
+By default the server listens on loopback only. `Exposure.describe` says what an operator exposes by
+choosing another address; SECURITY.md says which uses that is suitable for.
 """
 
 import errno
@@ -18,14 +18,14 @@ from serving.errors import InputError, ServerError
 
 HOST = "127.0.0.1"
 ADMIN_APIS = ("model-repository", "shared-memory", "statistics", "trace", "logging")
-"""What a key is needed for. Of the nine names that Triton knows (src/restricted_features.h; the
-same for HTTP and gRPC, and in 2.51 as in 26.x) the others are what clients use: `OPEN_APIS`."""
+"""APIs that require the administrative key. Triton restricts APIs by nine names, the same for HTTP
+and gRPC and in 2.51 and 26.x (src/restricted_features.h); clients use the others, `OPEN_APIS`."""
 OPEN_APIS = ("health", "metadata", "model-config", "inference")
 _KEY = re.compile(r"[A-Za-z0-9_-]{16,}")
 
 
 class Ports(NamedTuple):
-    """The TCP ports of one server."""
+    """TCP ports of a server."""
 
     http: int
     grpc: int
@@ -34,23 +34,23 @@ class Ports(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerTls:
-    """What a server shows over gRPC, and whom it asks to show something; PEM files.
+    """PEM files for TLS over gRPC.
 
-    Triton reads them once, at its start: after a renewal it is to be started again.
+    Triton reads them once, when it starts; restart it after a certificate was renewed.
     """
 
     certificate: Path
-    """Its own, followed by those of the authorities between it and the root."""
+    """Server certificate, followed by the intermediate certificates."""
     key: Path
-    """Of the certificate, not encrypted."""
+    """Unencrypted private key of the certificate."""
     client_ca: Path | None = None
-    """Authorities that a client's certificate may come from; without, clients show none."""
+    """Certificate authorities for client certificates. None: clients need no certificate."""
 
     def check(self) -> None:
-        """Read the files as a server would: Triton itself reports a bad one as a port in use.
+        """Check that the files can be loaded. Triton itself reports a bad file as a port in use.
 
         Raises:
-            InputError: a file is missing, is no PEM, or the key is of another certificate.
+            InputError: a file is missing or is not PEM, or the key does not match the certificate.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         files = [self.certificate, self.key, *([self.client_ca] if self.client_ca else [])]
@@ -70,52 +70,52 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposure:
-    """The addresses that one server listens on.
+    """Addresses that a server listens on.
 
-    HTTP has no TLS in Triton. So where TLS is asked for, HTTP stays on loopback, whatever `host`
-    is: nothing leaves this machine unencrypted, a proxy that ends TLS finds it there, and so does
-    our own question whether the server is ready. Metrics stay on loopback always: whoever reads
-    them learns which models are used how much.
+    Triton does not support TLS over HTTP. With TLS, HTTP therefore listens on loopback whatever
+    `host` is: no unencrypted traffic leaves this machine, while a TLS-terminating proxy and our own
+    readiness check can still reach it. Metrics always listen on loopback, because they disclose how
+    much each model is used.
     """
 
     host: str = HOST
-    """An IPv4 address of this machine, or 0.0.0.0 for all of them."""
+    """IPv4 address of this machine, or 0.0.0.0 for all of its addresses."""
     tls: ServerTls | None = None
 
     @property
     def http(self) -> str:
-        """The address of HTTP."""
+        """Address that HTTP listens on."""
         return HOST if self.tls else self.host
 
     @property
     def reached(self) -> str:
-        """An address that clients on this machine find `host` at."""
+        """Address at which clients on this machine reach `host`."""
         return HOST if self.host == "0.0.0.0" else self.host
 
     def check(self) -> None:
-        """Look at what was asked for, before anything is started.
+        """Validate the address and the TLS files before a server is started.
 
         Raises:
-            InputError: `host` is no IPv4 address, or TLS files cannot be used.
+            InputError: `host` is not an IPv4 address, or the TLS files cannot be used.
         """
         try:
             ipaddress.IPv4Address(self.host)
         except ValueError as error:
             raise InputError(
-                f"expected an IPv4 address to listen on, such as {HOST}, or 0.0.0.0 for all of "
-                f"this machine, got {self.host!r}"
+                f"expected an IPv4 address to listen on, such as {HOST}, or 0.0.0.0 for all "
+                f"addresses of this machine, got {self.host!r}"
             ) from error
         if self.tls is not None:
             self.tls.check()
 
     def urls(self, ports: Ports) -> tuple[str, str]:
-        """Of HTTP and of gRPC, for clients on this machine."""
+        """Return the URLs of HTTP and gRPC for clients on this machine."""
         http = HOST if self.http == HOST else self.reached
         scheme = "grpcs" if self.tls else "grpc"
         return f"http://{http}:{ports.http}", f"{scheme}://{self.reached}:{ports.grpc}"
 
     def flags(self, ports: Ports) -> list[str]:
-        """Tritonserver's: addresses, ports, TLS."""
+        """Return the tritonserver flags for addresses, ports and TLS."""
         flags = [
             f"--http-address={self.http}",
             f"--http-port={ports.http}",
@@ -137,41 +137,50 @@ class Exposure:
                 ]
         return flags
 
-    def told(self, ports: Ports, version: tuple[int, int]) -> list[str]:
-        """What is open to other machines, a sentence each; nothing on loopback."""
+    def describe(self, ports: Ports, version: tuple[int, int]) -> list[str]:
+        """Describe in sentences what other machines can reach; return an empty list on loopback."""
         if ipaddress.IPv4Address(self.host).is_loopback:
             return []
         http, grpc = f"http://{self.host}:{ports.http}", f"grpc://{self.host}:{ports.grpc}"
         if self.tls is None:
-            reach = f"{http} and {grpc}, unencrypted: anyone on the way reads and changes requests."
+            reach = (
+                f"{http} and {grpc}, unencrypted: others on the network can read and change "
+                "requests."
+            )
         else:
             reach = f"grpcs://{self.host}:{ports.grpc}; HTTP has no TLS and stays on loopback."
-        asked = "There is no authentication: whoever reaches a port may use the models."
+        access = "There is no authentication: everyone who reaches a port can use the models."
         if self.tls is not None and self.tls.client_ca is not None:
-            asked = f"Clients show a certificate from {self.tls.client_ca}; all of them are equal."
+            access = f"Clients need a certificate from {self.tls.client_ca}; all have equal rights."
         return [
             f"Exposed beyond this machine: {reach}",
-            asked,
-            f"Behind a key: {', '.join(ADMIN_APIS)}. Open: {', '.join(OPEN_APIS)}.",
+            access,
+            f"The admin key protects {', '.join(ADMIN_APIS)}. Open: {', '.join(OPEN_APIS)}.",
             f"Metrics stay on {HOST}:{ports.metrics}.",
-            f"This tritonserver is {'.'.join(map(str, version))}, of 2024-10: every security "
-            "bulletin since touches it. It is for loopback, demonstrations, tests and development, "
-            "not for this; see SECURITY.md for what production runs.",
+            f"This is tritonserver {'.'.join(map(str, version))} from 2024-10, which all later "
+            "security bulletins affect. It is meant for demonstrations, tests and development on "
+            "loopback; see SECURITY.md for a production setup.",
         ]
 
 
 def choose_ports(http: int, grpc: int, metrics: int, exposure: Exposure | None = None) -> Ports:
-    """Check that three ports are free where `exposure` listens; 0 is replaced by a free one."""
+    """Return the given ports, with 0 replaced by a free port.
+
+    Raises:
+        InputError: the host of `exposure` is not an address of this machine.
+        ServerError: a port is not free.
+    """
     exposure, chosen = exposure or Exposure(), []
     hosts = (exposure.http, exposure.host, HOST)
-    with ExitStack() as held:  # all at once, so that none is given twice
+    with ExitStack() as held:  # all three at once, so that no port is chosen twice
         for host, port in zip(hosts, (http, grpc, metrics), strict=True):
             try:
                 listener = held.enter_context(socket.create_server((host, port)))
             except OSError as error:
                 if error.errno == errno.EADDRNOTAVAIL:
                     raise InputError(
-                        f"{host} is no address of this machine; give one of its own, or 0.0.0.0"
+                        f"{host} is not an address of this machine",
+                        advice="give one of its addresses, or 0.0.0.0",
                     ) from error
                 raise port_error(host, port, error.strerror or str(error)) from error
             chosen.append(listener.getsockname()[1])
@@ -179,23 +188,24 @@ def choose_ports(http: int, grpc: int, metrics: int, exposure: Exposure | None =
 
 
 def port_error(host: str, port: int, reason: str) -> ServerError:
-    """Triton cannot have a port."""
+    """Return the error for a port that Triton cannot listen on."""
     return ServerError(
-        f"Triton cannot listen on {host}:{port}: {reason}. Stop what listens there, give another "
-        "port, or give port 0 to take a free one"
+        f"Triton cannot listen on {host}:{port}: {reason}",
+        advice="stop the process that listens there, give another port, or give port 0 to choose a "
+        "free one",
     )
 
 
 def check_key(key: str) -> str:
-    """The key of the administrative APIs that an operator chose.
+    """Return `key` if it can serve as the administrative key.
 
     Raises:
-        InputError: it is short, or has characters that Triton's flag would not take.
+        InputError: it is too short, or has characters that Triton's flag does not accept.
     """
     if not _KEY.fullmatch(key):
         raise InputError(
             "expected an administrative key of at least 16 letters, digits, - or _, got "
-            f"{len(key)} characters; python -c 'import secrets; print(secrets.token_hex())' makes "
-            "one"
+            f"{len(key)} characters",
+            advice="create one with python -c 'import secrets; print(secrets.token_hex())'",
         )
     return key

@@ -1,11 +1,11 @@
-"""The processes of a running Triton server, seen from outside.
+"""Monitoring of the processes of a running Triton server.
 
-Python models that died: Triton (2.51) does not start their processes again and does not report it:
-`/v2/health/ready` and the model's own `ready` stay 200, and every request to the model fails after
-a second (measured; restarts were removed in 24.06, issue 8604 of triton-inference-server/server).
+Crashed Python models: Triton (2.51) neither restarts nor reports them. `/v2/health/ready` and the
+model's own `ready` still return 200, and every request to the model fails after one second
+(measured; restarts were removed in 24.06, triton-inference-server/server issue 8604).
 
-Idleness: Triton counts waiting and finished requests, but not those it is computing. The CPU time
-of its processes covers both.
+Idleness: Triton counts waiting and finished requests, but not those that it is computing.
+`wait_until_idle` therefore observes the CPU time of the server's processes.
 """
 
 import time
@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 IDLE_S, IDLE_SHARE = 0.75, 0.04
-"""An idle server's processes take less than this share of one CPU, observed over this many
+"""A server counts as idle when its processes use less than `IDLE_SHARE` of one CPU over `IDLE_S`
 seconds."""
 _LOOK_S = 0.05
 _PROGRAM = "triton_python_backend_stub"
@@ -26,7 +26,7 @@ _PROGRAM = "triton_python_backend_stub"
 
 @dataclass(frozen=True, slots=True)
 class Stub:
-    """A process of a Python model. A model has one per instance."""
+    """Process of a Python model; a model has one per instance."""
 
     process: psutil.Process
     model: str
@@ -37,12 +37,12 @@ class Stub:
         return self.process.pid
 
     def is_alive(self) -> bool:
-        """Return whether this very process runs: neither ended nor a zombie, its id not reused."""
+        """Return whether the process runs: it has not ended, is no zombie, its id is not reused."""
         return _runs(self.process)
 
 
 def stubs_of(server: int) -> tuple[Stub, ...]:
-    """Return the living Python-model processes of the tritonserver with process id `server`."""
+    """Return the running Python-model processes of the tritonserver with process id `server`."""
     found = []
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(server).children():
@@ -61,12 +61,12 @@ def has_ended(pid: int) -> bool:
 
 
 def wait_until_idle(server: int, seconds: float, ended: Callable[[], bool]) -> bool:
-    """Wait until a server and its children take almost no CPU time.
+    """Wait until a server and its child processes use almost no CPU time.
 
     Args:
         server: process id of tritonserver.
-        seconds: longest time to wait.
-        ended: polled meanwhile; there is nothing to wait for once it returns True.
+        seconds: maximum time to wait.
+        ended: polled meanwhile; waiting stops once it returns True.
 
     Returns:
         Whether the server became idle, or ended, within `seconds`.
@@ -106,7 +106,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _cpu_seconds(server: int) -> float:
-    """Return the CPU time of the server and its children, in user and in system mode."""
+    """Return the user and system CPU time of the server and its child processes, in seconds."""
     total = 0.0
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(server)

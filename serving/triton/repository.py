@@ -1,9 +1,8 @@
-"""`model_repository/` + a bundle -> a directory that Triton serves.
+"""Assembly of a Triton model repository from `model_repository/` and a bundle.
 
-The committed `config.pbtxt` files are read as protobuf, given the facts of the bundle, and written
-beside what each model needs: its `model.py` or its graph, and the part of the bundle it reads.
-
-Does not know: how a server is started (`triton.py`).
+The committed `config.pbtxt` files are parsed as protobuf and completed with values from the bundle.
+Each is written next to the files that its model needs: `model.py` or the graph, and the part of the
+bundle that the model reads. `serving.triton.server` starts the server.
 """
 
 import itertools
@@ -35,17 +34,19 @@ SOURCE = next(
     for parent in Path(__file__).resolve().parents[1:3]
     if (path := parent / "model_repository").is_dir()
 )
-"""Triton's view: in the installed package `serving`, in a checkout beside it."""
+"""The committed model repository: inside the installed package `serving`, or next to it in a
+checkout."""
 _SIGN = "image_tower/config.pbtxt"
-"""A file by which an assembled repository is known."""
+"""File that identifies a directory as an assembled repository."""
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
-_TREE_TEXTS = 256  # a request for `prefix_tree`: a few batches of trees, and a set's turn
+_TREE_TEXTS = 256  # texts in a request to `prefix_tree`: a few batches, one chunk of a label set
 
 MAX_QUEUE = 512
-"""Requests that wait for a model, at most: who is taken waits so many times as long as one request
-takes, and each holds its pictures in memory, at 224 pixels 0.15 MB a picture before the tower."""
+"""Maximum number of requests that wait for a model. The last one waits this many times the duration
+of a request, and each keeps its images in memory: before the tower, 0.15 MB per image of 224 x 224
+pixels."""
 
 
 def assemble(
@@ -61,26 +62,29 @@ def assemble(
     fallback: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Write a model repository for `bundle` to `target`; the old one stays whole until it is done.
+    """Write a model repository for `bundle` to `target`, and return `target`.
 
-    Label sets are embedded as trees if the bundle has a graph for that which passed the gate, and
-    the backend is `python`.
+    An older repository at `target` stays intact until the new one is complete. Label sets are
+    embedded as prefix trees if the backend is `python` and the bundle has a prefix tree graph that
+    passed the parity gate.
 
     Args:
         backend: `python` runs the towers in Triton's Python backend through a runner of this
-            project, in the embedded server and in any Triton container that has this package; the
-            others name a backend that the serving container must have.
-        runner: of the Python backend; `auto` times those that passed the gate, here and now, and
-            takes the fastest of each tower.
-        precision: of the graphs that the other backends get.
-        max_queue: requests that wait for a model, at most; the server refuses more.
-        allow_failed: also take artifacts that failed the parity gate.
-        fallback: where no plan fits this machine, hand the graphs to `onnxruntime` instead.
+            project, in the embedded server or in any Triton container with this package installed.
+            The other values name a backend that the serving container must have.
+        runner: runner for the Python backend. `auto` times the runners that passed the parity gate
+            on this machine and selects the fastest for each tower.
+        precision: precision of the graphs or engines for the other backends.
+        max_batch_size: largest batch of every model.
+        max_queue: maximum number of requests that wait for a model; the server rejects more.
+        allow_failed: also use artifacts that failed the parity gate.
+        fallback: use `onnxruntime` with the graphs if TensorRT has no engine for this machine.
 
     Raises:
-        BundleError: an artifact is missing, not the exported one, or failed the parity gate.
-        RunnerError: there is no such runner, or no plan fits this machine; with what differs.
-        InputError: `target` holds something that is no model repository.
+        BundleError: an artifact is missing, is not the exported file, or failed the parity gate.
+        RunnerError: the runner is unknown, or no engine fits this machine; the message says what
+            differs.
+        InputError: `target` contains files that are not a model repository.
     """
     if backend == "tensorrt":
         try:
@@ -96,7 +100,7 @@ def assemble(
         except (BundleError, RunnerError) as error:
             if not fallback:
                 raise
-            progress(f"ONNX Runtime instead of TensorRT: {error}")
+            progress(f"falling back from TensorRT to ONNX Runtime: {error}")
             backend = "onnxruntime"
     chosen = dict.fromkeys(TOWERS, f"onnxruntime:{precision}")
     tree = None
@@ -116,7 +120,7 @@ def assemble(
 
 
 def _engines(precision: str) -> dict[Tower, RunnerSpec]:
-    """Return the runners whose verdicts decide whether Triton may run engines of `precision`."""
+    """Return the runner of each tower whose verdict decides whether engines may be served."""
     spec = known(RunnerSpec("tensorrt", "tf32" if precision == "fp32" else precision))
     return dict.fromkeys(TOWERS, spec)
 
@@ -158,7 +162,7 @@ def _assemble(
 
 
 def _artifact(bundle: Bundle, tower: Tower, runner: RunnerSpec, max_batch_size: int) -> Artifact:
-    """Return what `runner` runs; of engines, the one that was built for this machine."""
+    """Return the artifact that `runner` runs; for TensorRT, the engine built for this machine."""
     library, precision = runtime_of(runner).library, graph_of(runner)
     if library is None:
         return bundle.artifact(tower, precision)
@@ -167,45 +171,48 @@ def _artifact(bundle: Bundle, tower: Tower, runner: RunnerSpec, max_batch_size: 
     again = bundle.build_command(precision, library)
     if plan.engine.weights_stripped:
         raise BundleError(
-            f"{plan.file} was stripped of its weights, which Triton cannot put in; build it "
-            f"without --strip-weights: {again}"
+            f"{plan.file} was built without its weights, and Triton cannot refit them",
+            advice=f"build it without --strip-weights: {again}",
         )
     most = min(profile.maximum[0] for profile in plan.engine.profiles)
     if max_batch_size > most:
         raise BundleError(
-            f"{plan.file} takes batches of up to {most}, asked for is {max_batch_size}; assemble "
-            f"with --max-batch-size {most}, or build it again: {again} "
-            f"--max-batch-size {max_batch_size}"
+            f"{plan.file} supports batches of up to {most}, requested are {max_batch_size}",
+            advice=f"assemble with --max-batch-size {most}, or build it again: {again} "
+            f"--max-batch-size {max_batch_size}",
         )
     return plan
 
 
 def check_assembled(repository: Path) -> None:
-    """Refuse a directory that holds no model.
+    """Check that `repository` is a directory with at least one model.
 
     Raises:
-        InputError: it is missing, empty, or holds something else.
+        InputError: it is missing, empty, or contains other files.
     """
     if any(repository.glob("*/config.pbtxt")):
         return
     found = "does not exist"
     if repository.is_dir():
-        found = "holds other files" if any(repository.iterdir()) else "is empty"
+        found = "contains other files" if any(repository.iterdir()) else "is empty"
     elif repository.exists():
         found = "is a file"
     raise InputError(
-        f"{repository} {found}; expected a model repository: make one with "
-        f"`clip-deploy assemble BUNDLE --output {repository}`"
+        f"{repository} {found}; expected a model repository",
+        advice=f"create one with `clip-deploy assemble BUNDLE --output {repository}`",
     )
 
 
 def assembled_latencies(repository: Path) -> tuple[Latency, ...]:
-    """What the runners of an assembled repository were chosen by; fastest first in each tower."""
+    """Return the latencies that the runners were selected by, fastest first for each tower."""
     return Bundle.open(repository / "image_preprocess" / "1" / "bundle").manifest.latencies
 
 
 def assembled_backend(repository: Path) -> str:
-    """What runs the towers of an assembled repository; with a fallback not what was asked for."""
+    """Return the backend that runs the towers of an assembled repository.
+
+    It differs from the requested backend when `assemble` fell back to ONNX Runtime.
+    """
     text = (repository / "image_tower" / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     if config.platform == "tensorrt_plan":
@@ -226,20 +233,21 @@ def model_config(
     max_batch_size: int,
     max_queue: int = MAX_QUEUE,
 ) -> ModelConfig:
-    """The committed configuration of model `name`, with the facts of a bundle and a backend."""
+    """Return the committed configuration of model `name`, completed for a bundle and a backend."""
     text = (SOURCE / name / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    if name == "clip_zero_shot":  # which cuts what it is given into batches by itself
+    if name == "clip_zero_shot":  # splits its inputs into batches itself
         config.parameters["chunk"].string_value = str(max_batch_size)
     else:
         config.max_batch_size = _TREE_TEXTS if name == "prefix_tree" else max_batch_size
     _set_dimensions(config, manifest)
-    if config.platform == "ensemble":  # which has no queue, its steps have
+    if config.platform == "ensemble":  # has no queue of its own
         _set_facts(config, manifest)
     elif name not in _TOWERS or backend == "python":
         config.parameters["max_queue"].string_value = str(max_queue)
     if name == "image_preprocess":
-        config.instance_group[0].count = max(2, cpu_count())  # Triton's own bound asks for two
+        # Triton's own queue bound works with two or more instances only; see admission.py.
+        config.instance_group[0].count = max(2, cpu_count())
         config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
     if name in _TOWERS and backend != "python":
         _set_backend(config, backend, manifest)
@@ -258,12 +266,12 @@ def _add_tower(
         return
     link_or_copy(files[0], version / config.default_model_filename)
     for file in files[1:]:
-        # External data, which the graph knows by this name, or the plan's sidecar.
+        # External data, which the graph refers to by this name, or the sidecar of an engine.
         link_or_copy(file, version / file.name)
 
 
 def _add_python_model(bundle: Bundle, name: str, version: Path, files: list[Path]) -> None:
-    """`model.py`, and the part of the bundle that it reads."""
+    """Add `model.py` and the part of the bundle that it reads."""
     shutil.copy(SOURCE / name / "1" / "model.py", version)
     directory = version / "bundle"
     directory.mkdir()
@@ -282,7 +290,7 @@ def _failed(artifact: Artifact, runner: RunnerSpec) -> BundleError:
     return BundleError(
         f"the {artifact.tower} tower by {runner} did not pass the parity gate "
         f"({measured[0] if measured else 'no verdict'})",
-        advice="look at `clip-deploy verify`, choose another runner, or assemble with "
+        advice="run `clip-deploy verify` for details, choose another runner, or assemble with "
         "--allow-failed to serve it anyway",
     )
 
@@ -299,7 +307,7 @@ def _set_dimensions(config: ModelConfig, manifest: Manifest) -> None:
 
 
 def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
-    """What a client needs to know, where `get_model_config` shows it."""
+    """Store facts for clients as parameters, which `get_model_config` returns."""
     facts = {
         "model": manifest.name,
         "architecture": manifest.architecture,
@@ -315,29 +323,30 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
 
 
 def _set_backend(config: ModelConfig, backend: Backend, manifest: Manifest) -> None:
-    """Hand the tower to a backend of the container."""
+    """Configure a tower for a native backend of the serving container."""
     group, kinds = config.instance_group[0], model_config_pb2.ModelInstanceGroup
     for tensor in config.input:
-        tensor.ClearField("allow_ragged_batch")  # our model.py pads, these do not
+        tensor.ClearField("allow_ragged_batch")  # only our model.py pads ragged batches
     if backend == "tensorrt":
         config.ClearField("backend")
         config.platform = "tensorrt_plan"
         config.default_model_filename = "model.plan"
         group.kind = kinds.KIND_GPU
         long_texts = manifest.text.context_length > SHORT_TEXT
-        two = config.name == "text_tower" and long_texts  # profiles: short, full
-        group.profile[:] = ["0", "1"] if two else ["0"]
+        two_profiles = config.name == "text_tower" and long_texts  # short and full length
+        group.profile[:] = ["0", "1"] if two_profiles else ["0"]
     else:
         config.backend = backend
         config.default_model_filename = "model.onnx"
         group.kind = kinds.KIND_AUTO
-        group.ClearField("count")  # one a GPU, or one on the CPU
+        group.ClearField("count")  # one instance per GPU, or one on the CPU
 
 
 def _set_warm_up(config: ModelConfig, manifest: Manifest) -> None:
-    """Prefer some batch sizes, and run each of them once before the model counts as ready.
+    """Set preferred batch sizes, and a warm-up run of each before the model reports ready.
 
-    TensorRT replays a CUDA graph of each of them, at each length that the tokenizer pads to.
+    TensorRT also captures a CUDA graph for each batch size and each text length that the tokenizer
+    pads to.
     """
     sizes = [size for size in _WARM_UP_BATCHES if size <= config.max_batch_size]
     config.dynamic_batching.preferred_batch_size[:] = sizes[1:]

@@ -1,13 +1,13 @@
-"""Start and stop a real Triton server on a model repository.
+"""Starts and stops the embedded Triton server on a model repository.
 
     with TritonServer(Path("build/model_repository"), http_port=0, grpc_port=0) as server:
         ...  # server.http_url, server.grpc_url, server.metrics_url
 
-The server is the one that `serving.triton.embedded` finds in a wheel. It is from 2024-10, and every
-security bulletin since touches it; so it listens on loopback unless it is told otherwise, and
-production runs a container (26.07 or later), to which the client connects.
+`serving.triton.embedded` locates the server in a wheel. That release is from 2024-10 and affected
+by all later security bulletins, so it listens on loopback by default. In production, run a Triton
+container (26.07 or later) and connect the client to it.
 
-This module knows nothing of CLIP.
+This module does not depend on CLIP.
 """
 
 import http.client
@@ -39,23 +39,23 @@ from serving.triton.network import (
 from serving.triton.processes import has_ended, stubs_of
 from serving.triton_models.admission import METRICS
 
-EXIT_TIMEOUT_S = 25  # for requests in flight when the server is told to stop
+EXIT_TIMEOUT_S = 25  # for requests in flight when the server is stopped
 MAX_REQUEST_BYTES = 64 << 20
-LOOK_S = 0.05  # how often we look whether the server is ready
-SILENCE_S = 60.0  # without an answer to "live?" until a server that runs counts as dead
-# A line of Triton's log at level E, `E1120 19:03:06.203810 4365 main.cc:245] "message"`, without
-# the quotes where gRPC wrote it; and protobuf's and main's own, on a configuration or a flag.
+LOOK_S = 0.05  # interval between readiness checks
+SILENCE_S = 60.0  # a running server counts as dead if /v2/health/live does not answer for this long
+# A line of Triton's log at level E, `E1120 19:03:06.203810 4365 main.cc:245] "message"`; lines from
+# gRPC have no quotes. Also the formats of protobuf and of main, for a bad configuration or flag.
 _ERROR_LINE = re.compile(
     r'^(?:E\d{4} \S+ +\d+ \S+\] +"?(.+?) *"?|(\[libprotobuf ERROR .+|error: .+))$', re.MULTILINE
 )
 _LOAD_FAILURE = re.compile(r"failed to load '|Poll failed ")
-# A race of the Python backend's own while models load ends the whole server, here in one of some
-# hundred starts (triton-inference-server/server issues 5949 and 8882); the next start goes well.
+# A race in the Python backend while models load ends the whole server, here in about one of a
+# hundred starts (triton-inference-server/server issues 5949 and 8882); the next start succeeds.
 _RACE = "boost::interprocess::lock_exception"
 _STARTS = 3
 _LOST_PORT = re.compile(r"Socket '([\d.]+):(\d+)' already in use")
-# Written at level E on every machine without a GPU, the second for each ensemble; and what "failed
-# to load" says once more.
+# Logged at level E but not a cause: the first two appear on every machine without a GPU (the second
+# for each ensemble), the third repeats a "failed to load" line.
 _NOISE = (
     "CudaDriverHelper has not been initialized",
     "unable to create stream for ",
@@ -73,19 +73,19 @@ def server_flags(
     key: str,
     exposure: Exposure | None = None,
 ) -> list[str]:
-    """Return the flags for a tritonserver of release `version`, e.g. (2, 51), wherever it lies.
+    """Return the flags for a tritonserver of release `version`, such as (2, 51).
 
-    An unknown flag makes tritonserver exit, so what is newer is given to newer releases only.
-    A request to one of ADMIN_APIS must carry the key, see `connection.admin_headers`. Triton takes
-    it from its command line only, where other users of the machine can read it.
+    tritonserver exits on an unknown flag, so newer flags are passed to newer releases only. A
+    request to one of ADMIN_APIS must carry the key; see `serving.clients.endpoint.admin_headers`.
+    Triton accepts the key on its command line only, where other users of the machine can read it.
     """
     restricted = f"{','.join(ADMIN_APIS)}:admin-key={key}"
     flags = [
         f"--model-repository={repository}",
         "--model-control-mode=none",
         *(exposure or Exposure()).flags(ports),
-        # AIP_MODE=PREDICTION in the environment would turn all of these round, and Vertex AI's port
-        # is on all addresses.
+        # AIP_MODE=PREDICTION in the environment would invert these defaults, and the port for
+        # Vertex AI listens on all addresses.
         "--allow-http=true",
         "--allow-grpc=true",
         "--allow-vertex-ai=false",
@@ -106,7 +106,7 @@ def server_flags(
 
 
 def log_errors(text: str) -> list[str]:
-    """Return the messages of a Triton log that say why it failed, in order, each once."""
+    """Return the error messages of a Triton log in order, without duplicates and known noise."""
     lines = dict.fromkeys(match[1] or match[2] for match in _ERROR_LINE.finditer(text))
     return [line.replace(r"\n", "\n").strip() for line in lines if not line.startswith(_NOISE)]
 
@@ -114,23 +114,33 @@ def log_errors(text: str) -> list[str]:
 class TritonServer:
     """The embedded Triton server, running on `repository` while the context is open.
 
-    Ports are TCP ports, 0 for any free one; `ready_timeout` is in seconds and covers the loading of
-    all models; `cache_bytes` is the size of the response cache, for the models whose configuration
-    asks for it; `exit_timeout`, in seconds, is for the requests under way when the server is to
-    stop; `host` and `tls` are as in `Exposure`; `admin_key` is needed for ADMIN_APIS, by default a
-    random one. Entering returns when all models are ready, and raises ServerError when one does not
-    load. Leaving finishes what was accepted (see `serving.triton.shutdown`), and stops the server
-    and every process of its models; so does the end of this process, whatever its cause (see
-    `serving.triton.supervisor`).
+    Entering the context returns when all models are ready. Leaving it finishes the accepted
+    requests (see `serving.triton.shutdown`), then stops the server and every process of its models.
+    These are also stopped when this process ends for any reason (see `serving.triton.supervisor`).
 
-    A model.py can import what this environment can, and the package `serving`. It runs in an empty
-    working directory, so paths in a repository are to be absolute.
+    A model.py can import the package `serving` and everything that is installed in this
+    environment. It runs in an empty working directory, so paths in a repository must be absolute.
 
-    Entering sets `http_url` and `grpc_url` (with scheme, for clients on this machine),
-    `metrics_url` (host:port), `ports`, `exposed` (what is open to other machines, in sentences;
-    empty on loopback), `pid` (of tritonserver), `regions` (with which the names of its shared
-    memory begin) and `log`, where all output goes, after what is there: by default a new temporary
-    file, which is kept.
+    Args:
+        http_port, grpc_port, metrics_port: TCP ports; 0 chooses a free one.
+        log: file that all output is appended to. Default: a new temporary file, which is kept.
+        ready_timeout: seconds until all models must be loaded.
+        cache_bytes: size of the response cache, for models whose configuration enables it.
+        exit_timeout: seconds for the requests in flight when the server is stopped.
+        host, tls: see `Exposure`.
+        admin_key: key that ADMIN_APIS require. Default: a random key.
+
+    Raises:
+        ServerError: on entering, if the server cannot be started or a model does not load.
+
+    Attributes set on entering:
+        http_url, grpc_url: URLs with scheme, for clients on this machine.
+        metrics_url: host:port.
+        ports: the chosen ports.
+        exposed: sentences about what other machines can reach; empty on loopback.
+        pid: process id of tritonserver.
+        regions: prefix of the names of its shared memory regions.
+        log: the log file.
     """
 
     http_url: str
@@ -158,8 +168,8 @@ class TritonServer:
         admin_key: str | None = None,
     ) -> None:
         self.repository = repository.resolve()
-        self._asked_ports = Ports(http_port, grpc_port, metrics_port)
-        self._asked_log = log
+        self._requested_ports = Ports(http_port, grpc_port, metrics_port)
+        self._requested_log = log
         self._ready_timeout = ready_timeout
         self._cache_bytes = cache_bytes
         self._exit_timeout = exit_timeout
@@ -169,28 +179,29 @@ class TritonServer:
     def __enter__(self) -> Self:
         if not self.repository.is_dir():
             raise ServerError(
-                f"expected a model repository, a directory; {self.repository} is none. "
-                "`clip-deploy assemble` makes one"
+                f"expected a model repository, but {self.repository} is not a directory",
+                advice="create one with `clip-deploy assemble`",
             )
         self._exposure.check()
         embedded = find_embedded()
-        self.log = self._asked_log or _temporary_log()
+        self.log = self._requested_log or _temporary_log()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        # Clients are told the name; that of the shared memory is not theirs to know.
+        # Clients can read the server name; the name of the shared memory stays secret.
         self._name = f"clip-deploy-{secrets.token_hex(8)}"
         self.regions = f"clip-deploy-{secrets.token_hex(8)}"
-        for others in reversed(range(_STARTS)):
-            self.ports = choose_ports(*self._asked_ports, self._exposure)
+        for retries_left in reversed(range(_STARTS)):
+            self.ports = choose_ports(*self._requested_ports, self._exposure)
             self._supervisor = self._start(embedded)
             try:
                 self._read_pid()
                 self._wait_until_ready()
                 break
-            except BaseException as error:  # a Ctrl-C too
+            except BaseException as error:  # also KeyboardInterrupt
                 self._abandon()
-                if not (others and isinstance(error, ServerError) and self._lost_a_race()):
+                failed = isinstance(error, ServerError)
+                if not (retries_left and failed and self._failed_by_chance()):
                     raise
-        self.exposed = self._exposure.told(self.ports, VERSION)
+        self.exposed = self._exposure.describe(self.ports, VERSION)
         self._stubs, self._answered = stubs_of(self.pid), time.monotonic()
         return self
 
@@ -203,10 +214,10 @@ class TritonServer:
         self.stop()
 
     def stop(self, patience: float | None = None) -> None:
-        """Finish the requests that were accepted, and end; see `serving.triton.shutdown`.
+        """Finish the accepted requests and stop the server; see `serving.triton.shutdown`.
 
         Args:
-            patience: seconds for the requests; default: `exit_timeout`.
+            patience: seconds for the requests. Default: `exit_timeout`.
         """
         if self._supervisor.poll() is None:
             seconds = self._exit_timeout if patience is None else patience
@@ -214,30 +225,30 @@ class TritonServer:
             shutdown.stop(self._supervisor, self.pid, address, seconds, self._logged, self._stubs)
 
     def _abandon(self) -> None:
-        """Stop what has not become ready."""
+        """Stop a server that did not become ready."""
         self._supervisor.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._supervisor.wait(shutdown.UNLOAD_S)
         self._supervisor.terminate()
         self._supervisor.wait()
 
-    def _lost_a_race(self) -> bool:
-        """Whether it was chance that the start failed."""
+    def _failed_by_chance(self) -> bool:
+        """Return whether the start failed because of a race, so that another one may succeed."""
         log = self._logged()
         lost = _LOST_PORT.search(log)
-        # A port that is free when it is chosen can be taken, also by a connection of another
-        # process to elsewhere, until the models are loaded and Triton listens.
-        another_port = lost is not None and int(lost[2]) not in self._asked_ports
+        # Another process can take a chosen port, also for an outgoing connection, before the models
+        # are loaded and Triton listens on it.
+        another_port = lost is not None and int(lost[2]) not in self._requested_ports
         return another_port or _RACE in log
 
     def fault(self) -> str | None:
-        """Why the server does not serve any more, or not all models; None while it does."""
+        """Return why the server no longer serves all models; None while it does."""
         if has_ended(self.pid):
-            with suppress(subprocess.TimeoutExpired):  # which cleans up
+            with suppress(subprocess.TimeoutExpired):  # the supervisor cleans up
                 self._supervisor.wait(shutdown.UNLOAD_S)
         status = self._supervisor.poll()
         if status is not None:
-            return f"Triton ended by itself (status {status}); its log is {self.log}"
+            return f"Triton ended unexpectedly (status {status}); its log is {self.log}"
         if _get(self.http_url, "/v2/health/live") is not None:
             self._answered = time.monotonic()
         elif time.monotonic() - self._answered > SILENCE_S:
@@ -272,16 +283,16 @@ class TritonServer:
             self._log_start = log.tell()
             return subprocess.Popen(
                 [*command, str(embedded.binary), *flags],
-                cwd=scratch,  # a stub has its working directory first on sys.path
+                cwd=scratch,  # the working directory comes first on the sys.path of a stub
                 env=embedded.environment() | {METRICS: self.metrics_url},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,  # a Ctrl-C reaches us alone, and we stop the server
+                start_new_session=True,  # Ctrl-C reaches this process only, which stops the server
             )
 
     def _read_pid(self) -> None:
-        assert self._supervisor.stdout is not None  # since it is a pipe
+        assert self._supervisor.stdout is not None
         with self._supervisor.stdout as pipe:
             line = pipe.readline()
         if not line:
@@ -291,7 +302,7 @@ class TritonServer:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._ready_timeout
         while not self._is_ready():
-            ended = self._supervisor.poll() is not None  # before reading, so that we read all
+            ended = self._supervisor.poll() is not None  # polled first: the log is then complete
             text = self._logged()
             if (port := _LOST_PORT.search(text)) is not None:
                 raise port_error(
@@ -304,7 +315,7 @@ class TritonServer:
             time.sleep(LOOK_S)
 
     def _is_ready(self) -> bool:
-        # The name tells our server from another one that took the port before it.
+        # The name distinguishes this server from another one that took the port first.
         return (
             self._name.encode() in (_get(self.http_url, "/v2") or b"")
             and _get(self.http_url, "/v2/health/ready") is not None
@@ -312,12 +323,11 @@ class TritonServer:
         )
 
     def _failure(self, what: str) -> ServerError:
-        told = log_errors(self._logged())
-        reasons = "".join(f"\n{line}" for line in told)
+        reasons = "".join(f"\n{line}" for line in log_errors(self._logged()))
         return ServerError(f"{what} on {self.repository}; its log is {self.log}{reasons}")
 
     def _logged(self) -> str:
-        """What this server has written to its log, which may hold another's before."""
+        """Return what this server has written to its log; the file may contain older output."""
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
 
 
@@ -328,7 +338,7 @@ def _temporary_log() -> Path:
 
 
 def _get(server: str, path: str) -> bytes | None:
-    """Return the body of an answer with status 200, and None for all else."""
+    """Return the body of a response with status 200, else None."""
     address = server.removeprefix("http://")
     with closing(http.client.HTTPConnection(address, timeout=2)) as connection:
         try:

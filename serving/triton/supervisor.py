@@ -1,21 +1,22 @@
-"""Runs one command and lets nothing of it survive: the process between `server.py` and Triton.
+"""Supervisor process between `server.py` and Triton: runs a command and cleans up after it.
 
     python -I -S supervisor.py PARENT GRACE_S SCRATCH SHM_PREFIX COMMAND...
 
-It knows nothing of Triton. It runs COMMAND in a process group of its own, prints the command's pid
-as its only line on stdout, gives its stderr to the command's stdout and stderr, and ends the whole
-group when the command exits, when it is told to (SIGTERM, SIGINT, SIGHUP), or when the process
-PARENT is gone; the command has GRACE_S to exit by itself, unless we are told twice. Then it removes
-the directory SCRATCH and the shared memory SHM_PREFIX*, and exits with the command's status.
+The supervisor runs COMMAND in its own process group, prints the command's process id as the only
+line on stdout, and redirects the command's stdout and stderr to its own stderr. It ends the whole
+group when the command exits, when it receives SIGTERM, SIGINT or SIGHUP, or when the process PARENT
+is gone. The command has GRACE_S seconds to exit; a second signal kills it at once. Finally the
+supervisor removes the directory SCRATCH and the shared memory SHM_PREFIX*, and exits with the
+command's status.
 
-Why a process of its own: a parent that got `kill -9` cleans nothing up. Asking the kernel for a
-signal on the parent's death (PR_SET_PDEATHSIG) would fire when the *thread* that started us ends,
-and a pipe held by the parent stays open in every child that it forked. Looking at getppid() has
-neither flaw. Between us and the command PR_SET_PDEATHSIG is sound, since we have one thread; so
-even `kill -9` of the supervisor ends the command.
+A separate process is needed because a parent killed by SIGKILL cannot clean up. The supervisor
+polls getppid() because the alternatives fail: PR_SET_PDEATHSIG fires when the *thread* that started
+the supervisor ends, and a pipe held by the parent stays open in every child that it forked. Between
+the supervisor, which has one thread, and the command, PR_SET_PDEATHSIG is reliable, so that even
+SIGKILL of the supervisor ends the command.
 
-Standard library only: it runs without site-packages, so that it starts in a few hundredths of a
-second. Linux only, as Triton is.
+This file uses the standard library only: it runs without site-packages and starts in a few
+hundredths of a second. Like Triton, it requires Linux.
 """
 
 import ctypes
@@ -30,20 +31,20 @@ from contextlib import suppress
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-LOOK_S = 0.5  # how often we look whether the parent is still there
+LOOK_S = 0.5  # interval between checks that the parent is alive
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 _LIBC = ctypes.CDLL(None)
 
 
 def _die_with_supervisor() -> None:
-    """Between fork and exec of the command: die with us, and receive signals that we block."""
+    """Prepare the command between fork and exec: die with the supervisor, unblock all signals."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:
-    # A subreaper inherits its orphaned descendants, so we can wait for all of the group.
+    # A subreaper inherits its orphaned descendants, so it can wait for the whole group.
     _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS | {signal.SIGCHLD})
     return subprocess.Popen(
@@ -56,23 +57,24 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _wait(child: subprocess.Popen[bytes], parent: int, grace: float) -> None:
-    """Return when `child` has exited, or `grace` seconds after it was asked to, at most.
+    """Wait until `child` has exited, and terminate it when a stop is requested.
 
-    It is asked to when we are told to stop, or the parent is gone. Told a second time, return.
+    A stop is requested by a stop signal, or by the end of the parent. Return at the latest `grace`
+    seconds after the request, or at a second signal.
     """
     end = math.inf
     while child.poll() is None and time.monotonic() < end:
         received = signal.sigtimedwait(STOP_SIGNALS | {signal.SIGCHLD}, LOOK_S)
-        told = received is not None and received.si_signo in STOP_SIGNALS
-        if told and end < math.inf:
+        signaled = received is not None and received.si_signo in STOP_SIGNALS
+        if signaled and end < math.inf:
             return
-        if end == math.inf and (told or os.getppid() != parent):
+        if end == math.inf and (signaled or os.getppid() != parent):
             child.terminate()
             end = time.monotonic() + grace
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the child's process group and wait until it is gone."""
+    """Kill the remaining processes of the child's group and wait until they are gone."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -1,1 +1,1 @@
-"""The Python models of a Triton model repository."""
+"""Implementations of the Python models in `model_repository/`."""

@@ -1,14 +1,14 @@
-"""What is too much for the queues of a Triton server.
+"""Admission control: rejects requests once the queue of a Triton model is full.
 
-Triton bounds a queue itself (`max_queue_size`), but one that has a bound, or a timeout, is served
-differently: a request that comes while the model is at work is noticed when the next one comes, or
-half a second later (without prefetching, `PayloadSlotAvailable` asks whether an instance waits, and
-nobody tells when it does), and what payloads merge is never made good (server issue 8870). So the
-queues have no bound of their own, and the Python models that requests pass count instead, from the
-server's metrics.
+Triton can bound a queue itself (`max_queue_size`), but it serves a queue that has a bound or a
+timeout without prefetching. A request that arrives while every instance is busy then waits until
+the next request arrives, or for half a second: `PayloadSlotAvailable` checks whether an instance is
+waiting, and nothing wakes the batcher when one becomes free. The count is also not corrected when
+Triton merges payloads (server issue 8870). Therefore most queues have no bound of their own, and
+the Python models that requests pass through read the queue lengths from the server's metrics.
 
-Needs `triton_python_backend_utils`, which only Triton's Python stub has, where metrics are not to
-be had.
+If the metrics cannot be read, this module imports `triton_python_backend_utils`, which exists only
+in Triton's Python stub, to log a warning.
 """
 
 import http.client
@@ -20,32 +20,36 @@ from collections.abc import Callable
 from contextlib import closing
 
 METRICS = "CLIP_METRICS"
-"""The environment variable with host and port of this server's metrics."""
+"""Environment variable with the host:port of this server's metrics."""
 
-LOOK_S = 0.02  # between looks at a queue that was full; one takes 0.7 ms of an idle server
-SHORT_S = 0.1  # at a queue that was short
-IDLE_S = 1.0  # at the queue of a model that seems idle
-BLIND_S = 10.0  # after a look in vain
-_BUSY_S = 0.1  # between two batches, at most, of a model that may have too much to do
+# Intervals between reads of the metrics. A read takes 0.7 ms on an idle server.
+LOOK_S = 0.02  # while the queue is full, or more than half full
+SHORT_S = 0.1  # while the queue is short
+IDLE_S = 1.0  # while the model seems idle
+BLIND_S = 10.0  # after a failed read
+_BUSY_S = 0.1  # a model with a longer pause between two batches counts as idle
 _TIMEOUT_S = 0.5
 
 Waiting = Callable[[str], int]
 
 
 class Metrics:
-    """The metrics of this server, of which one gauge is read.
+    """Reader of the queue lengths in this server's metrics.
 
     Args:
-        address: host:port; default: what the environment variable METRICS says, or Triton's own.
+        address: host:port. Default: the environment variable METRICS, or Triton's default address.
     """
 
     def __init__(self, address: str | None = None) -> None:
         self._address = address or os.environ.get(METRICS, "127.0.0.1:8002")
         self._blind_until = 0.0
-        self._told = False
+        self._warned = False
 
     def waiting(self, model: str) -> int:
-        """Requests that wait for `model`; none, and a line in the log, if that cannot be known."""
+        """Return the number of requests that wait for `model`.
+
+        If the metrics cannot be read, log one warning and return 0.
+        """
         if time.monotonic() < self._blind_until:
             return 0
         try:
@@ -53,10 +57,10 @@ class Metrics:
             gauge = rf'^nv_inference_pending_request_count{{model="{model}".*}} (\d+)'
             found = re.findall(gauge, body, re.MULTILINE)
             if not found:
-                raise ValueError(f"tell nothing of {model}")
+                raise ValueError(f"no queue length of {model}")
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._blind_until = time.monotonic() + BLIND_S
-            self._tell(model, error)
+            self._warn(model, error)
             return 0
         return sum(map(int, found))
 
@@ -66,33 +70,33 @@ class Metrics:
             connection.request("GET", "/metrics")
             response = connection.getresponse()
             if response.status != 200:
-                raise ValueError(f"answer with status {response.status}")
+                raise ValueError(f"HTTP status {response.status}")
             return response.read().decode(errors="replace")
 
-    def _tell(self, model: str, error: Exception) -> None:
-        if self._told:
+    def _warn(self, model: str, error: Exception) -> None:
+        if self._warned:
             return
-        self._told = True
+        self._warned = True
         import triton_python_backend_utils as pb_utils
 
         pb_utils.Logger.log_warn(
-            f"the metrics at {self._address} cannot be read ({error}), so the queue of {model} has "
-            f"no bound; set {METRICS} to the host:port of this server's metrics"
+            f"the metrics at {self._address} cannot be read ({error}), so the queue of {model} is "
+            f"not bounded; set {METRICS} to the host:port of this server's metrics"
         )
 
 
 class Ahead:
-    """The queue of a model that this one feeds.
+    """Admission to the queue of the next model, which this model sends its requests to.
 
-    What passed since the last look counts as waiting still, so as long as little comes nobody
-    looks, and the queue has no more than `limit` of ours: of each feeder, in the worst case its
-    share more.
+    Requests that passed since the last read of the metrics count as still waiting. Under low load
+    the metrics are therefore not read at all, and at most `limit` requests wait. With several
+    feeders, each of them may exceed the limit by its share in the worst case.
 
     Args:
-        model: the next one.
-        limit: requests that may wait for it.
-        feeders: processes like this one, which each let through their share.
-        look: how many wait for a model.
+        model: name of the next model.
+        limit: maximum number of requests that wait for it.
+        feeders: number of processes that send requests to it; each admits its share.
+        look: returns the number of requests that wait for a model.
     """
 
     def __init__(
@@ -104,29 +108,30 @@ class Ahead:
         self._look_at = 0.0
 
     def room(self, count: int) -> int:
-        """How many of `count` requests may go on; these are counted."""
+        """Return how many of `count` requests are admitted, and count them as waiting."""
         if count > self._left() and time.monotonic() >= self._look_at:
             self._known, self._passed = self._look(self._model), 0
             pause = LOOK_S if self._known >= self._limit else 0.0
             self._look_at = time.monotonic() + pause
-        taken = max(0, min(count, self._left()))
-        self._passed += taken
-        return taken
+        admitted = max(0, min(count, self._left()))
+        self._passed += admitted
+        return admitted
 
     def _left(self) -> int:
         return -((self._known - self._limit) // self._feeders) - self._passed
 
 
 class Behind:
-    """The queue of this model, which shows when the model takes from it.
+    """Admission to the queue of this model, checked when the model takes requests from it.
 
-    Where it is too long it is cut to an eighth less than `limit`: the model that feeds this one
-    through `Ahead` finds room then, also while others ask this one past it.
+    A queue that is too long is cut to seven eighths of `limit`. The model that feeds this one
+    through `Ahead` then finds room, even while other clients call this model directly.
 
     Args:
-        model: this one.
-        limit: requests that may wait for it, beside those that come between two looks.
-        look: how many wait for a model.
+        model: name of this model.
+        limit: maximum number of requests that wait for it, in addition to those that arrive between
+            two reads of the metrics.
+        look: returns the number of requests that wait for a model.
     """
 
     def __init__(self, model: str, limit: int, *, look: Waiting | None = None) -> None:
@@ -136,21 +141,21 @@ class Behind:
         self._looked, self._look_at, self._ended = time.monotonic(), 0.0, -math.inf
 
     def excess(self, count: int) -> int:
-        """How many of `count` requests, which were taken now, are to be refused."""
+        """Return how many of the `count` requests just taken from the queue must be rejected."""
         now = time.monotonic()
         busy = now - self._ended < _BUSY_S
         if (busy and now >= self._look_at) or now - self._looked >= IDLE_S:
-            found = self._look(self._model)
+            waiting = self._look(self._model)
             kept = self._limit - self._limit // 8
-            self._excess = found - kept if found > self._limit else 0
+            self._excess = waiting - kept if waiting > self._limit else 0
             self._looked = time.monotonic()
-            self._look_at = self._looked + (LOOK_S if 2 * found > self._limit else SHORT_S)
+            self._look_at = self._looked + (LOOK_S if 2 * waiting > self._limit else SHORT_S)
         elif not busy:
-            self._excess = 0  # those that were too many went elsewhere: given up on, say
-        refused = min(count, self._excess)
-        self._excess -= refused
-        return refused
+            self._excess = 0  # the excess requests left the queue, for example canceled by clients
+        rejected = min(count, self._excess)
+        self._excess -= rejected
+        return rejected
 
     def done(self) -> None:
-        """Every request that was taken has its answer."""
+        """Record that all requests taken from the queue were answered."""
         self._ended = time.monotonic()

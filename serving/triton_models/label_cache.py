@@ -1,11 +1,12 @@
-"""Label sets embedded once and kept: what makes zero-shot classification cheap on a server.
+"""Cache of the embeddings of label sets, so that a server embeds each set once.
 
-`LabelSetCache` is a least-recently-used cache bounded in bytes. A set that is not in it is embedded
-a chunk at a time by one thread, which takes the sets under way in turn: a small set does not wait
-for a large one to end, requests for the same set share the work, and a set that nobody waits for
-any more is dropped after the chunk in hand.
+`LabelSetCache` is a least-recently-used cache with a size limit in bytes. One thread embeds the
+missing sets in round-robin order, one chunk at a time. A small set does not wait for a large one to
+complete, requests for the same set share the work, and a set that no request waits for any more is
+dropped after the current chunk.
 
-Knows nothing of Triton; `model_repository/clip_zero_shot` gives it the texts and the tower.
+This module does not depend on Triton; `serving.triton_models.zero_shot` passes it the label set and
+a function that runs the tower.
 """
 
 import hashlib
@@ -24,31 +25,31 @@ from serving.inputs.tokenizer import Tokenizer, batches_by_beginning, batches_by
 from serving.tasks.embedder import Floats
 from serving.tasks.zero_shot import ClassEmbeddings
 
-_TOKENIZED = 1024  # texts tokenized at a time, about as long as a tower takes for a chunk
+_TOKENIZED = 1024  # texts tokenized at a time; takes about as long as a tower takes for a chunk
 
 Work = Generator[None, None, Floats]
-"""Embeds a set, pausing after every chunk; returns float32 [labels, dim]."""
+"""Generator that embeds a set and yields after each chunk; returns float32 [labels, dim]."""
 
 
 class Waiter(Protocol):
-    """Somebody who waits for a set. Called from the cache's thread; must not raise or linger."""
+    """Request that waits for a set. Called from the cache's thread; must not raise or block."""
 
     def wanted(self) -> bool:
-        """Whether the answer still has somebody to go to."""
+        """Return whether the request still needs an answer."""
 
     def ready(self, embeddings: Floats) -> None:
-        """The set is embedded."""
+        """Receive the embeddings of the set."""
 
     def failed(self, error: Exception) -> None:
-        """It will not be: the error of its work, or `Abandoned`."""
+        """Receive the error of the work, or `Abandoned`."""
 
 
-class Abandoned(Exception):  # noqa: N818  nothing went wrong
-    """Nobody who waits for the set wants it any more."""
+class Abandoned(Exception):  # noqa: N818  not an error
+    """The work on a set was dropped because no request needs it any more."""
 
 
-class Full(Exception):  # noqa: N818  nothing went wrong
-    """Too much waits already; it says what."""
+class Full(Exception):  # noqa: N818  not an error
+    """Too many requests or texts wait already; the message says which."""
 
 
 @dataclass(slots=True)
@@ -59,12 +60,12 @@ class _Job:
 
 
 class LabelSetCache:
-    """Embeddings of label sets by key; use `close` at the end.
+    """Embeddings of label sets by key. Call `close` at the end.
 
     Args:
-        max_bytes: of all embeddings together; a set larger than that is embedded and not kept.
-        max_texts: of all sets under way together; a set larger than that is embedded alone.
-        max_waiters: of all sets together.
+        max_bytes: maximum size of all embeddings together; a larger set is embedded, not kept.
+        max_texts: maximum number of texts of all sets in progress; a larger set is embedded alone.
+        max_waiters: maximum number of waiting requests of all sets.
     """
 
     def __init__(self, max_bytes: int, *, max_texts: int, max_waiters: int) -> None:
@@ -80,16 +81,16 @@ class LabelSetCache:
     def ask(
         self, key: bytes, start: Callable[[], Work], texts: int, waiter: Waiter
     ) -> Floats | None:
-        """The embeddings of a set that is kept; else None, and `waiter` is told when there are.
+        """Return the embeddings of a cached set; else return None and notify `waiter` later.
 
         Args:
-            key: see `key_of`.
-            start: makes the work, if nobody has begun it.
-            texts: of the set.
-            waiter: told exactly once, if the set is not kept.
+            key: key of the set; see `key_of`.
+            start: creates the work if the set is not in progress yet.
+            texts: number of texts in the set.
+            waiter: notified exactly once if the set is not cached.
 
         Raises:
-            Full: nothing was begun, and the waiter will not be told.
+            Full: too much waits already; the waiter will not be notified.
         """
         with self._changed:
             if key in self._kept:
@@ -97,18 +98,18 @@ class LabelSetCache:
                 return self._kept[key]
             waiters = sum(len(job.waiters) for job in self._jobs.values())
             if waiters >= self._max_waiters:
-                raise Full(f"{waiters} requests wait for their labels to be embedded")
+                raise Full(f"{waiters} requests wait for the embeddings of their labels")
             if key not in self._jobs:
-                under_way = sum(job.texts for job in self._jobs.values())
-                if under_way and under_way + texts > self._max_texts:
-                    raise Full(f"{under_way} texts of labels wait to be embedded")
+                in_progress = sum(job.texts for job in self._jobs.values())
+                if in_progress and in_progress + texts > self._max_texts:
+                    raise Full(f"{in_progress} label texts wait to be embedded")
                 self._jobs[key] = _Job(start(), texts)
             self._jobs[key].waiters.append(waiter)
             self._changed.notify()
             return None
 
     def close(self) -> None:
-        """Drop all work; those who wait are told."""
+        """Drop all work and notify the waiters."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -127,12 +128,12 @@ class LabelSetCache:
             _fail(job.waiters, Abandoned())
 
     def _advance(self, key: bytes, job: _Job) -> None:
-        """One chunk of a set; none of a set that nobody wants."""
+        """Embed one chunk of a set, or drop the set if no waiter wants it."""
         with self._changed:
             waiters = list(job.waiters)
         if not any(waiter.wanted() for waiter in waiters):
             with self._changed:
-                if len(job.waiters) > len(waiters):  # who has joined meanwhile may want it
+                if len(job.waiters) > len(waiters):  # a waiter that joined meanwhile may want it
                     return
                 del self._jobs[key]
             job.work.close()
@@ -147,7 +148,7 @@ class LabelSetCache:
                 self._keep(key, embeddings)
             for waiter in job.waiters:
                 waiter.ready(embeddings)
-        except Exception as error:  # this thread goes on for the others
+        except Exception as error:  # the thread continues with the other sets
             with self._changed:
                 del self._jobs[key]
             _fail(job.waiters, error)
@@ -164,7 +165,7 @@ def _fail(waiters: list[Waiter], error: Exception) -> None:
 
 
 def key_of(model: str, labels: LabelSet) -> bytes:
-    """What a set is kept under: the model, the labels and the templates, each in order."""
+    """Return the cache key of a set: a digest of the model, the labels and the templates."""
     digest = hashlib.sha256()
     for part in (model, str(len(labels.labels)), *labels.labels, *labels.templates):
         data = part.encode("utf-8", "surrogatepass")
@@ -180,13 +181,18 @@ def embedding_work(
     *,
     trees: bool = False,
 ) -> Work:
-    """Embed a set by `embed`, which takes `input_ids` int32 [up to chunk, a bucket].
+    """Embed a label set, yielding after each chunk.
 
-    With `trees`, texts come in batches that begin alike, else in batches of like length. Where
-    `embed` returns None, since its tower is busy with others, the same is asked again later.
+    Args:
+        labels: the set.
+        tokenizer: tokenizer of the model.
+        embed: embeds `input_ids`, int32 [up to `chunk`, length of a bucket]. It returns None if the
+            tower is busy; the batch is then tried again later.
+        chunk: maximum number of texts in a batch.
+        trees: batch texts that share prefixes, instead of texts of similar length.
 
     Raises:
-        TextError: a text cannot be tokenized or is too long; the message says which label.
+        TextError: a text cannot be tokenized or is too long; the message names the label.
     """
     rows: list[list[int]] = []
     for start in range(0, len(labels), _TOKENIZED):

@@ -1,11 +1,11 @@
-"""Responses of our Python models that are errors.
+"""Error responses of the Python models.
 
-A client learns what it can act on: what is wrong with its request, or an id that the operator finds
-in the server's log. Paths, tracebacks and the names of shared memory stay in the log. An exception
-that left a model.py would carry all of them to the client: Triton's Python backend sends the whole
-traceback.
+A client receives what it can act on: the fault of its request, or an id that the operator can find
+in the server's log. Paths, tracebacks and names of shared memory stay in the log. An exception
+raised out of a model.py would disclose them, because Triton's Python backend sends the whole
+traceback to the client.
 
-Needs `triton_python_backend_utils`, which only Triton's Python stub has, when it is called.
+The functions import `triton_python_backend_utils`, which exists only in Triton's Python stub.
 """
 
 import secrets
@@ -27,20 +27,22 @@ _ID_BYTES = 4
 
 
 def answered(model: str, respond: Callable[[Any], Any], request: Any) -> Any:
-    """Return the response that `respond` makes of `request`, or the error that it ended with."""
+    """Return the response of `respond` to `request`; an exception becomes an error response."""
     try:
         return respond(request)
-    except Exception as error:  # raised out of the model, it would disclose too much
+    except Exception as error:  # must not leave the model; see the module docstring
         return refused(model, error)
 
 
 def refused(model: str, error: Exception) -> Any:
-    """Return the response to a request of `model` that ended with `error`.
+    """Return the error response to a request of `model` that failed with `error`.
 
-    An `InputError` is sent as it is, with code INVALID_ARG, an overload or a missed deadline with
-    code UNAVAILABLE. Anything else becomes a `ServerError`, `internal error` and an id, with code
-    INTERNAL; the log has the id and the traceback. A `ServerError` that another model answered with
-    is passed on: the id that its client learns is the one beside the traceback.
+    - `InputError`: sent unchanged, with code INVALID_ARG.
+    - `DeadlineError`, `UnavailableError`: sent unchanged, with code UNAVAILABLE.
+    - `ServerError` from another model: sent unchanged, with code INTERNAL, so that the client
+      receives the id that the log has next to the traceback.
+    - Any other exception: logged with a traceback and a new id; the client receives a `ServerError`
+      with the id, with code INTERNAL.
     """
     import triton_python_backend_utils as pb_utils
 
@@ -49,17 +51,17 @@ def refused(model: str, error: Exception) -> Any:
     if isinstance(error, DeadlineError | UnavailableError):
         return _response(error, pb_utils.TritonError.UNAVAILABLE)
     if not isinstance(error, ServerError):
-        name = secrets.token_hex(_ID_BYTES)
+        error_id = secrets.token_hex(_ID_BYTES)
         trace = "".join(traceback.format_exception(error))
-        pb_utils.Logger.log_error(f"internal error {name} in {model}: {trace}")
-        error = ServerError(f"internal error {name}; the server's log has it")
+        pb_utils.Logger.log_error(f"internal error {error_id} in {model}: {trace}")
+        error = ServerError(f"internal error {error_id}; the server's log has it")
     return _response(error, pb_utils.TritonError.INTERNAL)
 
 
-def full(model: str, most: int, count: int) -> list[Any]:
-    """Return the responses to `count` requests that came when `most` waited for `model`."""
+def full(model: str, max_queue: int, count: int) -> list[Any]:
+    """Return `count` error responses that say that the queue of `model` is full."""
     error = OverloadedError(
-        f"{model} is full: {most} requests wait for it", advice="try again later"
+        f"{model} is full: {max_queue} requests wait for it", advice="try again later"
     )
     return [refused(model, error) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""A tower behind Triton's Python backend: batches of requests in, one run of a runner.
+"""Python models of the towers: run batches of requests through a runner.
 
 Imported only inside Triton's Python stub, which provides `triton_python_backend_utils`.
 """
@@ -22,20 +22,20 @@ from serving.triton_models.responses import full, refused
 
 
 class TowerModel:
-    """`pixels` or `input_ids` -> embeddings float32 [n, dim]."""
+    """Base of the tower models: `pixels` or `input_ids` -> embeddings float32 [n, dim]."""
 
     graph: ClassVar[Graph]
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the runner that assembly chose, and run every shape once before Triton is ready."""
+        """Open the runner that assembly selected, and warm it up on typical shapes."""
         config = json.loads(args["model_config"])
         self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]
         self._text = bundle.manifest.text if TOWER_OF[self.graph] == "text" else None
         name = config["parameters"]["runner"]["string_value"]
-        self._most = int(config["parameters"]["max_queue"]["string_value"])
-        self._queue = Behind(self._name, self._most)
+        self._max_queue = int(config["parameters"]["max_queue"]["string_value"])
+        self._queue = Behind(self._name, self._max_queue)
         if self.graph == "prefix_tree":
             self._runner = open_prefix_tree(bundle, name).__enter__()
         else:
@@ -49,21 +49,25 @@ class TowerModel:
                 self._runner.run(np.full((count, length), self._text.end_id, np.int32))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """As few runs over all good requests as pay; a bad one gets its own error."""
+        """Return a response for each request.
+
+        Valid requests are joined into as few runs as is worthwhile; an invalid request gets its own
+        error response.
+        """
         excess = self._queue.excess(len(requests))
-        answers = full(self._name, self._most, excess) + [None] * (len(requests) - excess)
+        answers = full(self._name, self._max_queue, excess) + [None] * (len(requests) - excess)
         good, batches = [], []
         for index, request in enumerate(requests[excess:], excess):
             try:
                 batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
                 if self._text is not None:
                     check_ids(batch, self._text)
-            except Exception as error:  # raised out of here, it would be everyone's answer
+            except Exception as error:  # raised from here, it would fail the whole batch
                 answers[index] = refused(self._name, error)
                 continue
             good.append(index)
             batches.append(batch)
-        # Texts of all lengths come together (allow_ragged_batch); pictures are of one shape.
+        # Texts of different lengths arrive together (allow_ragged_batch); images have one shape.
         runs = [list(range(len(batches)))] if batches else []
         if self._text is not None:
             runs = runs_by_length([(len(batch), batch.shape[1]) for batch in batches])
@@ -74,7 +78,7 @@ class TowerModel:
         return answers
 
     def _run(self, batches: list[Any]) -> list[Any]:
-        """The responses to some requests, all in one run; each in its own where that run fails."""
+        """Return the responses to requests of one run; if it fails, run each request on its own."""
         try:
             embeddings = self._runner.run(self._joined(batches))
             parts = np.split(embeddings, np.cumsum([len(batch) for batch in batches])[:-1])
@@ -98,21 +102,24 @@ class TowerModel:
         return joined
 
     def finalize(self) -> None:
-        """Free the runner."""
+        """Close the runner."""
         self._runner.__exit__(None, None, None)
 
 
 def check_ids(ids: Batch, spec: TextSpec) -> None:
-    """Refuse token ids that would end a whole batch, or pool at the wrong place, one level below.
+    """Check token ids: bad ones would fail the whole batch, or pool the wrong token.
 
     Raises:
-        TextError: too long, out of the vocabulary, or without an end-of-text token.
+        TextError: the texts are too long, an id is not in the vocabulary, or a text has no
+            end-of-text token.
     """
     if not 2 <= ids.shape[1] <= spec.context_length:
-        raise TextError(f"input_ids are {ids.shape[1]} long; expected 2 to {spec.context_length}")
+        raise TextError(
+            f"input_ids have {ids.shape[1]} tokens per text; expected 2 to {spec.context_length}"
+        )
     if ids.min() < 0 or ids.max() >= spec.vocab_size:
         raise TextError(
-            f"input_ids hold {ids.min()} to {ids.max()}; expected 0 to {spec.vocab_size - 1}"
+            f"input_ids range from {ids.min()} to {ids.max()}; expected 0 to {spec.vocab_size - 1}"
         )
     if not (ids == spec.end_id).any(axis=1).all():
         raise TextError(f"input_ids of a text lack the end-of-text token {spec.end_id}")

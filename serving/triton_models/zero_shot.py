@@ -1,8 +1,9 @@
-"""The model `clip_zero_shot`: images and labels become probabilities, by the server's other models.
+"""Python model `clip_zero_shot`: classifies images by labels, using the server's other models.
 
-`execute` hands each request to a thread and returns at once; the answer is sent when it is there.
-So a request that waits for a large label set holds up nobody else's, in one process that all label
-sets are kept in. (Response senders outside decoupled models: Triton 24.07 and later.)
+`execute` passes each request to a thread and returns at once; the response is sent when it is
+ready. A request that waits for a large label set therefore does not block other requests, although
+one process keeps all label sets. (Response senders in models that are not decoupled require Triton
+24.07 or later.)
 """
 
 import json
@@ -36,17 +37,17 @@ from serving.util.wire import from_text, own_words, triton_fault
 
 Floats = NDArray[np.float32]
 
-_UNDER_WAY = 32  # requests whose pictures are being embedded; more wait in Triton's queue
-_WAITING = 512  # requests whose pictures are embedded, and whose labels are not; more are refused
-_LARGEST_SETS = 2  # label sets as large as they may be that are under way together
-_BUSY_S = 0.05  # until a tower is asked again that was busy
+_IN_FLIGHT = 32  # requests whose images are being embedded; further ones wait in Triton's queue
+_WAITING = 512  # requests that wait for the embeddings of their labels; further ones are rejected
+_LARGEST_SETS = 2  # label sets of maximum size that are embedded concurrently
+_BUSY_S = 0.05  # pause before a busy tower is called again
 
 
 class ZeroShot:
     """`IMAGE` [n], `LABELS` [labels], `TEMPLATES` -> `PROBABILITIES`, `LOGITS` [n, labels]."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read what the bundle says of the model, and the configuration."""
+        """Load the bundle and the settings, and start the threads."""
         parameters = json.loads(args["model_config"])["parameters"]
         settings = {key: int(value["string_value"]) for key, value in parameters.items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
@@ -60,27 +61,27 @@ class ZeroShot:
             max_waiters=_WAITING,
         )
         self.queue = Behind("clip_zero_shot", settings["max_queue"])
-        self.free = threading.Semaphore(_UNDER_WAY)
-        self.threads = ThreadPoolExecutor(_UNDER_WAY, thread_name_prefix="clip-zero-shot")
+        self.free = threading.Semaphore(_IN_FLIGHT)
+        self.threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="clip-zero-shot")
 
     def execute(self, requests: list[Any]) -> None:
-        """Begin with each request."""
+        """Start a thread for each request."""
         excess = self.queue.excess(len(requests))
         for index, request in enumerate(requests):
             call = Call(request, self.manifest.logit_scale)
             if index < excess:
-                call.failed(Full("too many requests wait for their pictures' embeddings"))
+                call.failed(Full("too many requests wait for the embeddings of their images"))
                 continue
             self.free.acquire()
             self.threads.submit(self.begin, call)
         self.queue.done()
 
     def begin(self, call: "Call") -> None:
-        """Embed a request's pictures, and answer it, or have it wait for its labels."""
+        """Embed the images of a request, then answer it or let it wait for its labels."""
         try:
             labels = self.label_set(call.request)
             call.images = self.embed_images(call)
-        except Exception as error:  # whatever it is, the client is to hear of it
+        except Exception as error:  # every error must reach the client
             call.failed(error)
             return
         finally:
@@ -95,7 +96,7 @@ class ZeroShot:
             call.ready(kept)
 
     def label_set(self, request: Any) -> LabelSet:
-        """The labels and templates of a request."""
+        """Return the labels and templates of a request."""
         labels, templates = strings(request, "LABELS"), strings(request, "TEMPLATES")
         own = self.manifest.templates
         refuse_numbers(
@@ -107,19 +108,19 @@ class ZeroShot:
         )
 
     def embed_images(self, call: "Call") -> Floats:
-        """Embeddings of a request's pictures, by `clip_image`."""
-        pictures = strings(call.request, "IMAGE")
-        # Of a model with an optional input, Triton (2.51) counts the inputs and misses none.
-        if pictures is None or not len(pictures):
-            raise ImageError("no images to classify; give at least one")
-        if len(pictures) > MAX_CLASSIFIED:
+        """Embed the images of a request with `clip_image`."""
+        images = strings(call.request, "IMAGE")
+        # Triton (2.51) does not check the required inputs of a model that has an optional one.
+        if images is None or not len(images):
+            raise ImageError("no images to classify", advice="give at least one")
+        if len(images) > MAX_CLASSIFIED:
             raise ImageError(
-                f"{len(pictures)} images are more than the {MAX_CLASSIFIED} allowed in a request; "
-                "send them in several"
+                f"{len(images)} images are more than the {MAX_CLASSIFIED} allowed in a request",
+                advice="split them into several requests",
             )
         parts = []
-        for start in range(0, len(pictures), self.chunk):
-            batch = pictures[start : start + self.chunk].reshape(-1, 1)
+        for start in range(0, len(images), self.chunk):
+            batch = images[start : start + self.chunk].reshape(-1, 1)
             try:
                 parts.append(infer("clip_image", "image", batch, "image_embeds", call.left()))
             except InputError as error:
@@ -127,7 +128,10 @@ class ZeroShot:
         return np.concatenate(parts)
 
     def work(self, labels: LabelSet) -> Any:
-        """What embeds a label set; `clip_text` would cache every single text."""
+        """Return the work that embeds a label set.
+
+        It calls the tower directly, because `clip_text` would cache every single text.
+        """
         model, chunk = "text_tower", self.chunk
         if self.prefix_tree_chunk:
             model, chunk = "prefix_tree", self.prefix_tree_chunk
@@ -140,13 +144,13 @@ class ZeroShot:
         )
 
     def finalize(self) -> None:
-        """Drop what nobody will wait for any more."""
+        """Stop the threads and drop unfinished work."""
         self.threads.shutdown()
         self.cache.close()
 
 
 class Call:
-    """One request until it is answered; a `serving.triton_models.label_cache.Waiter`."""
+    """A request until it is answered; implements `serving.triton_models.label_cache.Waiter`."""
 
     images: Floats
 
@@ -157,23 +161,23 @@ class Call:
         self.logit_scale = np.float32(logit_scale)
 
     def wanted(self) -> bool:
-        """Whether its time is not over, and its client still there, as far as Triton knows."""
-        # Over gRPC Triton tells of clients that went away, over HTTP (2.51) it does not.
+        """Return whether the deadline has not passed and the client has not canceled."""
+        # Triton (2.51) reports canceled requests over gRPC, but not over HTTP.
         return self.left() > 0 and not self.sender.is_cancelled()
 
     def left(self) -> float:
-        """Seconds of its time that are left; infinite if it has all the time."""
+        """Return the seconds until the deadline; infinite without one."""
         return self.deadline - time.monotonic()
 
     def ready(self, labels: Floats) -> None:
-        """Answer with the pictures and their labels, float32 [labels, dim]."""
+        """Answer with the probabilities for label embeddings float32 [labels, dim]."""
         try:
             logits = self.logit_scale * (self.images @ labels.T)
             tensors = [
                 pb_utils.Tensor("PROBABILITIES", softmax(logits)),
                 pb_utils.Tensor("LOGITS", logits),
             ]
-        except Exception as error:  # such as no memory; whoever calls us has others to serve
+        except Exception as error:  # such as MemoryError; the cache's thread must go on
             self.failed(error)
             return
         self.send(pb_utils.InferenceResponse(tensors))
@@ -183,43 +187,49 @@ class Call:
         if isinstance(error, Abandoned):
             late = self.left() <= 0
             error = UnavailableError(
-                "the client went away, or the server stops, before the labels were embedded"
+                "the client disconnected or the server stopped before the labels were embedded"
             )
             if late:
                 error = DeadlineError(
-                    f"the request's time of {self.seconds:g} s was over before its labels were "
-                    "embedded",
-                    advice="give it more time, or fewer labels and templates",
+                    f"the deadline of {self.seconds:g} s passed before the labels were embedded",
+                    advice="allow more time, or send fewer labels or templates",
                 )
         elif isinstance(error, Full):
             error = OverloadedError(f"clip_zero_shot is full: {error}", advice="try again later")
         self.send(refused("clip_zero_shot", error))
 
     def send(self, answer: Any) -> None:
-        """Send the one answer."""
+        """Send the only response."""
         try:
             self.sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:
-            pb_utils.Logger.log_error(f"clip_zero_shot: an answer could not be sent: {error}")
+            pb_utils.Logger.log_error(f"clip_zero_shot: a response could not be sent: {error}")
 
 
 class ModelError(Exception):
-    """An error of another model of this server that is none of ours.
+    """Error of another model of this server that our code did not raise.
 
-    Triton (2.51) passes the code of an error on as internal, whatever it was.
+    Triton (2.51) reports every error of a called model with code INTERNAL.
     """
 
 
 def infer(
     model: str, source: str, data: NDArray[Any], target: str, seconds: float = math.inf
 ) -> Any:
-    """Call another model; `image_preprocess` drops what waits for it longer than `seconds`.
+    """Call another model of this server and return one of its outputs.
+
+    Args:
+        model: name of the model.
+        source: name of its input.
+        data: the input.
+        target: name of the output.
+        seconds: timeout; `image_preprocess` rejects requests that wait for longer.
 
     Raises:
         ClipDeployError: the error of one of our models, with its fields.
         OverloadedError: Triton's queue for the model is full.
         DeadlineError: the request waited for longer than `seconds`.
-        ModelError: it failed otherwise.
+        ModelError: the model failed in another way.
     """
     response = pb_utils.InferenceRequest(
         model_name=model,
@@ -234,15 +244,15 @@ def infer(
             raise error
         fault = triton_fault(message)
         if fault == "full":
-            raise OverloadedError(f"{model} has too much to do", advice="try again later")
+            raise OverloadedError(f"{model} is overloaded", advice="try again later")
         if fault == "late":
-            raise DeadlineError(f"the request's time was over while it waited for {model}")
+            raise DeadlineError(f"the deadline passed while the request waited for {model}")
         raise ModelError(f"{model}: {message}")
     return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 
 def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
-    """Embeddings by a model, or None, after a moment, while that has too much to do."""
+    """Return the embeddings of token ids; if the model is overloaded, pause and return None."""
     try:
         embeddings: Floats = infer(model, "input_ids", ids, "text_embeds")
     except (OverloadedError, DeadlineError):
@@ -252,11 +262,15 @@ def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
 
 
 def strings(request: Any, name: str) -> NDArray[np.object_] | None:
-    """An input of strings, still encoded; None of one that is not there."""
+    """Return an input of encoded strings, or None if the request does not have it."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy().ravel()
 
 
 def texts(encoded: NDArray[np.object_], kind: str) -> tuple[str, ...]:
-    """UTF-8 strings, decoded."""
+    """Decode UTF-8 strings.
+
+    Raises:
+        TextError: one is not valid UTF-8.
+    """
     return tuple(each(kind, encoded, decode_text))

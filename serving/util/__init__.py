@@ -1,1 +1,1 @@
-"""Helpers without knowledge of CLIP: files, directories, progress, typed JSON, the machine."""
+"""Helpers that do not depend on CLIP: files, directories, progress, typed JSON, the machine."""

@@ -11,14 +11,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def walk(root: Path, inside: str = "") -> Iterator[str]:
-    """Yield the files below a directory, in an order that depends on nothing but their names.
+    """Yield the files below a directory, in an order that depends only on their names.
 
-    Regular files, links to them, and links that lead nowhere, which are to be reported; no pipes or
-    devices, which could block. Linked directories are not followed. The names of one directory at a
-    time are in memory.
+    Includes regular files, links to them, and broken links, which callers report. Excludes pipes
+    and devices, which could block. Links to directories are not followed. Memory holds the names of
+    one directory per level.
 
     Yields:
-        Paths relative to `root`, with `/`.
+        Paths relative to `root`, separated by `/`.
 
     Raises:
         InputError: a directory cannot be listed.
@@ -41,13 +41,15 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def find_images(directory: Path) -> list[Path]:
-    """Return the images below a directory, sorted.
+    """Return the image files below a directory, sorted.
 
     Raises:
-        InputError: there is no such directory, no image in it, or it cannot be listed.
+        InputError: the directory does not exist, contains no images, or cannot be listed.
     """
     if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory; expected a directory of images")
+        raise InputError(
+            f"{directory} is not a directory", advice="give the path of a directory of images"
+        )
     names = (name for name in walk(directory) if Path(name).suffix.lower() in SUFFIXES)
     found = sorted(directory / name for name in names)
     if not found:
@@ -56,11 +58,11 @@ def find_images(directory: Path) -> list[Path]:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file that are not blank, stripped.
+    """Return the non-blank lines of a UTF-8 text file, stripped.
 
     Raises:
-        InputError: it cannot be read.
-        TextError: it is not UTF-8; the message names the line.
+        InputError: the file cannot be read.
+        TextError: the file is not UTF-8; the message names the line.
     """
     try:
         data = file.read_bytes()
@@ -79,9 +81,9 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_captions(directory: Path) -> dict[str, str]:
-    """Return file name -> caption of the directory's `captions.txt`, `file, caption` a line.
+    """Return file name -> caption from the directory's `captions.txt`; empty without that file.
 
-    Empty if there is no such file.
+    Each line of the file is `file, caption`.
     """
     file = directory / "captions.txt"
     pairs = (line.split(",", 1) for line in (read_lines(file) if file.exists() else ()))

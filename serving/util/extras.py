@@ -1,4 +1,4 @@
-"""Optional dependencies: which extra of the project brings them, and the error without them."""
+"""Optional dependencies: check that they are installed, and name the extra that installs them."""
 
 import importlib.util
 
@@ -8,17 +8,17 @@ from serving.errors import MissingPackageError
 def install_command(extra: str) -> str:
     """Return the shell command that installs `extra`.
 
-    pip takes the requirements of an extra from the metadata of the installed project, so that the
-    command works beside a wheel and in a checkout alike.
+    pip reads the requirements of an extra from the metadata of the installed project, so the
+    command works with an installed wheel and in a checkout.
     """
     return f"pip install 'clip-deploy[{extra}]'"
 
 
 def is_installed(module: str) -> bool:
-    """Return whether `module` can be found; it is not imported."""
+    """Return whether `module` can be found, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # its parent package is not installed
         return False
 
 
@@ -27,13 +27,14 @@ def require(purpose: str, extra: str, *modules: str) -> None:
 
     Args:
         purpose: subject of the message, such as "bulk embedding".
-        extra: the extra of the project that brings the modules.
-        modules: names as they are imported.
+        extra: the extra of the project that installs the modules.
+        modules: names of the modules to import.
 
     Raises:
-        MissingPackageError: at least one is not installed.
+        MissingPackageError: a module is not installed.
     """
     if missing := [module for module in modules if not is_installed(module)]:
         raise MissingPackageError(
-            f"{purpose} needs {' and '.join(missing)}, not installed here: {install_command(extra)}"
+            f"{purpose} needs {' and '.join(missing)}, not installed here",
+            advice=install_command(extra),
         )

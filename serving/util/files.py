@@ -1,7 +1,7 @@
-"""Files that are never half there: written under a temporary name, flushed to the disk, renamed.
+"""Atomic writes: files and directories are written under a temporary name, flushed and renamed.
 
-Flushed before they are renamed, because a file system may write the new name down before the data:
-after a power cut, an old file that was good would have given way to an empty one.
+The flush precedes the rename because a file system may store the new name before the data. Without
+it, a power failure could replace a good old file by an empty one.
 """
 
 import ctypes
@@ -19,24 +19,25 @@ from serving.errors import ClipDeployError, InputError, StorageError
 from serving.util.locks import locked
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says of a full disk, or of a full share of one."""
+"""Error numbers of a full disk and of an exhausted disk quota."""
 _LEAST_FREE = 1 << 16
-"""Bytes; with less than that, an error that names no cause is taken for one of a full disk."""
+"""Free bytes below which an error of unknown cause is attributed to a full disk."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def new_directory(target: Path, sign: str) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends without an error.
+    """Yield a new directory that atomically replaces `target` if the block ends without an error.
 
-    What was at `target` stays whole until then, and is deleted after it gave way. That is done only
-    to a directory that holds `sign`, a path by which one of ours is known, or nothing at all. Old
-    and new change places in one step; on a file system that cannot do that, a kill just then leaves
-    `target` missing, and the next call puts the old one back. What killed calls left is removed.
+    Until then an existing `target` is unchanged; after the exchange it is deleted. Only a directory
+    that is empty or contains the path `sign`, which identifies a directory of this project, is
+    replaced. On a file system without an atomic exchange, a process killed between two renames
+    leaves `target` missing, and the next call restores the old one. Each call also removes what
+    killed calls left behind.
 
     Raises:
-        InputError: something else is at `target`.
+        InputError: `target` is a file or another directory.
         StorageError: the disk is full.
     """
     with ExitStack() as stack, disk_errors(target):
@@ -61,31 +62,32 @@ def _check_replaceable(target: Path, sign: str) -> None:
     if not target.exists() or (target / sign).exists():
         return
     if not target.is_dir():
-        raise InputError(f"{target} is a file; expected the name of a directory to write")
+        raise InputError(f"{target} is a file", advice="give the path of a directory to write")
     if any(target.iterdir()):
         raise InputError(
-            f"{target} holds other things (no {sign}), which would be deleted to write here; "
-            "give another directory, or empty this one"
+            f"{target} holds other files (no {sign}), which would be deleted to write here",
+            advice="give another directory, or empty this one",
         )
 
 
 def _scratch(target: Path, stack: ExitStack) -> Path:
-    """A new directory beside `target`, locked as long as `stack` is open."""
+    """Return a new directory beside `target`, locked until `stack` is closed."""
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
             stack.enter_context(locked(scratch))
-        except (FileNotFoundError, BlockingIOError):  # swept before it was locked
+        except (FileNotFoundError, BlockingIOError):  # removed by another process before the lock
             continue
-        except OSError:  # a file system that locks no directories, such as NFS: nobody sweeps
+        except OSError:  # a file system without locks on directories, such as NFS: no sweeps there
             return scratch
         if scratch.exists():
             return scratch
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed processes left of `new_directory(target)`; those that live hold a lock."""
-    for scratch in target.parent.glob(f".{glob.escape(target.name)}.????????"):  # mkdtemp's eight
+    """Remove scratch directories of killed `new_directory(target)` calls; live ones are locked."""
+    # mkdtemp appends eight characters.
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.????????"):
         if scratch.is_symlink() or not scratch.is_dir():
             continue
         with suppress(OSError), locked(scratch):
@@ -98,7 +100,7 @@ def _sweep(target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where the system cannot do that."""
+    """Exchange two paths atomically; return False if the system does not support that."""
     renameat2 = getattr(_LIBC, "renameat2", None)
     if renameat2 is None:
         return False
@@ -112,12 +114,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 `text` to `path`, which holds either its old or its new content at any time."""
+    """Write `text` to `path` atomically in UTF-8, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, which holds either its old or its new content at any time.
+    """Write `data` to `path` atomically: at any time it has its old or its new content.
 
     Raises:
         StorageError: the disk is full.
@@ -135,7 +137,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Flush a directory and all that is in it to the disk."""
+    """Flush a directory and everything below it to the disk."""
     for path in (*directory.rglob("*"), directory):
         _sync_one(path)
 
@@ -145,7 +147,7 @@ def _sync_one(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that flushes no directories
+        if error.errno != errno.EINVAL:  # a file system that cannot flush directories
             raise
     finally:
         os.close(descriptor)
@@ -153,30 +155,33 @@ def _sync_one(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Make of any error that a full disk brings about while `path` is written one that says so.
+    """Convert errors that a full disk causes while `path` is written to `StorageError`.
 
     Raises:
-        StorageError: instead of that error.
+        StorageError: the disk is full.
     """
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
-        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(folder).free
+        directory = next(parent for parent in path.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(directory).free
         unexplained = free < _LEAST_FREE and not isinstance(error, ClipDeployError)
         if not (_says_full(error) or unexplained):
             raise
         raise StorageError(
-            f"{path} cannot be written: no space is left on the disk of {folder} ({free:,} bytes "
-            f"free). What was there before is unchanged; free some space, or write elsewhere "
-            f"({error})"
+            f"{path} cannot be written: no space is left on the disk of {directory} ({free:,} "
+            f"bytes free): {error}. Existing files are unchanged",
+            advice="free some space, or write elsewhere",
         ) from error
 
 
 def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, tells of a full disk; libraries quote the system."""
+    """Return whether an error or one of its causes reports a full disk.
+
+    Libraries such as pyarrow raise their own types with the system's message as text.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
@@ -187,7 +192,7 @@ def _says_full(error: BaseException | None) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`: a hard link where the file system allows one."""
+    """Create `target` as a hard link to `source`, or as a copy if links are not possible."""
     try:
         target.hardlink_to(source.resolve())
     except OSError:
@@ -195,6 +200,6 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

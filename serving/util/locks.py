@@ -1,4 +1,4 @@
-"""Locks between processes, which end with the process that holds them."""
+"""Locks between processes, released at the latest when the process exits."""
 
 import fcntl
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a directory, or of a file, which is made if need be.
+    """Hold an exclusive lock on a directory or a file. A missing file is created.
 
     Raises:
-        BlockingIOError: another process holds it.
-        OSError: the path cannot be opened, or its file system has no such locks.
+        BlockingIOError: another process holds the lock.
+        OSError: the path cannot be opened, or its file system does not support `flock`.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o644)

@@ -1,4 +1,4 @@
-"""What this machine is: how many CPUs we may use, and a name for it beside measured numbers."""
+"""The machine: number of usable CPUs, and a description that is stored with measurements."""
 
 import contextlib
 import functools
@@ -10,11 +10,11 @@ from pathlib import Path
 
 @functools.cache
 def cpu_count() -> int:
-    """CPUs this process may use: its affinity mask, and no more than its cgroup's quota.
+    """Return the number of CPUs that this process may use: its affinity mask and cgroup quota.
 
-    Containers limit CPU time by quota (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`), which
-    `os.cpu_count` does not see: a runtime left to itself starts a thread for every core of the
-    host, and they then throttle each other.
+    Containers limit CPU time by a quota (cgroup v2 `cpu.max`, v1 `cpu.cfs_quota_us`), which
+    `os.cpu_count` ignores. By default a runtime starts one thread for each core of the host, and
+    the threads then throttle each other.
     """
     affinity = len(os.sched_getaffinity(0))
     return max(1, math.ceil(min(affinity, _cgroup_quota(Path("/sys/fs/cgroup")))))
@@ -33,7 +33,7 @@ def _cgroup_quota(root: Path) -> float:
 
 @functools.cache
 def cpu_info() -> tuple[str, frozenset[str]]:
-    """The CPU's model name, and its instruction set flags as Linux names them."""
+    """Return the CPU's model name, and its instruction set flags by their Linux names."""
     model, flags = platform.processor() or platform.machine(), frozenset[str]()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -45,7 +45,7 @@ def cpu_info() -> tuple[str, frozenset[str]]:
 
 
 def describe() -> str:
-    """Such as `AMD EPYC 9R14, 2 CPUs, avx512f avx512_vnni`."""
+    """Return a description such as `AMD EPYC 9R14, 2 CPUs, avx512f avx512_vnni`."""
     model, flags = cpu_info()
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return ", ".join([model, f"{cpu_count()} CPUs", " ".join(f for f in known if f in flags)])

@@ -1,6 +1,6 @@
-"""What NVIDIA GPU this machine has, asked of the driver itself: no CUDA package is needed for that.
+"""Query the NVIDIA GPU of this machine through the driver, without any CUDA package.
 
-Does not know: what can be done with it (`export.doctor.report`, the runners).
+This module does not know what the GPU can be used for (`export.doctor.report`, the runners).
 """
 
 import ctypes
@@ -13,22 +13,22 @@ _COMPUTE_CAPABILITY = (75, 76)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """A device, as the driver describes it."""
+    """A GPU, as described by the driver."""
 
     name: str
-    """Such as `NVIDIA H200`."""
+    """Product name, such as `NVIDIA H200`."""
     compute_capability: str
-    """Such as `9.0`."""
+    """Compute capability, such as `9.0`."""
     memory_bytes: int
     cuda: str
-    """The newest CUDA version that the driver runs, such as `13.0`."""
+    """Newest CUDA version that the driver supports, such as `13.0`."""
 
 
 @functools.cache
 def gpu() -> Gpu | None:
-    """The first GPU that this process may use; None without a driver or a device.
+    """Return the first GPU that this process may use; None without a driver or a device.
 
-    `CUDA_VISIBLE_DEVICES` holds: the driver itself obeys it.
+    The driver itself applies `CUDA_VISIBLE_DEVICES`.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

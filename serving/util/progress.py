@@ -1,4 +1,4 @@
-"""How long work reports what it is doing; `serving.cli.console` shows it on a terminal."""
+"""Progress reports of long operations; `serving.cli.console` shows them on a terminal."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
@@ -7,18 +7,18 @@ T = TypeVar("T")
 
 
 class Progress(Protocol):
-    """Receives the current step, and how much of it is done where that is known."""
+    """Callback that receives the current step and, if known, how much of it is done."""
 
     def __call__(self, step: str, done: int = 0, total: int = 0) -> None:
-        """Report `step`."""
+        """Report that `done` of `total` items of `step` are done; `total` is 0 if unknown."""
 
 
 def silent(step: str, done: int = 0, total: int = 0) -> None:
-    """A `Progress` that shows nothing."""
+    """Ignore the report; a `Progress` that shows nothing."""
 
 
 def tracked(progress: Progress, step: str, items: Iterable[T], total: int) -> Iterator[T]:
-    """Yield `items`, reporting each one as part of `step`."""
+    """Yield `items`, and report each of them as progress of `step`."""
     for done, item in enumerate(items):
         progress(step, done, total)
         yield item

@@ -1,8 +1,8 @@
-"""The schema of benchmark results: `python -m benchmarks` writes them, reports read them.
+"""Schema of benchmark results, which `python -m benchmarks` writes and reports read.
 
-`results.json` holds the results of one machine. Each section (a latency run, the load on a server,
-an accuracy run) carries the environment that it was measured in. Times are medians; everything that
-is compared between machines is a ratio to a reference that ran in turns with it.
+`results.json` holds the results of one machine. Each section (a latency run, a load run, an
+accuracy run) contains the environment that it was measured in. Times are medians. Values that are
+compared between machines are ratios to a reference, measured alternately with it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from serving.util.nvidia import Gpu
 from serving.util.typed_json import from_json
 
 SCHEMA = 1
-"""Version of the document; a reader refuses any other."""
+"""Version of the schema; readers reject any other version."""
 FILE = "results.json"
 
 Tower = Literal["image", "text"]
@@ -28,9 +28,9 @@ Protocol = Literal["grpc", "http"]
 Ensemble = Literal["clip_image", "clip_text"]
 
 _DIGITS = 6
-"""Significant digits of a number on disk."""
+"""Significant digits of numbers in the file."""
 _EXPANDED = 4
-"""Levels of the document that are written over several lines."""
+"""Nesting levels of the document that are written with one line per item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,44 +39,44 @@ class Cpu:
 
     model: str
     flags: tuple[str, ...]
-    """Instruction sets, by Linux's names."""
+    """Instruction sets, by their Linux names."""
     usable: int
-    """CPUs that the process may use: its affinity mask and its cgroup's quota."""
+    """Number of CPUs that the process may use, by its affinity mask and its cgroup's quota."""
     online: int | None
     quota: str | None
-    """The cgroup's limit as the system states it."""
+    """The cgroup's CPU limit, as reported by the system."""
     governor: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """The machine, its libraries and the commit that was measured."""
+    """The machine, its libraries, and the commit that was measured."""
 
     date: str
     """UTC, ISO 8601."""
     commit: str | None
     machine: str
-    """One line for people."""
+    """One-line description for display."""
     cpu: Cpu
     memory_bytes: int
     memory_limit: str | None
-    """The cgroup's limit as the system states it."""
+    """The cgroup's memory limit, as reported by the system."""
     load_average: tuple[float, ...]
-    """Over 1, 5 and 15 minutes, when the run began."""
+    """Load averages over 1, 5 and 15 minutes at the start of the run."""
     threads: dict[str, str | None]
-    """Environment variables that change how many threads runtimes start."""
+    """Environment variables that set the number of threads of runtimes."""
     kernel: str
     python: str
     gpu: Gpu | None
     driver: str | None
     torch_cuda: str | None
     libraries: dict[str, str | None]
-    """Version of each distribution; None: not installed."""
+    """Version of each distribution; None if it is not installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """Something that was not measured, and the reason."""
+    """A measurement that was left out, and the reason."""
 
     what: str
     reason: str
@@ -84,20 +84,21 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a device does at best. Medians on random numbers: zeros are faster than data."""
+    """Measured peak rates of a device. Medians with random numbers, since zeros are faster."""
 
     matmul_tflops: dict[str, float]
-    """By precision: 1e12 operations a second in a product of two squares. `fp32` is without TF32,
-    `tf32` the same product with it, `int8` counts integer operations."""
+    """Precision -> 1e12 operations/s in a product of two square matrices. `fp32` is computed
+    without TF32, `tf32` is the same product with TF32, `int8` counts integer operations."""
     matmul_size: int
-    """Side of the largest of those squares."""
+    """Side of the largest of those matrices."""
     copy_gb_per_s: float
-    """1e9 bytes a second of a copy within the device's memory, bytes read and written together."""
+    """1e9 bytes/s of a copy within the device's memory; counts bytes read and bytes written."""
     copy_bytes: int
+    """Size of the copied buffer."""
     without: dict[str, str]
-    """Precisions that the device or its libraries do not multiply in, and why."""
+    """Precision -> reason why the device or its libraries do not support it."""
     matmul_by: dict[str, str]
-    """Library and size that reached a precision's rate."""
+    """Precision -> library and matrix size that reached its rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,88 +106,88 @@ class Timing:
     """Repeated measurements of one call."""
 
     milliseconds: float
-    """Median."""
+    """Median, in milliseconds."""
     quartiles: tuple[float, float]
     """First and third quartile, in milliseconds."""
     rounds: int
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles, as a share of the median."""
+        """Interquartile range divided by the median."""
         return (self.quartiles[1] - self.quartiles[0]) / self.milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InTurns:
-    """A call that was timed in turns with a reference."""
+    """Timing of a call, measured alternately with a reference."""
 
     timing: Timing
-    """Host to host: NumPy arrays in, NumPy arrays out."""
+    """Time from NumPy input arrays to NumPy output arrays, transfers included."""
     reference_ms: float
-    """Median of the reference."""
+    """Median time of the reference, in milliseconds."""
     ratios: tuple[float, ...]
-    """How many times faster than the reference, of each pair of adjacent turns."""
+    """Speedup over the reference, for each pair of adjacent measurements."""
 
     @property
     def ratio(self) -> float:
-        """Median of `ratios`: unlike a ratio of medians it does not see the machine drift."""
+        """Median of `ratios`. Unlike a ratio of medians, it is robust to drift of the machine."""
         return median(self.ratios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TowerLatency(InTurns):
-    """One runner on one batch of one tower."""
+    """Latency of one runner with one batch of one tower."""
 
     tower: Tower
     batch: int
     length: int | None
-    """Length of the texts in tokens; None for images."""
+    """Length of the texts, in tokens; None for images."""
     length_run: int | None
-    """Tokens that the runner computed: `length`, or the context length where texts are padded."""
+    """Length that the runner computed: `length`, or the context length if it pads texts to that."""
     runner: str
     runtime_version: str
     device_timing: Timing | None
-    """The batch on the device already, the result staying there; of PyTorch's runners on a GPU."""
+    """Time with input and result on the device. Only for PyTorch's runners on a GPU."""
     cosine: float
-    """Smallest cosine to the reference's embeddings of the same batch."""
+    """Smallest cosine between these embeddings and the reference's, over the batch."""
     gflop: float
-    """1e9 operations of a run, counted; a multiplication and an addition are two."""
+    """1e9 operations per run, counted; a multiplication and an addition are two operations."""
     weight_bytes: int
-    """Bytes of weights that a run reads: without the table of token embeddings."""
+    """Bytes of weights that a run reads, without the table of token embeddings."""
 
     @property
     def name(self) -> str:
-        """Such as `text 8 x 16 tokens, openvino:int8`."""
+        """Description such as `text 8 x 16 tokens, openvino:int8`."""
         work = f"{self.tower} {self.batch}" + (f" x {self.length} tokens" if self.length else "")
         return f"{work}, {self.runner}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLatency(InTurns):
-    """One stage between encoded input and embedding, or the whole way."""
+    """Latency of one stage between encoded input and embedding, or of all stages together."""
 
     stage: str
     tower: Tower
     items: int
-    """Images or texts of a call."""
+    """Number of images or texts per call."""
     runner: str
 
     @property
     def name(self) -> str:
-        """Such as `stage image: decode`."""
+        """Description such as `stage image: decode`."""
         return f"stage {self.stage}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """A process of its own that opens both towers with one runner and embeds once. Medians."""
+    """Medians of a separate process that opens both towers with one runner and embeds once."""
 
     runner: str
     load_s: float
     total_s: float
-    """From the start of the process to its end."""
+    """Time from the start of the process to its end."""
     before_bytes: int
-    """Resident memory before the towers are opened."""
+    """Resident memory before the towers were opened."""
     loaded_bytes: int
     peak_bytes: int
 
@@ -211,10 +212,10 @@ class LatencyRun:
     device: Device
     matrix: Matrix
     reference: str
-    """Runner that all others took turns with."""
+    """Runner that all others were compared with."""
     limits: Limits
     limits_at_end: Limits | None
-    """Measured again at the end: how much the device changed. None: the run ended early."""
+    """Limits measured again at the end, to show drift; None if the run ended early."""
     towers: tuple[TowerLatency, ...]
     stages: tuple[StageLatency, ...]
     footprints: tuple[Footprint, ...]
@@ -222,64 +223,64 @@ class LatencyRun:
 
     @property
     def key(self) -> tuple[str, Device, Matrix]:
-        """A document holds one run of each key."""
+        """Identity of the run; a results file holds one run for each key."""
         return self.model.name, self.device, self.matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A model within an ensemble; times are means over its requests."""
+    """Statistics of one model within an ensemble. Times are means over its requests."""
 
     model: str
     queue_ms: float
-    """Waiting for other requests of a batch and for an instance."""
+    """Time spent waiting for other requests of a batch and for a model instance."""
     compute_ms: float
-    """In the batch that a request was part of, copies in and out included."""
+    """Compute time of the request's batch, including copies of inputs and outputs."""
     requests: int
     mean_batch: float
-    """Items that ran at once."""
+    """Mean number of items per batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One load on one ensemble. Every request carries one item."""
+    """Measurement of one ensemble at one load. Every request contains one item."""
 
     client: Literal["perf_analyzer", "asyncio"]
     protocol: Protocol
     model: Ensemble
     mode: Literal["concurrency", "rate"]
     load: float
-    """Requests in flight, or requests a second at random moments (Poisson)."""
+    """Requests in flight (`concurrency`), or requests/s of a Poisson process (`rate`)."""
     throughput_per_s: float
     p50_ms: float
     p95_ms: float
     p99_ms: float
     errors: int
-    """Requests without an answer, or with an error."""
+    """Requests without a response, or with an error."""
     stable: bool
-    """Whether the windows of the measurement agree."""
+    """True if the measurement windows agree."""
     client_cpu_share: float
-    """Share of the CPUs, common with the server, that the client took."""
+    """Share of the CPU time that the client used, on the CPUs that it shares with the server."""
     cache_hits: int
-    """Requests that Triton's response cache answered; no tower ran."""
+    """Requests answered from Triton's response cache, without running a tower."""
     steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saturation:
-    """The smallest concurrency whose throughput is close to the best one."""
+    """The smallest concurrency whose throughput is close to the maximum."""
 
     model: Ensemble
     protocol: Protocol
     concurrency: int
     throughput_per_s: float
     confirmed: bool
-    """Whether a higher concurrency was tried and gave no more."""
+    """True if a higher concurrency was measured and had no higher throughput."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Two independent clients at the same load, three times each, in turns."""
+    """Comparison of two independent clients at the same load, alternating, three times each."""
 
     model: Ensemble
     protocol: Protocol
@@ -287,47 +288,50 @@ class Agreement:
     perf_analyzer_per_s: tuple[float, ...]
     asyncio_per_s: tuple[float, ...]
     ratio: float
-    """Median of asyncio's throughputs over the median of perf_analyzer's."""
+    """Median throughput of asyncio divided by that of perf_analyzer."""
     agrees: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstEager:
-    """JPEG files to embeddings: served, and by a loop around eager float32 on the same machine."""
+    """Comparison of the server with a loop around eager float32, from JPEG files to embeddings.
+
+    Both run on the same machine.
+    """
 
     images: int
     size: tuple[int, int]
     """Width and height in pixels."""
     runner: str | None
-    """Runner of the image tower; None: a running server, which does not report it."""
+    """Runner of the image tower; None for an external server, which does not report it."""
     served_per_s: float
-    """Images a second by `ClipClient`, 16 images a request, 8 requests in flight."""
+    """Images/s with `ClipClient`, 16 images per request, 8 requests in flight."""
     eager_per_s: float
-    """Images a second of batches of 32."""
+    """Images/s of the eager loop, with batches of 32."""
     speedup: float
     latency_ms: float
-    """Median of one image at a time through the server."""
+    """Median latency of the server with one image at a time."""
     largest_difference: float
-    """Between the embeddings of the two sides."""
+    """Largest absolute difference between the embeddings of the two sides."""
     rounds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRun:
-    """A running Triton under load."""
+    """One run of the load benchmark against a Triton server."""
 
     environment: Environment
     bundle: str
     server: str
     runners: dict[str, str] | None
-    """By tower; None: a running server, which does not report them."""
+    """Tower -> runner; None for an external server, which does not report them."""
     shares_machine: bool
-    """Whether clients and server ran on the same CPUs."""
+    """True if clients and server ran on the same CPUs."""
     response_cache: str
     perf_analyzer: str | None
-    """Its version; None: it was not available, and `left_out` has the reason."""
+    """Version of perf_analyzer; None if it was not available, with the reason in `left_out`."""
     mix: dict[str, str]
-    """By ensemble: what the requests carried."""
+    """Ensemble -> description of the requests' content."""
     window_s: float
     points: tuple[Point, ...]
     saturation: tuple[Saturation, ...]
@@ -339,31 +343,31 @@ class LoadRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyRow:
-    """One runner on labelled images. Shares are 0 to 1, intervals are of 95 %."""
+    """Accuracy of one runner on labeled images. Shares are 0 to 1; intervals are 95 % intervals."""
 
     runner: str
     top1: float
     top1_low: float
     top1_high: float
     top5: float | None
-    """None with five labels or fewer, where it means nothing."""
+    """None with five labels or fewer, when every label is among the top five."""
     agreement: float
-    """Share of images that get the label that eager float32 gives them."""
+    """Share of images that get the same label as with eager float32."""
     difference: float
-    """`top1` minus that of eager float32."""
+    """`top1` minus the `top1` of eager float32."""
     difference_low: float
     difference_high: float
     passed: bool | None
-    """Verdict of the parity gate in the manifest, both towers; None: it gave none."""
+    """Verdict of the parity gate in the manifest, for both towers; None if there is none."""
     image_ms: float
-    """Milliseconds an image."""
+    """Milliseconds per image."""
     text_ms: float
-    """Milliseconds a text: one label in one prompt template."""
+    """Milliseconds per text: one label in one prompt template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyRun:
-    """Zero-shot accuracy of every runner on one data set."""
+    """Zero-shot accuracy of all runners on one data set."""
 
     environment: Environment
     bundle: str
@@ -373,21 +377,21 @@ class AccuracyRun:
     labels: int
     templates: tuple[str, ...]
     image_batch: int
-    """Images in a timed batch."""
+    """Number of images in a timed batch."""
     text_batch: int
     skipped: tuple[str, ...]
-    """Images that cannot be read, with the reasons."""
+    """Images that could not be read, each with the reason."""
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     methods: dict[str, str]
-    """Names of the methods behind the intervals."""
+    """Interval -> name of the statistical method."""
     rows: tuple[AccuracyRow, ...]
     """Eager float32 first, then by descending accuracy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """Everything that was measured on one machine."""
+    """All measurements of one machine: the content of `results.json`."""
 
     schema: int = SCHEMA
     latency: tuple[LatencyRun, ...] = ()
@@ -396,28 +400,30 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a results file, or the one in a directory.
+        """Read a results file, or the `results.json` in a directory.
 
         Raises:
-            InputError: there is none, or it is not of this schema.
+            InputError: the file does not exist, or has another schema.
         """
         file = path / FILE if path.is_dir() else path
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
             found = document.get("schema") if isinstance(document, dict) else None
             if found != SCHEMA:
-                raise ValueError(f"expected schema {SCHEMA}, found {found!r}; measure again")
+                raise ValueError(
+                    f"expected schema {SCHEMA}, found {found!r}; run the benchmark again"
+                )
             return from_json(cls, document)
         except (OSError, ValueError) as error:
             raise InputError(f"{file} cannot be read as benchmark results: {error}") from error
 
     def with_latency(self, run: LatencyRun) -> Self:
-        """Return these results with `run` in place of an older run of the same key."""
+        """Return these results with `run` added, replacing a run with the same key."""
         kept = tuple(old for old in self.latency if old.key != run.key)
         return dataclasses.replace(self, latency=(*kept, run))
 
     def write(self, path: Path) -> None:
-        """Write a results file, or the one in a directory. A number has six significant digits."""
+        """Write a results file, or `results.json` in a directory, with six significant digits."""
         file = path / FILE if path.is_dir() else path
         write_text(file, _expanded(_rounded(dataclasses.asdict(self)), _EXPANDED) + "\n")
 
@@ -433,7 +439,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _expanded(value: Any, levels: int, indent: str = "") -> str:
-    """Return JSON text whose first `levels` levels have a line an item: diffs stay readable."""
+    """Return JSON text with one line per item on the first `levels` levels, for readable diffs."""
     if not levels or not isinstance(value, dict | list) or not value:
         return json.dumps(value)
     inner = indent + " "

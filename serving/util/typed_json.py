@@ -1,7 +1,7 @@
-"""JSON documents -> frozen dataclasses, checked against their annotations.
+"""Convert JSON documents to frozen dataclasses, checked against their annotations.
 
-Small on purpose: what manifests hold (scalars, tuples, string-keyed dictionaries, literals,
-`X | None`, nested dataclasses), and errors that say where in the document something else stood.
+Supports only the types that manifests use: scalars, tuples, string-keyed dictionaries, literals,
+`X | None` and nested dataclasses. Errors name the place in the document.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def from_json(kind: type[T], value: Any) -> T:
-    """Build a `kind` (a dataclass) from what `json.loads` returned.
+    """Build an instance of the dataclass `kind` from the result of `json.loads`.
 
     Raises:
-        ValueError: `value` does not fit; the message names the place, such as `image.size`.
+        ValueError: `value` does not match; the message names the place, such as `image.size`.
     """
     built: T = _convert(kind, value, "")
     return built

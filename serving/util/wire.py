@@ -1,12 +1,13 @@
-"""Errors on their way through Triton, which carries a status code and a string.
+"""Transport of errors through Triton, which transmits only a status code and a string.
 
-The string is the sentence for people, then a last line with the fields:
+The string consists of the readable message and a last line with the error's fields:
 
     images[2]: the image is truncated
     #clip {"type": "ImageError", "reason": "the image is truncated", "kind": "images", "index": 2}
 
-Our Python models write it, the client and `clip_zero_shot`, which calls the other models, read it.
-A message without that line, such as one of Triton's own, becomes an error without fields.
+The Python models of this project write such strings. The client reads them, and so does the model
+`clip_zero_shot`, which calls the other models. A message without that line, such as Triton's own
+messages, becomes an error without fields.
 """
 
 import json
@@ -33,14 +34,14 @@ _TYPES: dict[str, type[ClipDeployError]] = {
         *(ServerError, DeadlineError, UnavailableError, OverloadedError),
     )
 }
-"""Errors that a server tells its clients of."""
+"""Errors that a server reports to its clients."""
 _FIELDS = ("advice", "kind", "index", "name")
 
 Fault = Literal["late", "full", "unknown model", "other"]
 
 _ENSEMBLE = re.compile(r"^in ensemble '\w+', ")
-# Triton's own words (2.51, recorded in tests/unit/serving/util/test_wire.py). It reports a request
-# that waited too long and a queue that is full with one status.
+# Triton's own messages (2.51, recorded in tests/unit/serving/util/test_wire.py). Its status code
+# does not distinguish a request that waited too long from a full queue.
 _FAULTS: tuple[tuple[re.Pattern[str], Fault], ...] = (
     (re.compile(r"timeout expired|Deadline Exceeded", re.IGNORECASE), "late"),
     (re.compile(r"maximum queue size"), "full"),
@@ -49,7 +50,7 @@ _FAULTS: tuple[tuple[re.Pattern[str], Fault], ...] = (
 
 
 def to_text(error: ClipDeployError) -> str:
-    """Return an error as the text of a Triton error."""
+    """Return the Triton error message that transmits `error`."""
     fields = {name: getattr(error, name, None) for name in _FIELDS}
     document = {"type": type(error).__name__, "reason": error.reason}
     document |= {name: value for name, value in fields.items() if value not in ("", None)}
@@ -57,7 +58,7 @@ def to_text(error: ClipDeployError) -> str:
 
 
 def from_text(message: str) -> ClipDeployError | None:
-    """Return the error that `to_text` wrote; None if the message is not one of ours."""
+    """Return the error that `to_text` encoded; None if `message` was not written by it."""
     sentence, mark, line = message.rpartition(_MARK)
     if not mark:
         return None
@@ -65,15 +66,15 @@ def from_text(message: str) -> ClipDeployError | None:
         document: Any = json.loads(line)
         kind = _TYPES[document.pop("type")]
         return kind(document.pop("reason", sentence), **document)
-    except (ValueError, KeyError, TypeError, AttributeError):  # of another version, or cut off
+    except (ValueError, KeyError, TypeError, AttributeError):  # another version, or truncated
         return None
 
 
 def own_words(message: str) -> str:
-    """Return a Triton message without the ensemble that it went through."""
+    """Return a Triton message without the prefix that names the ensemble."""
     return _ENSEMBLE.sub("", message)
 
 
 def triton_fault(message: str) -> Fault:
-    """Classify one of Triton's own messages."""
+    """Classify a message of Triton itself."""
     return next((fault for pattern, fault in _FAULTS if pattern.search(message)), "other")

@@ -280,7 +280,7 @@ SETS = {
     "bytes of a text": (
         (("a", "b" * 8), ("{}" * 1024,)),
         (("a", "b" * 8), ("{}" * 1024 + "c",)),
-        r"labels\[1\]: put into the prompt template '\{\}.*, the label has 8193 bytes, more than",
+        r"labels\[1\]: in prompt template '\{\}.*, the label has 8193 bytes, more than",
     ),
     "bytes of all": (
         (LONG, ("{}",) * 8),

@@ -114,7 +114,7 @@ def test_groups_progress_and_errors(tree_bundle, expected, monkeypatch):
     with LocalClip(tree_bundle.path) as clip:
         got = embed_labels(clip, LABELS, TEMPLATES, progress=lambda *at: told.append(at))
         assert clip._tree is not None
-        with pytest.raises(TextError, match=r"labels\[32\]: put into the .* 'a good photo"):
+        with pytest.raises(TextError, match=r"labels\[32\]: in prompt .* 'a good photo"):
             embed_labels(clip, [*LABELS, "word " * 75], TEMPLATES)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert told == [("embedding texts", done, 640) for done in (0, 600)]
@@ -257,7 +257,7 @@ def test_errors_on_a_server_name_the_label(server, pictures):
     files = sorted(pictures.iterdir())[:1]
     with (
         ClipClient(server.grpc_url) as client,
-        pytest.raises((TextError, ServerError), match=r"labels\[1\]: put into the prompt template"),
+        pytest.raises((TextError, ServerError), match=r"labels\[1\]: in prompt template"),
     ):
         client.classify(files, ["cat", "word " * 100], TEMPLATES)
 

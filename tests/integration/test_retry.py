@@ -88,7 +88,7 @@ def test_anything_else_is_not(error):
 
 def test_it_gives_up_after_so_many_attempts():
     server = Server(*[OverloadedError("full")] * 9)
-    with pytest.raises(OverloadedError, match=r"^full \(asked 3 times in 0\.\d s\)$"):
+    with pytest.raises(OverloadedError, match=r"^full \(tried 3 times in 0\.\d s\)$"):
         retried(server.ask, 3, 60.0)
     assert len(server.asked) == 3
     once = OverloadedError("full")
@@ -99,7 +99,7 @@ def test_it_gives_up_after_so_many_attempts():
 
 def test_no_attempt_begins_after_the_deadline():
     server = Server(*[UnavailableError("gone")] * 999, takes=0.1)
-    with pytest.raises(UnavailableError, match=r"asked \d+ times"):
+    with pytest.raises(UnavailableError, match=r"tried \d+ times"):
         retried(server.ask, 999, 0.5)
     assert 2 <= len(server.asked) <= 5
     assert server.lefts[-1] > 0
@@ -138,7 +138,7 @@ def test_a_full_server_is_asked_again(repository, figure):
             assert ended.acquire(timeout=30)
         begin = time.monotonic()
         for client in impatient:
-            with pytest.raises(OverloadedError, match=r"is full, and refused .*maximum queue size"):
+            with pytest.raises(OverloadedError, match=r"is full and rejected .*maximum queue size"):
                 client.embed_images([picture])
         refused = time.monotonic() - begin
         with ThreadPoolExecutor(2) as pool:
@@ -158,7 +158,7 @@ def test_a_server_that_starts_late_and_is_restarted(repository):
     where = {"http_port": ports.http, "grpc_port": ports.grpc, "metrics_port": ports.metrics}
     urls = [f"grpc://127.0.0.1:{ports.grpc}", f"http://127.0.0.1:{ports.http}"]
     for url in urls:
-        with pytest.raises(UnavailableError, match=r"no Triton server answers .*asked 2 times"):
+        with pytest.raises(UnavailableError, match=r"no Triton server answers .*tried 2 times"):
             ClipClient(url, attempts=2)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(2))
@@ -170,7 +170,7 @@ def test_a_server_that_starts_late_and_is_restarted(repository):
             for client in clients:
                 client.embed_texts(["a cat"])
         for client, url in zip(clients, urls, strict=True):
-            with pytest.raises(UnavailableError, match=rf"{url}.*refused.* \(asked 4 times"):
+            with pytest.raises(UnavailableError, match=rf"{url}.*refused.* \(tried 4 times"):
                 client.embed_texts(["a cat"])
         with TritonServer(repository, **where):
             time.sleep(0.3)  # gRPC looks every 0.1 s whether somebody is there again

@@ -286,7 +286,7 @@ def test_nobody_waits_nothing_is_computed(server, picture, way):
         with pytest.raises(InferenceServerException, match="Deadline"):
             ask(server, "grpc", {"client_timeout": 1.5}, **inputs)
     else:
-        with pytest.raises(InferenceServerException, match=r"time of 1\.5 s was over") as refused:
+        with pytest.raises(InferenceServerException, match=r"deadline of 1\.5 s passed") as refused:
             ask(server, "http", {"timeout": 1_500_000}, **inputs)
         assert refused.value.status() == "503"
     time.sleep(0.5)
@@ -372,13 +372,16 @@ BAD = {
     "nul": ({"LABELS": ["cat", "a\0b"]}, r"labels\[1\]: .*NUL character"),
     "bytes": ({"LABELS": [b"\xff\xfe"]}, r"labels\[0\]: the text is not UTF-8"),
     "no braces": ({"TEMPLATES": ["a {}", "a photo"]}, r"template 'a photo' has no \{\}"),
-    "no templates": ({"TEMPLATES": []}, "no templates to put labels into"),
+    "no templates": ({"TEMPLATES": []}, "no prompt templates"),
     "long": (
         {"LABELS": ["cat", "word " * 100], "TEMPLATES": ["{}", "a {}"]},
-        r"labels\[1\]: put into the prompt template '\{\}': the text has 102 tokens.* model's 77",
+        r"labels\[1\]: in prompt template '\{\}': the text has 102 tokens.* model's 77",
     ),
-    "long template": ({"TEMPLATES": ["{}" + " é" * 2700]}, r"labels\[0\]: put into .* 2703 tokens"),
-    "alone too long": ({"LABELS": ["word " * 80]}, r"labels\[0\]: put into .*more than the model"),
+    "long template": (
+        {"TEMPLATES": ["{}" + " é" * 2700]},
+        r"labels\[0\]: in .* 2703 tokens",
+    ),
+    "alone too long": ({"LABELS": ["word " * 80]}, r"labels\[0\]: in prompt .*more than the model"),
     "picture": ({"IMAGE": [b"nothing like it"]}, r"images\[0\]: expected one of JPEG, PNG"),
     "too many": (
         {"LABELS": MANY, "TEMPLATES": [f"{index} {{}}" for index in range(201)]},
@@ -407,7 +410,7 @@ def test_the_client_says_what_is_wrong(client, files, tmp_path):
     bad.write_bytes(b"nothing like it")
     with pytest.raises(ImageError, match=r"images\[24\] \(.*bad\.jpg\): expected one of JPEG"):
         client.classify([*files, *files, *files, bad], ["cat", "dog"])
-    with pytest.raises(TextError, match=r"^labels\[1\]: put into the prompt template 'a photo of"):
+    with pytest.raises(TextError, match=r"^labels\[1\]: in prompt template 'a photo of"):
         client.classify(files * 3, ["cat", "word " * 100])
     with pytest.raises(TextError, match=r"labels\[1\]: the text has a lone surrogate"):
         client.classify(files, ["cat", "\ud800"])

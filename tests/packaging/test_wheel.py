@@ -142,14 +142,16 @@ def test_a_bundle_is_assembled_served_and_asked(embedded, client, tiny_bundle, p
             assert server.wait(60) == 0
 
 
-@pytest.mark.parametrize("found", ["does not exist", "is empty", "holds other files", "is a file"])
+@pytest.mark.parametrize(
+    "found", ["does not exist", "is empty", "contains other files", "is a file"]
+)
 def test_up_refuses_what_is_no_repository(embedded, tmp_path, found):
     repository = tmp_path / "models"
     if found == "is a file":
         repository.touch()
     elif found != "does not exist":
         repository.mkdir()
-        if found == "holds other files":
+        if found == "contains other files":
             (repository / "notes.txt").touch()
     done = run(embedded / "clip-deploy", "up", repository, *PORTS, cwd=tmp_path, check=False)
     assert done.returncode == 2

@@ -273,10 +273,12 @@ def test_up_restart_brings_back_what_was_killed(repository, tmp_path, figure):
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(30) == 0
     told = running.errors.read_text()
-    assert re.search(r"a process of text_tower died; .*Starting again in 1 s \(1 of 5 times", told)
-    assert re.search(r"Triton ended by itself \(status 137\); .*again in 2 s \(2 of 5 times", told)
-    assert "Triton serves again" in told
-    assert "stopping; requests under way have up to 25 s" in told
+    assert re.search(r"a process of text_tower died; .*Restarting in 1 s \(restart 1 of 5", told)
+    assert re.search(
+        r"Triton ended unexpectedly \(status 137\); .*Restarting in 2 s \(restart 2 of 5", told
+    )
+    assert "Triton is running again" in told
+    assert "stopping; requests in flight have up to 25 s" in told
     figure(
         "recovery",
         f"killed model process: served again on the same ports after {model_s:.0f} s; killed "
@@ -295,8 +297,8 @@ def test_up_without_restart_ends_with_a_reason(repository, tmp_path, figure):
         assert seconds < 5 + 10  # its deadline, and a machine that is busy
         assert running.process.wait(30) == 2
     told = running.errors.read_text()
-    assert "error: Triton ended by itself (status 137)" in told
-    assert "start it again, or give --restart" in told
+    assert "error: Triton ended unexpectedly (status 137)" in told
+    assert "start the server again, or give --restart" in told
     assert "Traceback" not in told
     figure("killed server", f"the client's call fails after {seconds:.1f} s of its deadline of 5 s")
 
@@ -360,12 +362,12 @@ def test_a_server_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, c
             log=tmp_path / "log",
         )
 
-    with pytest.raises(ServerError, match="once more than 2 times in 600 s; it is not restarted"):
+    with pytest.raises(ServerError, match="already been restarted 2 times within 600 s; read"):
         keep_up(server, Ports(0, 0, 0), started.append, restart=True)
     assert len(started) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "Starting again in 0.1 s (1 of 2 times in 600 s)" in told
-    assert "Starting again in 0.2 s (2 of 2 times in 600 s)" in told
+    assert "Restarting in 0.1 s (restart 1 of 2 within 600 s)" in told
+    assert "Restarting in 0.2 s (restart 2 of 2 within 600 s)" in told
 
 
 def test_restarts_are_counted_within_a_time_and_wait_longer_each():
@@ -385,7 +387,7 @@ def test_a_server_that_hangs_is_noticed(repository, monkeypatch):
             time.sleep(0.1)
         assert "Triton has not answered for 1 s" in fault
         server.stop(0)
-        assert "ended by itself" in server.fault()
+        assert "ended unexpectedly" in server.fault()
 
 
 # ------------------------------------------------------------------ told to stop

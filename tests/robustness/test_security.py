@@ -87,9 +87,9 @@ def test_up_with_another_host_says_what_is_exposed(tmp_path):
     for part in (
         f"http://0.0.0.0:{http} and grpc://0.0.0.0:{grpc}, unencrypted",
         "There is no authentication",
-        "Behind a key: model-repository, shared-memory, statistics, trace, logging.",
+        "The admin key protects model-repository, shared-memory, statistics, trace, logging.",
         f"Metrics stay on {HOST}",
-        "2.51, of 2024-10: every security bulletin since touches it",
+        "2.51 from 2024-10, which all later security bulletins affect",
         "SECURITY.md",
     ):
         assert part in told
@@ -100,7 +100,7 @@ def test_up_with_another_host_says_what_is_exposed(tmp_path):
     [
         ("localhost", r"expected an IPv4 address .* got 'localhost'"),
         ("::1", r"expected an IPv4 address"),
-        ("192.0.2.1", r"192\.0\.2\.1 is no address of this machine"),  # RFC 5737: nobody's
+        ("192.0.2.1", r"192\.0\.2\.1 is not an address of this machine"),  # RFC 5737: nobody's
     ],
 )
 def test_a_host_that_cannot_be(tmp_path, host, message):

@@ -1,4 +1,4 @@
-"""Loaded by Triton's Python backend; see `serving.triton_models.zero_shot`."""
+"""Entry point for Triton's Python backend; see `serving.triton_models.zero_shot`."""
 
 from serving.triton_models.zero_shot import ZeroShot as TritonPythonModel
 

@@ -1,4 +1,4 @@
-"""Loaded by Triton's Python backend; see `serving.triton_models.image_preprocess`."""
+"""Entry point for Triton's Python backend; see `serving.triton_models.image_preprocess`."""
 
 from serving.triton_models.image_preprocess import ImagePreprocess as TritonPythonModel
 

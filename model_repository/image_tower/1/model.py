@@ -1,9 +1,9 @@
-"""Loaded by Triton's Python backend: the image tower."""
+"""Entry point for Triton's Python backend: image tower."""
 
 from serving.triton_models.tower import TowerModel
 
 
 class TritonPythonModel(TowerModel):
-    """See `TowerModel`."""
+    """Image tower; see `TowerModel`."""
 
     graph = "image"

@@ -1,4 +1,4 @@
-"""Loaded by Triton's Python backend; see `serving.triton_models.text_tokenize`."""
+"""Entry point for Triton's Python backend; see `serving.triton_models.text_tokenize`."""
 
 from serving.triton_models.text_tokenize import TextTokenize as TritonPythonModel
 

@@ -1,9 +1,9 @@
-"""Loaded by Triton's Python backend: the text tower."""
+"""Entry point for Triton's Python backend: text tower."""
 
 from serving.triton_models.tower import TowerModel
 
 
 class TritonPythonModel(TowerModel):
-    """See `TowerModel`."""
+    """Text tower; see `TowerModel`."""
 
     graph = "text"

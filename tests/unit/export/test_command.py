@@ -103,13 +103,13 @@ def test_verify_when_the_gate_fails_a_graph(command, fp32_bundle, monkeypatch):
     assert code == 1
     verdicts = [v for a in json.loads(out)["manifest"]["artifacts"] for v in a["verdicts"]]
     assert not any(v["passed"] for v in verdicts)
-    assert "the parity gate failed image.fp32.onnx by onnxruntime:fp32" in err
+    assert "failed the parity gate: image.fp32.onnx by onnxruntime:fp32" in err
 
 
 def test_verify_of_something_else(command, tmp_path):
     code, _, err = command("verify", tmp_path)
     assert code == 2
-    assert "is not a bundle: no manifest.json in it" in re.sub(r"\s+", " ", err)
+    assert "is not a bundle: it has no manifest.json" in re.sub(r"\s+", " ", err)
 
 
 def test_list(command):
@@ -153,7 +153,7 @@ def test_a_directory_of_somebody_else_is_not_overwritten(command, tiny_checkpoin
     (tmp_path / "mine.txt").write_text("mine")
     code, _, err = command(tiny_checkpoint, "--output", tmp_path, "--precision", "fp32")
     assert code == 2
-    assert "holds other things" in err
+    assert "holds other files" in err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

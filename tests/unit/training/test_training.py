@@ -156,7 +156,7 @@ def test_batches_mix_kinds_and_visit_every_pair_once_an_epoch() -> None:
     late = {"one": kinds["one"], "two": PairKind(kinds["two"].groups, 0.5, from_step=1)}
     assert (MixedBatches(late, 8, seed=3)(0) < 20).all()
     assert torch.equal(MixedBatches(late, 8, seed=3)(1), batches(1))
-    with pytest.raises(InputError, match=r"a batch of 100 takes 50 groups of kind 'one'.* 20"):
+    with pytest.raises(InputError, match=r"a batch of 100 needs 50 groups of kind 'one'.* 20"):
         MixedBatches(kinds, 100, seed=0)
 
 
@@ -306,10 +306,10 @@ def test_both_listings_are_read(tmp_path) -> None:
     ("name", "content", "message"),
     [
         ("other.txt", b"", r"expected captions\.txt .* or dataset\.json .* found neither"),
-        ("captions.txt", b"a.jpg, x\nb.jpg, y\n", r"2 of the pictures listed .*: a\.jpg, b\.jpg"),
+        ("captions.txt", b"a.jpg, x\nb.jpg, y\n", r"2 of the listed images .*: a\.jpg, b\.jpg"),
         ("captions.txt", b"a.jpg a red star\n", r"line 1: expected `file, caption`, got"),
-        ("captions.txt", b"\n", "holds no pairs"),
-        ("captions.txt", b"a.jpg, caf\xe9\n", "expected UTF-8, byte 10 is not"),
+        ("captions.txt", b"\n", "has no pairs"),
+        ("captions.txt", b"a.jpg, caf\xe9\n", "expected UTF-8, but byte 10 is not valid"),
         ("dataset.json", b"[{]", "not valid JSON"),
         ("dataset.json", b"{}", "expected a list of objects, got dict"),
         ("dataset.json", b'[{"image": "a.jpg"}]', r'item 0: expected \{"image_path"'),

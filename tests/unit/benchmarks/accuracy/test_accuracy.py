@@ -152,7 +152,7 @@ def test_the_projects_own_layout(fp32_bundle, folder, truth, theirs, tmp_path):
     assert [row.runner for row in got.rows] == ["eager:fp32", "onnxruntime:fp32"]
     assert [row.top1 for row in got.rows] == [0.75, 0.75]
     assert got.images == COUNT
-    assert "1 pictures left out: their caption is none of the labels" in got.notes
+    assert "left out 1 images whose caption is not a label" in got.notes
 
 
 def test_unreadable_pictures_are_named_and_left_out(fp32_bundle, folder, truth, tmp_path):
@@ -190,7 +190,7 @@ def test_the_same_name_twice_is_chosen_first(fp32_bundle, tmp_path):
         (tmp_path / str(n % 10)).mkdir(exist_ok=True)
         draw(n).save(tmp_path / str(n % 10) / f"{n}.png")
     got = accuracy(fp32_bundle, tmp_path, silent)
-    assert "1 names stand for more than one label; of those the first is chosen" in got.notes
+    assert "1 labels repeat the name of an earlier label; the earlier one is predicted" in got.notes
     assert {row.agreement for row in got.rows} == {1}  # a tie that noise breaks would show here
 
 
@@ -227,14 +227,14 @@ def test_a_runner_that_fails_is_left_out_and_named(fp32_bundle, folder, monkeypa
     (left,) = got.left_out
     assert left.what == "onnxruntime:fp32"
     assert "out of something" in left.reason
-    assert any(one.startswith("without onnxruntime:fp32: ") for one in accuracy_remarks(got))
+    assert any(one.startswith("left out: onnxruntime:fp32: ") for one in accuracy_remarks(got))
 
 
 def test_random_weights_are_said_to_be_chance(fp32_bundle, folder):
     provenance = replace(fp32_bundle.manifest.provenance, weights="random")
     bundle = Bundle(fp32_bundle.path, replace(fp32_bundle.manifest, provenance=provenance))
     got = accuracy(bundle, folder, silent, patterns=["eager:fp32"], limit=8)
-    assert "the weights are random: accuracy is chance" in got.notes[0]
+    assert "the weights are random: the accuracy is that of guessing" in got.notes[0]
 
 
 # ------------------------------------------------------------------ intervals
@@ -309,8 +309,8 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path):
     found = {file.name: got.labels[n] for file, n in zip(got.files, got.truth, strict=True)}
     assert found == {"one.jpg": "b cat", "two.jpeg": "a dog", "three.png": "a dog"}
     assert got.notes == [
-        "1 pictures left out: they lie in no label's folder",
-        "1 labels have no picture and may be chosen wrongly, such as 'an owl'",
+        "left out 1 images that are in no label's directory",
+        "1 labels have no image but can still be predicted, such as 'an owl'",
     ]
 
 
@@ -319,23 +319,23 @@ def test_classnames_give_names_and_order(tmp_path):
         (tmp_path / name).mkdir()
         draw(1).save(tmp_path / name / "x.jpg")
     assert read_folder(tmp_path).notes == [
-        "folders are named by numbers or WordNet ids; give names in classnames.txt"
+        "directories are named by numbers or WordNet ids; list class names in classnames.txt"
     ]
     (tmp_path / "classnames.txt").write_text("10, tench, a fish\n0, shark\n1, hen\n2, ant\n")
     got = read_folder(tmp_path)
     assert got.labels == ["tench, a fish", "shark", "hen", "ant"]
     found = {file.parent.name: n for file, n in zip(got.files, got.truth, strict=True)}
     assert found == {"10": 0, "0": 1, "1": 2}
-    assert got.notes == ["1 labels have no picture and may be chosen wrongly, such as 'ant'"]
+    assert got.notes == ["1 labels have no image but can still be predicted, such as 'ant'"]
 
 
 @pytest.mark.parametrize(
     ("classnames", "shown"),
     [
-        ("0, hen\n", r"no name for 1 folders with pictures, such as '1'; add `1, name`"),
-        ("0, hen\n1\n", "expected `folder, name` a line, got '1'"),
-        ("0, hen\n1, \n", "expected `folder, name` a line, got '1,'"),
-        ("0, hen\n1, owl\n0, ant\n", "folder '0' is listed more than once"),
+        ("0, hen\n", r"no name for 1 directories with images, such as '1'; add a line `1, name`"),
+        ("0, hen\n1\n", "expected one `directory, name` per line, got '1'"),
+        ("0, hen\n1, \n", "expected one `directory, name` per line, got '1,'"),
+        ("0, hen\n1, owl\n0, ant\n", "directory '0' is listed more than once"),
     ],
 )
 def test_class_names_that_cannot_be_used(tmp_path, classnames, shown):
@@ -350,9 +350,12 @@ def test_class_names_that_cannot_be_used(tmp_path, classnames, shown):
 @pytest.mark.parametrize(
     ("files", "shown"),
     [
-        ({"x.png": None}, r"no folders of them; expected .*/LABEL/\*\.jpg, or captions\.txt"),
+        (
+            {"x.png": None},
+            r"no subdirectories of images; expected .*/LABEL/\*\.jpg, or captions\.txt",
+        ),
         ({"a/x.txt": "no image"}, "no images in"),
-        ({"x.png": None, "captions.txt": "y.png, cat\n"}, "no picture has one of its 1 labels"),
+        ({"x.png": None, "captions.txt": "y.png, cat\n"}, "no image has one of the 1 labels"),
         (
             {"x.png": None, "captions.txt": "x.png, cat\n", "labels.txt": "cat\ndog\ncat\n"},
             "'cat' is listed more than once",
@@ -373,20 +376,22 @@ def test_folders_that_cannot_be_used(tmp_path, files, shown):
 def test_a_folder_of_unreadable_pictures(fp32_bundle, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "x.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"none of its pictures can be read; first .*x\.jpg"):
+    with pytest.raises(
+        InputError, match=r"none of the images can be read; the first error: .*x\.jpg"
+    ):
         accuracy(fp32_bundle, tmp_path, silent, patterns=["eager:*"])
 
 
 @pytest.mark.parametrize(
     ("options", "error", "shown"),
     [
-        ({"templates": ["a photo"]}, TextError, r"template 'a photo' has no \{\} for the label"),
+        ({"templates": ["a photo"]}, TextError, r"template 'a photo' has no \{\}; put \{\} where"),
         (
             {"templates": ["word " * 90 + "{}"]},
             TextTooLongError,
-            r"labels\[0\]: put into the prompt template 'word .* more than the model's 77",
+            r"labels\[0\]: in prompt template 'word .* more than the model's 77",
         ),
-        ({"patterns": ["openvino:fp7"]}, RunnerError, "no runner of .* is like 'openvino:fp7'; "),
+        ({"patterns": ["openvino:fp7"]}, RunnerError, "no runner of .* matches 'openvino:fp7'; "),
     ],
 )
 def test_options_that_cannot_be_used(fp32_bundle, folder, options, error, shown):

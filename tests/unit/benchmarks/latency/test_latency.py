@@ -90,7 +90,7 @@ def test_a_checkpoint_that_was_not_exported(run_benchmarks, tiny_checkpoint, tmp
     assert json.loads(done.stdout.splitlines()[-1])["model"]["name"] == "tiny-clip"
     reasons = {one.what: one.reason for one in run.left_out}
     assert "runs graphs of a bundle" in reasons["image tower, onnxruntime:fp32"]
-    assert "it needs a bundle" in reasons["stages"]
+    assert "requires a bundle" in reasons["stages"]
     assert not (tmp_path / PARTIAL).exists()
 
 

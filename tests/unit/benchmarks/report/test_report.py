@@ -71,7 +71,7 @@ def test_a_machine_that_was_not_quiet_is_reported(directory, slower, warned):
     )
     results = replace(results, latency=(replace(run, towers=towers),))
     results.write(directory)
-    warning = f"by eager:fp32 moved by {slower:.2f}x over the run; measure again"
+    warning = f"by eager:fp32 varied by {slower:.2f}x over the run; measure again"
     for text in (markdown(results), readme_part(results, ".")):
         assert (warning in text) == warned
     assert any(warning in one for one in compare(directory, directory).warnings) == warned

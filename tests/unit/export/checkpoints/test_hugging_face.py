@@ -80,7 +80,7 @@ def test_a_missing_shard(transformers_model, tiny_checkpoint, tmp_path):
         shutil.copy(tiny_checkpoint / name, tmp_path)
     shard = min(tmp_path.glob("model-*.safetensors"))
     shard.unlink()
-    assert f"{shard}: a part of the weights is not there" in refused(tmp_path)
+    assert f"{shard}: a weights file is missing" in refused(tmp_path)
 
 
 def test_an_index_without_a_map(copy):
@@ -142,9 +142,9 @@ def test_a_vocabulary_given_beside_the_directory(copy, vocabulary):
 @pytest.mark.parametrize(
     ("file", "shown"),
     [
-        ("model.safetensors", "half a checkpoint: weights (model.safetensors) not there"),
-        ("preprocessor_config.json", "half a checkpoint: preprocessor_config.json not there"),
-        ("tokenizer.json", "half a checkpoint: tokenizer.json not there"),
+        ("model.safetensors", "incomplete checkpoint: missing weights (model.safetensors)"),
+        ("preprocessor_config.json", "incomplete checkpoint: missing preprocessor_config.json"),
+        ("tokenizer.json", "incomplete checkpoint: missing tokenizer.json"),
         ("config.json", "no config.json (Hugging Face) and no open_clip_config.json (OpenCLIP)"),
     ],
 )
@@ -155,7 +155,7 @@ def test_half_a_checkpoint(copy, file, shown):
 
 def test_half_a_vocabulary(copy):
     (copy / "tokenizer.json").rename(copy / "vocab.json")
-    assert "half a checkpoint: tokenizer.json not there" in refused(copy)
+    assert "incomplete checkpoint: missing tokenizer.json" in refused(copy)
 
 
 def test_wrong_shapes_name_both(copy):
@@ -163,8 +163,8 @@ def test_wrong_shapes_name_both(copy):
     message = refused(copy)
     assert "fc1" in message or "fc2" in message
     assert re.search(r"has shape \[(256, 64|256|64, 256)\]", message)
-    assert re.search(r"ask for \[(128, 64|128|64, 128)\]", message)
-    assert "config.json and weights may be of different models" in message
+    assert re.search(r"needs \[(128, 64|128|64, 128)\]", message)
+    assert "configuration and weights may be of different models" in message
 
 
 def test_missing_and_superfluous_weights_are_named(copy):
@@ -174,7 +174,7 @@ def test_missing_and_superfluous_weights_are_named(copy):
     save_file(state, copy / "model.safetensors")
     message = refused(copy)
     assert "1 missing (visual_projection.weight)" in message
-    assert "1 not known (text_model.adapter.weight)" in message
+    assert "1 unknown (text_model.adapter.weight)" in message
 
 
 def test_a_truncated_safetensors_file(copy):
@@ -182,13 +182,13 @@ def test_a_truncated_safetensors_file(copy):
     os.truncate(file, file.stat().st_size // 2)
     message = refused(copy)
     assert str(file) in message
-    assert "not a whole safetensors file" in message
+    assert "not a complete safetensors file" in message
     assert "download it again" in message
 
 
 def test_another_model_type(copy):
     edit(copy / "config.json", lambda d: d.update(model_type="siglip"))
-    assert "config.json is of model_type 'siglip'; expected 'clip'" in refused(copy)
+    assert "config.json has model_type 'siglip'; expected 'clip'" in refused(copy)
 
 
 def test_an_activation_that_is_not_supported(copy):
@@ -222,7 +222,7 @@ def test_broken_json(copy):
 def test_pictures_of_another_size_than_the_tower(copy):
     side = {"height": 64, "width": 64}
     edit(copy / "preprocessor_config.json", lambda d: d.update(crop_size=side))
-    assert "pictures are cropped to 64, but the image tower takes 32" in refused(copy)
+    assert "images are cropped to 64 px, but the image tower takes 32 px" in refused(copy)
 
 
 @pytest.mark.parametrize(

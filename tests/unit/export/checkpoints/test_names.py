@@ -35,7 +35,7 @@ def test_hub_id_from_the_local_cache(tiny_checkpoint, tmp_path, monkeypatch, exp
 def test_hub_id_offline_and_not_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refused("openai/clip-vit-base-patch32")
-    assert "'openai/clip-vit-base-patch32' could not be fetched from the Hugging Face hub" in (
+    assert "'openai/clip-vit-base-patch32' could not be downloaded from the Hugging Face hub" in (
         message
     )
     assert "give a local directory" in message
@@ -49,7 +49,7 @@ def test_hub_repository_without_weights(tiny_checkpoint, tmp_path, monkeypatch):
     snapshot = repository / "snapshots" / ("c" * 40)
     shutil.copytree(tiny_checkpoint, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
     message = refused("someone/empty")
-    assert "someone/empty holds no weights" in message
+    assert "someone/empty has no weights" in message
     assert "model*.safetensors" in message
 
 
@@ -68,7 +68,7 @@ def test_an_unknown_name_with_a_slash_suggests_others(tmp_path, monkeypatch):
     """It looks like a hub id, so it is looked up; the likely mistake is still told."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refused("ViT-B/33")
-    assert "could not be fetched" in message
+    assert "could not be downloaded" in message
     assert "did you mean ViT-B/32" in message
 
 

@@ -104,9 +104,10 @@ def test_open_clip_resize_mode_that_we_have_not(tmp_path, vocabulary):
     document["preprocess_cfg"]["resize_mode"] = "squash"
     save_open_clip(tmp_path / "open", model, document)
     message = refused(tmp_path / "open", vocabulary=vocabulary)
-    assert "resize_mode 'squash'; expected 'shortest'" in message
+    assert "resize_mode is 'squash'; expected 'shortest'" in message
 
 
 def test_open_clip_without_weights(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
-    assert "half a checkpoint: open_clip_model.safetensors is not there" in refused(tmp_path)
+    missing = "incomplete checkpoint: missing weights (open_clip_model.safetensors)"
+    assert missing in refused(tmp_path)

@@ -77,7 +77,7 @@ def test_wrapped_state_dict(openai, tmp_path, vocabulary):
 def test_bare_weights_do_not_say_their_activation(openai, tmp_path, vocabulary):
     torch.save(openai[0].state_dict(), tmp_path / "mine.pt")
     message = refused(tmp_path / "mine.pt", vocabulary=vocabulary)
-    assert "weights do not say which activation" in message
+    assert "the weights do not tell the activation function" in message
     assert "--activation quick_gelu" in message
 
 
@@ -85,14 +85,14 @@ def test_bare_weights_without_a_vocabulary_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     torch.save(openai_clip("vit").state_dict(), tmp_path / "mine.pt")
     message = refused(tmp_path / "mine.pt", activation="gelu")
-    assert "the checkpoint brings no tokenizer" in message
+    assert "the checkpoint has no tokenizer" in message
     assert "--vocabulary FILE" in message
 
 
 def test_a_file_named_like_openais_with_other_contents(tmp_path, vocabulary):
     torch.save(openai_clip("vit").state_dict(), tmp_path / "ViT-B-32.pt")
     message = refused(tmp_path / "ViT-B-32.pt", vocabulary=vocabulary, activation="quick_gelu")
-    assert "is named like OpenAI's ViT-B/32" in message
+    assert "has the name of OpenAI's ViT-B/32" in message
     assert "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af" in message
     assert hashlib.sha256((tmp_path / "ViT-B-32.pt").read_bytes()).hexdigest() in message
 
@@ -161,7 +161,7 @@ def test_a_pickle_that_needs_code_is_refused_and_does_not_run(form, tmp_path, vo
     else:
         path.write_bytes(pickle.dumps(content["extra"], protocol=2))
     message = refused(path, vocabulary=vocabulary, activation="gelu")
-    assert f"{path}: refused: " in message
+    assert f"{path}: not loaded: " in message
     assert "weights_only=True" in message
     assert "convert it to safetensors" in message
     assert not marker.exists()

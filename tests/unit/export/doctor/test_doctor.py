@@ -191,7 +191,7 @@ def test_tables(bare_python):
     printed = run_doctor(python=bare_python)
     assert time.monotonic() - started < 10
     assert max(map(len, printed.splitlines())) <= 120
-    for title in ("This machine", "What can be done here", "What can run towers here"):
+    for title in ("This machine", "Tasks on this machine", "Runners on this machine"):
         assert title in printed
     for words in (EXPORT, EMBEDDED, GPU, RTX, "not installed: torch, onnx", "memory", "bfloat16"):
         assert words in printed
@@ -256,7 +256,7 @@ def test_a_distribution_without_its_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     found = installed._package("tensorrt", {"error": ""})
     assert (found.state, found.version) == ("broken", "10.99")
-    assert found.error == "no module tensorrt, though it is installed"
+    assert found.error == "the distribution is installed, but not its module tensorrt"
     assert found.mend == f"pip uninstall --yes tensorrt; {GPU}"
 
 
@@ -274,7 +274,7 @@ def test_embedded_triton_without_libpython(monkeypatch):
     monkeypatch.setattr(embedded, "libpython_directories", list)
     found = installed.embedded()
     assert found.state == "broken"
-    assert "needs libpython3" in found.error
+    assert "libpython3" in found.error
     assert "apt-get install libpython3" in found.mend
 
 
@@ -359,7 +359,7 @@ MACHINE = Machine(
     [
         (MACHINE, "no NVIDIA GPU", NEEDS_GPU),
         (replace(MACHINE, nvidia_driver="580.65"), "driver 580.65 shows", "CUDA_VISIBLE_DEVICES"),
-        (replace(MACHINE, gpu=H200), "built for CUDA 13, the driver runs 12.8", "newer NVIDIA"),
+        (replace(MACHINE, gpu=H200), "CUDA 13, but the driver supports 12.8", "newer NVIDIA"),
         (replace(MACHINE, gpu=replace(H200, cuda="13.0")), None, None),
     ],
     ids=["nothing", "a driver", "an old driver", "a GPU"],
@@ -381,5 +381,5 @@ def test_bfloat16_by_a_cpu_without_it():
         doctor._obstacles_of(RunnerSpec("openvino", precision), MACHINE, {"openvino": cpu})
         for precision in ("bf16", "int8")
     )
-    assert "this CPU has no bfloat16 (avx512_bf16, amx_bf16)" in bf16
+    assert "this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16)" in bf16
     assert "bfloat16" not in str(int8)

@@ -102,7 +102,7 @@ def test_a_timing_cache_that_cannot_be_written(config, tmp_path):
         said.append(step)
 
     _write_cache(_read_cache(config, file), file, progress)
-    assert said == [f"kernel times are not kept: {file}: File exists"]
+    assert said == [f"the timing cache was not written: {file}: File exists"]
 
 
 def test_a_timing_cache_that_cannot_be_read(config, tmp_path):

@@ -258,24 +258,24 @@ def test_after_a_kill_it_is_built_again(killed, planned, tmp_path, kind, moment)
     [
         pytest.param(
             ["--engine", "tensorrt", "--precision", "fp16"],
-            ["TensorRT tunes a plan on the GPU it is for", "--engine tensorrt-rtx"],
+            ["TensorRT builds an engine on the GPU that will run it", "--engine tensorrt-rtx"],
             marks=without_gpu,
             id="TensorRT without a GPU",
         ),
-        pytest.param([], ["TensorRT tunes a plan"], marks=without_gpu, id="nothing asked for"),
+        pytest.param([], ["TensorRT builds an engine"], marks=without_gpu, id="nothing asked for"),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--version-compatible"],
-            ["belong to one version of the library", "leave --version-compatible"],
+            ["only with the version of the library", "leave out --version-compatible"],
             id="RTX, version-compatible",
         ),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--hardware-compatible"],
-            ["run on every RTX GPU", "leave --version-compatible and --hardware-compatible out"],
+            ["run on every RTX GPU", "out --version-compatible and --hardware-compatible"],
             id="RTX, hardware-compatible",
         ),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--strip-weights"],
-            ["only where there is an RTX GPU", "leave --strip-weights out"],
+            ["only on a machine with an RTX GPU", "leave out --strip-weights"],
             marks=without_gpu,
             id="RTX, stripped",
         ),
@@ -291,7 +291,7 @@ def test_after_a_kill_it_is_built_again(killed, planned, tmp_path, kind, moment)
         ),
         pytest.param(
             ["--engine", "tensorrt-rtx", "--timing-cache", "/"],
-            ["TensorRT-RTX measures no kernels when it builds; leave --timing-cache out"],
+            ["TensorRT-RTX does not time kernels during a build; leave out --timing-cache"],
             id="RTX, timing cache",
         ),
     ],

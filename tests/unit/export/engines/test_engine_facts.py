@@ -129,8 +129,8 @@ RTX_FP16 = RunnerSpec("tensorrt-rtx", "fp16")
             H200,
             "10.13.3.9",
             [
-                "graph: the plan was built from one with sha256 aaaaaaaaaaaaaaaa..., the bundle's "
-                "is bbbbbbbbbbbbbbbb..."
+                "graph: the engine was built from a graph with sha256 aaaaaaaaaaaaaaaa..., the "
+                "bundle's has bbbbbbbbbbbbbbbb..."
             ],
             id="another graph",
         ),
@@ -231,8 +231,8 @@ def test_a_bundle_without_plans_says_what_builds_them(tiny_bundle, library):
         tiny_bundle.plans("text", "int8", library)
     command = f"clip-deploy engine {tiny_bundle.path} --engine {library} --precision int8"
     assert str(refused.value) == (
-        f"{tiny_bundle.path} has no int8 text plan of {library}; build it where it is to run: "
-        + command
+        f"{tiny_bundle.path} has no int8 text engine of {library}; "
+        f"build it on the machine that will run it: {command}"
     )
 
 
@@ -240,7 +240,7 @@ def test_plans_of_one_library_are_not_plans_of_another(tiny_bundle, tmp_path):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", ENGINE)
     assert len(bundle.plans("image", "fp16", "tensorrt")) == 1
     for asked in (("image", "fp16", "tensorrt-rtx"), ("text", "fp16", "tensorrt")):
-        with pytest.raises(BundleError, match="build it where it is to run"):
+        with pytest.raises(BundleError, match="build it on the machine that will run it"):
             bundle.plans(*asked)
 
 
@@ -280,7 +280,7 @@ def test_no_runner_without_the_library(tiny_bundle):
     assert str(refused.value) == (
         "tensorrt cannot be loaded (import tensorrt: No module named 'tensorrt'; import "
         "tensorrt_bindings: No module named 'tensorrt_bindings'); "
-        "pip install 'clip-deploy[gpu]', or look at `clip-deploy doctor`"
+        "pip install 'clip-deploy[gpu]', or run `clip-deploy doctor` for details"
     )
 
 
@@ -294,7 +294,7 @@ def test_no_plan_fits(tiny_bundle, tmp_path):
     lines = str(refused.value).splitlines()
     no_gpu = "" if gpu() else "; this machine has no NVIDIA GPU"
     assert lines == [
-        f"no fp16 image plan of {bundle.path} fits this machine.",
+        f"no fp16 image engine of {bundle.path} can run on this machine.",
         "engines/0/image.fp16.plan: version: built by tensorrt-rtx 1.6.0.1, this machine has "
         + f"{RTX}{no_gpu}",
         "engines/1/image.fp16.plan: version: built by tensorrt-rtx 2.0.0.1, this machine has "
@@ -325,7 +325,7 @@ def test_a_graph_that_was_exported_again(tiny_bundle, tmp_path, h200):
         for a in bundle.manifest.artifacts
     )
     changed = Bundle(bundle.path, replace(bundle.manifest, artifacts=artifacts))
-    with pytest.raises(RunnerError, match=r"graph: the plan was built from .* the bundle's is fff"):
+    with pytest.raises(RunnerError, match=r"graph: the engine was built .* the bundle's has fff"):
         fitting_plan(changed, "image", "fp16", "tensorrt-rtx")
 
 
@@ -355,4 +355,4 @@ def test_a_plan_that_the_library_refuses(tiny_bundle, tmp_path, h200):
     start, _, reason = str(refused.value).partition("image.fp16.plan: ")
     assert start == f"tensorrt-rtx {RTX} cannot load {bundle.path}/engines/0/"
     assert len(reason) > 20
-    assert reason != "it gives no reason"
+    assert reason != "no reason given"

@@ -166,7 +166,7 @@ def test_a_results_memory_is_its_own(gpu_bundle):
 def test_a_batch_that_the_plan_does_not_take(gpu_bundle):
     library, bundle = gpu_bundle
     with TensorRtRunner(bundle, "text", RunnerSpec(library, "fp16")) as runner:
-        with pytest.raises(RunnerError, match=r"cannot run int32 \[1, 78\]: the plan takes shapes"):
+        with pytest.raises(RunnerError, match=r"cannot run int32 \[1, 78\]: the engine accepts"):
             runner.run(np.ones((1, 78), np.int32))
         with pytest.raises(RunnerError, match="expected int32, got int64"):
             runner.run(np.ones((1, 8), np.int64))

@@ -220,8 +220,8 @@ def test_a_node_that_cannot_be_parsed(tiny_bundle, tmp_path, change, reason):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (lambda graph: b"hello", "there is no graph in it"),
-        (lambda graph: b"", "there is no graph in it"),
+        (lambda graph: b"hello", "it contains no graph"),
+        (lambda graph: b"", "it contains no graph"),
         (lambda graph: graph[: len(graph) // 2], "Failed to parse the ONNX model"),
         (None, "Input file cannot be found"),
     ],

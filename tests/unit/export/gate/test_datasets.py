@@ -71,7 +71,7 @@ def test_pictures_become_batches_in_the_order_of_their_names(tiny_bundle, tokeni
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     want = [preprocess(file, tiny_bundle.manifest.image) for file in files]
     assert np.array_equal(np.concatenate(data.calibration["image"]), np.stack(want))
-    assert data.source == "18 pictures of folder"
+    assert data.source == "18 images of folder"
     assert data.skipped == ()
 
 
@@ -83,7 +83,7 @@ def test_unreadable_pictures_are_named_and_the_rest_is_used(tiny_bundle, tokeniz
     (folder / "a-folder.png").mkdir()  # no file, so no image either
     data = load(tiny_bundle, tokenizer, pictures=folder)
     assert sum(map(len, data.calibration["image"])) == 8
-    assert data.source == "8 pictures of folder"
+    assert data.source == "8 images of folder"
     named = [re.match(r"([\w.-]+): \S", reason)[1] for reason in data.skipped]
     assert named == ["aaa.jpg", "empty.png", "half.jpg"]
 
@@ -105,12 +105,12 @@ def test_a_build_says_how_many_pictures_it_skipped(tiny_bundle, tiny_checkpoint,
             export.pipeline.Options(pictures=folder),
         )
     assert [line for line in said if line.startswith("skipped bad")] != []
-    assert "skipped 7 pictures that cannot be read" in said
+    assert "skipped 7 images that cannot be read" in said
 
 
 def test_a_folder_of_nothing_but_unreadable_pictures(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"none of its pictures can be read; first bad\.jpg: "):
+    with pytest.raises(InputError, match=r"none of its images can be read; first bad\.jpg: "):
         load(tiny_bundle, tokenizer, pictures=tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_captions_that_are_not_utf8(tiny_bundle, tokenizer, tmp_path):
 def test_captions_without_a_caption(tiny_bundle, tokenizer, tmp_path, content):
     file = tmp_path / "captions.txt"
     file.write_text(content)
-    with pytest.raises(InputError, match=r"captions\.txt holds no captions; expected one a line"):
+    with pytest.raises(InputError, match=r"captions\.txt has no captions; expected one per line"):
         load(tiny_bundle, tokenizer, captions=file)
 
 
@@ -227,7 +227,7 @@ def test_unreadable_labelled_pictures_are_skipped_with_their_label(tiny_bundle, 
 
 def test_labelled_pictures_of_which_none_can_be_read(tiny_bundle, tokenizer, folder):
     (folder / "print.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"none of its pictures can be read; first print\.jpg: "):
+    with pytest.raises(InputError, match=r"none of its images can be read; first print\.jpg: "):
         labelled(tiny_bundle, tokenizer, folder, "print.jpg, dog\n")
 
 
@@ -236,7 +236,7 @@ def test_labelled_pictures_of_which_none_can_be_read(tiny_bundle, tokenizer, fol
     [("wide.jpg, dog", "cat\nowl", 2), ("", None, 0), ("wide.jpg dog", None, 0), ("x,y", "", 0)],
 )
 def test_labels_that_match_no_picture(tiny_bundle, tokenizer, folder, captions, labels, count):
-    expected = rf"no picture has one of its {count} labels as caption; expected captions\.txt"
+    expected = rf"no image has one of its {count} labels as its caption; expected captions\.txt"
     with pytest.raises(InputError, match=expected):
         labelled(tiny_bundle, tokenizer, folder, captions, labels)
 

@@ -231,7 +231,7 @@ def test_a_labelled_folder_that_cannot_be_used(checkpoint, tmp_path, pictures):
     """Nothing is built: the error comes before the work."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "captions.txt").write_text("nothing.jpg, dog")
-    with pytest.raises(InputError, match="no picture has one of its 1 labels as caption"):
+    with pytest.raises(InputError, match="no image has one of its 1 labels as its caption"):
         build(checkpoint, tmp_path / "bundle", silent, Options(labelled=folder))
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 

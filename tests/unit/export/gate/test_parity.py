@@ -218,7 +218,7 @@ def test_verify_refuses_other_weights(fp32_bundle, tiny_checkpoint, tmp_path):
     state = load_file(other / "model.safetensors")
     state["logit_scale"] += 1e-6
     save_file(state, other / "model.safetensors")
-    with pytest.raises(BundleError, match=r"the bundle was made of [0-9a-f]{16}.*--checkpoint"):
+    with pytest.raises(BundleError, match=r"bundle was exported from [0-9a-f]{16}.*--checkpoint"):
         measured(fp32_bundle, str(other))
 
 

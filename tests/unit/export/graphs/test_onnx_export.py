@@ -150,7 +150,7 @@ def test_a_resnet_exports(tmp_path):
 
 
 def test_only_towers_are_exported():
-    with pytest.raises(TypeError, match="expected an ImageTower or a TextTower, got Linear"):
+    with pytest.raises(TypeError, match=r"expected an ImageTower, .*, got Linear"):
         example_batch(torch.nn.Linear(2, 2))
 
 

@@ -110,7 +110,7 @@ def test_parquet_by_columns_with_damage(cluster, fp32_bundle, pictures, local, t
     assert (rows[8]["path"], rows[12]["path"]) == (columns["url"][0], "b.parquet#4")
     errors = {row["path"]: row["error"] for row in rows if row["status"] == "error"}
     assert all(row["embedding"] == [0] * 32 for row in rows if row["status"] == "error")
-    assert errors.pop("https://" + files[0].name) == "no picture: the column is null"
+    assert errors.pop("https://" + files[0].name) == "no image: the column is null"
     assert "cannot be read: " in errors.pop("c.parquet")
     assert set(errors) == {f"b.parquet#{index}" for index in range(4, 8)}
     assert all("row group 1 of b.parquet is damaged" in reason for reason in errors.values())
@@ -137,9 +137,9 @@ def test_web_dataset_with_damage(cluster, fp32_bundle, pictures, local, tmp_path
     np.testing.assert_allclose(embeddings_of(rows[-2:-1]), expected[:1], atol=1e-6)
     errors = dict(outcome.first_errors)
     assert set(errors) == {"1.tar", "2.tar", "3.tar"}
-    assert "no pictures in this tar" in errors["1.tar"]
-    assert "cut off or damaged after 0 pictures" in errors["2.tar"]
-    assert "cut off or damaged after 1 pictures" in errors["3.tar"]
+    assert "no images in this tar" in errors["1.tar"]
+    assert "truncated or damaged after 0 images" in errors["2.tar"]
+    assert "truncated or damaged after 1 images" in errors["3.tar"]
 
 
 def test_bad_pictures_are_told_of(cluster, fp32_bundle, pictures, local, tmp_path):
@@ -275,7 +275,7 @@ assert answer["rows"] == [64] and answer["failure"] == [""], answer
     rows = rows_of(out)
     assert Counter(row["status"] for row in rows) == {"ok": 63, "error": 1}
     assert rows[5]["path"] == "0/deep/035.jpg"
-    assert "the process died of this picture" in rows[5]["error"]
+    assert "this image crashed the process" in rows[5]["error"]
     alike = rows_of(finished.output)[:64]
     assert [row["path"] for row in rows] == [row["path"] for row in alike]
 
@@ -296,5 +296,5 @@ def test_as_a_task_of_the_cluster(cluster, fp32_bundle, many, local, tmp_path):
     assert_complete(outcome.output, many, local)
     assert told[0] == ("cutting the source into shards", 0, 0)
     assert [done for _, done, total in told if total == 5] == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(InputError, match="is inside of SOURCE"):
+    with pytest.raises(InputError, match="is inside SOURCE"):
         run(many, many / "out", fp32_bundle, resources=crew)

@@ -83,11 +83,11 @@ def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(fp32_bundle, many, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds other things, such as thesis.txt, and no man"):
+    with pytest.raises(InputError, match=r"holds other files, such as thesis.txt, and no man"):
         run(many, tmp_path, fp32_bundle)
-    with pytest.raises(InputError, match="is a file; expected the name of a folder"):
+    with pytest.raises(InputError, match="is a file, expected a directory"):
         run(many, tmp_path / "thesis.txt", fp32_bundle)
-    with pytest.raises(InputError, match="is not of a bulk job"):
+    with pytest.raises(InputError, match="is not the manifest of a bulk job"):
         run(many, fp32_bundle.path, fp32_bundle)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert not (tmp_path / ".lock").exists()
@@ -104,18 +104,18 @@ def test_two_jobs_at_once_are_refused(fp32_bundle, many, tmp_path):
 
 
 def test_sources_that_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file or folder; expected a folder of pictures"):
+    with pytest.raises(InputError, match="no such file or directory; expected a directory of im"):
         find_source(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="nothing to embed; expected a folder of pictures"):
+    with pytest.raises(InputError, match="nothing to embed; expected a directory of images"):
         find_source(str(tmp_path))
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"data.zip: nothing to embed; .* WebDataset tars"):
         find_source(str(tmp_path / "data.zip"))
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(InputError, match="holds pictures, which have no columns"):
+    with pytest.raises(InputError, match="holds images, which have no columns"):
         find_source(str(tmp_path), image_column="image")
     (tmp_path / "a.parquet").touch()
-    with pytest.raises(InputError, match=r"holds 1 Parquet files and 1 pictures; say .*\*.jpg'"):
+    with pytest.raises(InputError, match=r"holds 1 Parquet files and 1 images, .*\*.jpg'"):
         find_source(str(tmp_path))
     assert find_source(f"{tmp_path}/**/*.jpg")[0].kind == "pictures"
     with pytest.raises(InputError, match="no Parquet file can be read"):
@@ -139,7 +139,7 @@ def test_parquet_that_is_refused(columns, options, message, tmp_path):
 
 
 def test_output_inside_of_the_source_is_refused(fp32_bundle, many):
-    with pytest.raises(InputError, match="is inside of SOURCE"):
+    with pytest.raises(InputError, match="is inside SOURCE"):
         run(many, many / "out", fp32_bundle)
 
 
@@ -159,7 +159,7 @@ def test_a_failure_on_a_worker_ends_the_job(cluster, fp32_bundle, many, tmp_path
     for path in fp32_bundle.path.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     (broken / "image.fp32.onnx").write_bytes(b"tampered with")
-    with pytest.raises(RunnerError, match=r"a worker cannot go on: .* is not the file that"):
+    with pytest.raises(RunnerError, match=r"a worker failed: .* is not the file that"):
         run(many, tmp_path / "out", Bundle.open(broken))
 
 
@@ -193,7 +193,7 @@ def test_a_tar_without_its_end_is_told_of(tmp_path):
     source, _ = find_source(str(path))
     rows = list(read_shard(source, Shard(files=("a.tar",))))
     assert [name for name, _ in rows] == ["a.tar/a.jpg", "a.tar/b.jpg", "a.tar"]
-    assert "cut off or damaged after 2 pictures (no end-of-archive mark)" in str(rows[2][1])
+    assert "truncated or damaged after 2 images (no end-of-archive marker)" in str(rows[2][1])
 
 
 def test_workers_keep_to_cpus_of_their_own():

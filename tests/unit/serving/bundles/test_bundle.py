@@ -92,7 +92,7 @@ def test_a_precision_that_was_not_exported(tiny_bundle):
 
 def test_not_a_bundle(tmp_path):
     message = refused(tmp_path)
-    assert f"{tmp_path} is not a bundle: no manifest.json in it" in message
+    assert f"{tmp_path} is not a bundle: it has no manifest.json" in message
     assert "`clip-deploy export CHECKPOINT`" in message
     assert "is not a bundle" in refused(tmp_path / "absent")
 
@@ -100,12 +100,12 @@ def test_not_a_bundle(tmp_path):
 @pytest.mark.parametrize("version", [0, MANIFEST_FORMAT + 1, None, str(MANIFEST_FORMAT)])
 def test_another_format(copy, version):
     edit(copy, lambda d: d.update(format=version))
-    assert f"manifest format {version!r}, this version reads {MANIFEST_FORMAT}" in refused(copy)
+    assert f"expected manifest format {MANIFEST_FORMAT}, found {version!r}" in refused(copy)
 
 
 def test_a_manifest_that_is_no_object(copy):
     (copy / "manifest.json").write_text("[1]")
-    assert f"manifest format None, this version reads {MANIFEST_FORMAT}" in refused(copy)
+    assert f"expected manifest format {MANIFEST_FORMAT}, found None" in refused(copy)
 
 
 def test_broken_json(copy):
@@ -230,7 +230,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 def test_a_directory_of_somebody_else_is_not_deleted(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with (
-        pytest.raises(InputError, match=r"holds other things \(no deep/sign\).*another directory"),
+        pytest.raises(InputError, match=r"holds other files \(no deep/sign\).*another directory"),
         new_directory(tmp_path, "deep/sign"),
     ):
         pytest.fail("the block was entered")
@@ -240,7 +240,7 @@ def test_a_directory_of_somebody_else_is_not_deleted(tmp_path):
 def test_a_file_is_not_deleted(tmp_path):
     (tmp_path / "target").write_text("mine")
     with (
-        pytest.raises(InputError, match="target is a file; expected"),
+        pytest.raises(InputError, match="target is a file; give"),
         new_directory(tmp_path / "target", "sign"),
     ):
         pytest.fail("the block was entered")

@@ -38,7 +38,7 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
     assert (told["images"], told["embedded"], told["layout"]["kind"]) == (40, 40, "exact")
     assert [item["path"] for item in told["skipped"]] == ["bad.jpg"]
     told = run("build", photos, "--output", path, "--kind", "hnsw", *bundle)
-    assert re.search(r"40 images, hnsw with links 32.*recall@10 1\.000 by 20 queries", told)
+    assert re.search(r"40 images, hnsw with links 32.*recall@10 1\.000 over 20 queries", told)
 
     sheet, image = tmp_path / "sheet.png", photos / "002.jpg"
     query = ("query", path, "a cat", "red", "--image", image, "--not", "a dog", *bundle)
@@ -100,10 +100,10 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
         (("query", "INDEX", "word " * 500), "502 tokens.*77.*shorten it or give --truncate"),
         (("query", "INDEX"), "nothing to search for; give a text, such as 'a red circle', or --im"),
         (("query", "INDEX", "--not", "a cat"), "nothing to search for"),
-        (("query", "INDEX", "a cat", "--top", "41"), "asked for 41 hits, .* holds 40 pictures"),
+        (("query", "INDEX", "a cat", "--top", "41"), "asked for 41 hits, .* holds 40 images"),
         (("query", "INDEX", "a", "b", "--weight", "1"), "1 weights for 2 terms; give one --weight"),
-        (("query", "nowhere", "a cat"), "nowhere is no search index"),
-        (("info", "nowhere"), "nowhere is no search index"),
+        (("query", "nowhere", "a cat"), "nowhere is not a search index"),
+        (("info", "nowhere"), "nowhere is not a search index"),
     ],
 )
 @pytest.mark.wording

@@ -83,7 +83,7 @@ def test_globs_leave_the_nearest_of_what_fits(built, index, folder, clip, kind):
         names = [opened.entries[row].path for row in kept]
         hits = opened.find(clip, [Term(text="a cat")], 40, globs)  # fewer come: those that fit
         assert same(hits, top(cosines[kept], names, 40))
-    with pytest.raises(InputError, match=r"no picture of the index fits 'animal/\*'; paths are su"):
+    with pytest.raises(InputError, match=r"no path in the index matches 'animal/\*'; give paths s"):
         opened.find(clip, [Term(text="a cat")], 5, ["animal/*"])
 
 

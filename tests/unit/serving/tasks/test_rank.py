@@ -175,7 +175,7 @@ def test_long_texts_are_cut_only_when_asked(local, files):
         (["a cat", "a dog", "a cat"], "'a cat' is given more than once; texts must differ"),
         (["a cat", ""], r"^texts\[1\]: the text is empty or only whitespace"),
         ("a cat", "expected a list of texts, got one str"),
-        (["a cat", "half \ud800"], r"^texts\[1\]: the text has half a surrogate pair"),
+        (["a cat", "half \ud800"], r"^texts\[1\]: the text has a lone surrogate"),
     ],
 )
 def test_texts_that_cannot_be_ranked(local, files, texts, shown):
@@ -184,9 +184,9 @@ def test_texts_that_cannot_be_ranked(local, files, texts, shown):
 
 
 def test_pictures_that_cannot_be_used(local, files, tmp_path):
-    with pytest.raises(ImageError, match="no pictures to rank for; give at least one"):
+    with pytest.raises(ImageError, match="no images to rank texts for; give at least one"):
         rank(local, [], ["a cat"])
-    with pytest.raises(ImageError, match="expected a sequence of pictures, got one str"):
+    with pytest.raises(ImageError, match="expected a sequence of images, got one str"):
         rank(local, str(files[0]), ["a cat"])
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
@@ -236,7 +236,7 @@ def test_answers_about_drawn_pictures_are_right(shapes, drawn):
         ("what?", ["a", "a"], "{question} {answer}", "'a' is given more than once; candidates"),
         ("what?", ["a", " "], "{question} {answer}", "a candidate is empty or only whitespace"),
         (" ", ["a", "b"], "{question} {answer}", "the question is empty; give one, or a template"),
-        ("what?", ["a", "b"], "{question}", r"has no \{answer\} for the candidate to go"),
+        ("what?", ["a", "b"], "{question}", r"has no \{answer\} to replace with the candidates"),
         ("word " * 80, ["a", "b"], "{question} {answer}", r"^texts\[0\]: .* the model's 77"),
     ],
 )
@@ -363,10 +363,10 @@ def test_vocabularies_in_both_forms(tmp_path):
     ("name", "content", "shown"),
     [
         ("v.txt", "a", r"expected a vocabulary in a \.toml or \.json file"),
-        ("v.json", "{", r"v\.json is no JSON: "),
-        ("v.toml", "a = [", r"v\.toml is no TOML: "),
-        ("v.json", "[]", "expected categories, such as colour"),
-        ("v.json", "{}", "expected categories, such as colour"),
+        ("v.json", "{", r"v\.json is not valid JSON: "),
+        ("v.toml", "a = [", r"v\.toml is not valid TOML: "),
+        ("v.json", "[]", "expected categories, such as color"),
+        ("v.json", "{}", "expected categories, such as color"),
         ("v.json", '{"a": "red"}', "category 'a': expected words to be a list of strings"),
         ("v.json", '{"a": ["red", 1]}', "category 'a': expected words to be a list of strings"),
         ("v.json", '{"a": {"template": "x {}"}}', "category 'a': expected words to be a list"),
@@ -459,7 +459,7 @@ def test_caption_by_command(fp32_bundle, files, shapes_toml):
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["rank", "x.jpg", "--text", "a", "--texts", "b"], "either by --text or by --texts FILE"),
+        (["rank", "x.jpg", "--text", "a", "--texts", "b"], "either --text or --texts, got both"),
         (["rank", "x.jpg", "--text", "a", "--text", "a"], "'a' is given more than once"),
         (["caption", "x.jpg", "--categories", "none.json"], "none.json cannot be read"),
     ],

@@ -109,23 +109,23 @@ def test_braces_in_a_label_are_text(local):
     [
         ((), None, "no labels to choose from; give at least one"),
         (("cat", "dog", "cat"), None, "label 'cat' is given more than once"),
-        (("cat",), ("a photo of a {}", "a photo"), r"template 'a photo' has no \{\} for the label"),
+        (("cat",), ("a photo of a {}", "a photo"), r"template 'a photo' has no \{\}; put \{\}"),
         (("cat", ""), ("a {}",), r"^labels\[1\]: the label is empty or only whitespace: ''"),
-        (("cat",), (), "no templates to put labels into"),
+        (("cat",), (), "no prompt templates"),
         ("cat", None, "expected lists of labels and of templates, got one str"),
         (("cat", 3), None, "expected labels and templates to be str, got 3"),
         (
             ("cat", "word " * 100),
             ("{}", "a {}"),
-            r"^labels\[1\]: put into the prompt template '\{\}': the text has 102 tokens.*than the "
+            r"^labels\[1\]: in prompt template '\{\}': the text has 102 tokens.*than the "
             "model's 77",
         ),
         (
             ("word " * 100,),
             None,
-            r"^labels\[0\]: put into the prompt template 'a photo of a \{\}\.': the text has 107",
+            r"^labels\[0\]: in prompt template 'a photo of a \{\}\.': the text has 107",
         ),
-        (("cat", "dog", "a\0b"), ("{}",), r"^labels\[2\]: put into .*: the text has a NUL char"),
+        (("cat", "dog", "a\0b"), ("{}",), r"^labels\[2\]: in prompt .*: the text has a NUL char"),
     ],
 )
 def test_labels_and_templates_that_cannot_be_used(local, labels, templates, shown):
@@ -170,9 +170,7 @@ def test_many_texts_are_embedded_in_groups_of_labels(local, monkeypatch):
     grouped = embed_labels(local, labels, TEMPLATES, progress=lambda *step: told.append(step))
     np.testing.assert_allclose(grouped, whole, atol=1e-6)
     assert told == [("embedding texts", done, 30) for done in (0, 7, 14, 21, 28)]
-    with pytest.raises(
-        TextTooLongError, match=r"put into the prompt template 'a photo of"
-    ) as caught:
+    with pytest.raises(TextTooLongError, match=r"in prompt template 'a photo of") as caught:
         embed_labels(local, [*labels[:9], "word " * 75], TEMPLATES)
     assert (caught.value.kind, caught.value.index) == ("labels", 9)
 
@@ -187,8 +185,9 @@ def test_texts_of_a_set_are_labels_by_templates():
     error = TextTooLongError("is bad", kind="texts", index=1, advice="mend it")
     blamed = labels.blamed(error, [0, 5])
     assert type(blamed) is TextTooLongError
-    assert (blamed.kind, blamed.index, blamed.advice) == ("labels", 2, "mend it")
-    assert blamed.reason == "put into the prompt template '{} b': is bad"
+    assert (blamed.kind, blamed.index) == ("labels", 2)
+    assert blamed.advice == "shorten the label or the template"
+    assert blamed.reason == "in prompt template '{} b': is bad"
 
 
 def test_plain_ascii_is_cleaned_as_ftfy_would():
@@ -296,7 +295,7 @@ def test_what_is_no_classifier_is_refused(classifier, local, tmp_path):
         ZeroShotClassifier.load(path, local)
     facts = {"format": 2, "labels": [], "templates": [], "model": {}}
     np.savez(path, facts=np.array(json.dumps(facts)), embeddings=classifier.embeddings)
-    with pytest.raises(InputError, match="is of format 2, this version reads 1"):
+    with pytest.raises(InputError, match="has format 2, expected 1"):
         ZeroShotClassifier.load(path, local)
     path.write_bytes(whole)
     with np.load(path) as file:
@@ -314,7 +313,7 @@ def test_templates_by_name_and_from_a_file(tmp_path):
     file.write_text("a {}\n\n  the {} \n")
     assert read_templates(str(file)) == ("a {}", "the {}")
     file.write_text("\n")
-    with pytest.raises(InputError, match="has no templates; expected one a line"):
+    with pytest.raises(InputError, match="has no templates; give one per line"):
         read_templates(str(file))
     with pytest.raises(InputError, match=r"neither a file .* built-in sets: plain, openai-7"):
         read_templates("openai-80")
@@ -358,5 +357,5 @@ def test_no_more_hits_than_there_are():
 
 @pytest.mark.parametrize("shape", [(1, 5), (5,), (1, 4, 1)])
 def test_shapes_that_do_not_fit(shape):
-    with pytest.raises(InputError, match=r"do not fit; expected \[q, dim\] and \[n, dim\]"):
+    with pytest.raises(InputError, match=r"expected queries \[q, dim\] and embeddings \[n, dim\]"):
         nearest(np.zeros(shape, np.float32), np.zeros((3, 4), np.float32), 1)

@@ -224,10 +224,10 @@ def test_plans_become_a_tensorrt_repository(tiny_bundle, tmp_path, h200):
     [
         ({"device": "NVIDIA L4"}, {}, r"device: built on NVIDIA L4 .*this machine has NVIDIA H200"),
         ({"version": "10.13.3"}, {}, r"version: built by tensorrt 10\.13\.3, .* 10\.16\.1\.11"),
-        ({"onnx_sha256": "0" * 64}, {}, r"graph: the plan was built from .*0000\.\.\., the bundle"),
-        ({"weights_stripped": True}, {}, r"stripped of its weights, which Triton cannot put in"),
-        ({}, {"max_batch_size": 64}, r"batches of up to 32, asked for is 64; .*-batch-size 64"),
-        ({}, {"precision": "int8"}, r"has no int8 image plan of tensorrt"),
+        ({"onnx_sha256": "0" * 64}, {}, r"graph: the engine was built .*0000\.\.\., the bundle"),
+        ({"weights_stripped": True}, {}, r"without its weights, and Triton cannot refit them"),
+        ({}, {"max_batch_size": 64}, r"batches of up to 32, requested are 64; .*-batch-size 64"),
+        ({}, {"precision": "int8"}, r"has no int8 image engine of tensorrt"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(
@@ -249,7 +249,7 @@ def test_a_plan_that_does_not_fit_is_refused(
 
     assemble(bundle, target, backend="tensorrt", fallback=True, progress=note, **options)
     assert assembled_backend(target) == "onnxruntime"
-    assert "ONNX Runtime instead of TensorRT" in said[0]
+    assert "falling back from TensorRT to ONNX Runtime" in said[0]
 
 
 def test_here_no_plan_fits(tiny_bundle, tmp_path):

@@ -202,9 +202,9 @@ def test_the_servers_metrics_tell(serve, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
-        (b"\xff\xfe", 200, "tell nothing of tower"),
+        (b"\xff\xfe", 200, "no queue length of tower"),
         (METRICS.encode(), 503, "status 503"),
-        (METRICS.replace("tower", "other").encode(), 200, "tell nothing of tower"),
+        (METRICS.replace("tower", "other").encode(), 200, "no queue length of tower"),
     ],
 )
 def test_what_are_no_metrics_of_ours_is_logged_once(serve, logged, body, status, reason):

@@ -153,7 +153,7 @@ def test_an_error_goes_to_those_who_wait_for_it_and_is_not_kept(cache, tower):
 def test_what_is_too_much_is_refused_and_begins_nothing(cache, tower):
     """Up to 100 texts and 8 who wait; a set that is larger goes alone."""
     large = ask(cache, tower, "l", 120)
-    with pytest.raises(Full, match="120 texts of labels wait"):
+    with pytest.raises(Full, match="120 label texts wait"):
         ask(cache, tower, "s", 1)
     others = [ask(cache, tower, "l", 120) for _ in range(7)]
     with pytest.raises(Full, match="8 requests wait"):
@@ -162,7 +162,7 @@ def test_what_is_too_much_is_refused_and_begins_nothing(cache, tower):
     assert {id(asker.answer()) for asker in (large, *others)} == {id(large.answer())}
     assert {name for name, _ in tower.done} == {"l"}
     sets = [ask(cache, tower, name, 50) for name in "ab"]
-    with pytest.raises(Full, match="100 texts"):
+    with pytest.raises(Full, match="100 label texts"):
         ask(cache, tower, "c", 1)
     tower.let.release(100)
     for asker in sets:

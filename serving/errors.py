@@ -44,7 +44,7 @@ class ClipDeployError(Exception):
         return other
 
     def __str__(self) -> str:
-        return worded(f"{self.reason}; {self.advice}" if self.advice else self.reason)
+        return worded(self.reason, self.advice)
 
 
 class InputError(ClipDeployError, ValueError):
@@ -98,7 +98,7 @@ class InputError(ClipDeployError, ValueError):
         if self.name:
             place = f"{place} ({self.name})" if place else self.name
         reason = f"{place}: {self.reason}" if place else self.reason
-        return worded(f"{reason}; {self.advice}" if self.advice else reason)
+        return worded(reason, self.advice)
 
 
 class ImageError(InputError):
@@ -130,7 +130,20 @@ class MissingPackageError(ClipDeployError, ImportError):
 
 
 class RunnerError(ClipDeployError):
-    """A runner that is unknown, not available on this machine, or cannot run a batch."""
+    """A runner that is unknown, not available on this machine, or cannot run a batch.
+
+    Args:
+        reason: what was expected and what arrived.
+        runner: name of the runner, unless the reason has it.
+        advice: what to do about it.
+    """
+
+    def __init__(self, reason: str = "", *, runner: str | None = None, advice: str = "") -> None:
+        super().__init__(reason, advice=advice)
+        self.runner = runner
+
+    def __str__(self) -> str:
+        return worded(f"{self.runner}: {self.reason}" if self.runner else self.reason, self.advice)
 
 
 class StorageError(ClipDeployError):
@@ -153,10 +166,10 @@ class OverloadedError(UnavailableError):
     """A Triton server that rejected a request because its queues are full."""
 
 
-def worded(sentence: str) -> str:
-    """Return the final text of an error.
+def worded(reason: str, advice: str) -> str:
+    """Return the text of an error.
 
-    Every message passes through this function. A test replaces it to prove that no code parses the
+    Every message passes through this function. A test changes it to show that no code parses the
     result.
     """
-    return sentence
+    return f"{reason}; {advice}" if advice else reason

@@ -1,8 +1,8 @@
-"""What many tests share: a tiny checkpoint made by transformers, its bundle, pictures."""
+"""Shared fixtures: a tiny checkpoint made by transformers, its bundle, and images."""
 
 import os
 
-# Before torch, transformers and huggingface_hub are imported: they read these once.
+# Before torch, transformers and huggingface_hub are imported: they read these variables once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
@@ -25,7 +25,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print what tests of promises saw; docs/reliability.md quotes it."""
+    """Print the figures that reliability tests measured. docs/reliability.md quotes them."""
     reports = [report for some in terminalreporter.stats.values() for report in some]
     reports = [report for report in reports if getattr(report, "when", None) == "teardown"]
     seen = [
@@ -40,8 +40,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def figure(request):
-    """`figure("isolation", "6,200 answers of 200 rounds bit-equal")`, told at the end of a run."""
-    told = request.node.user_properties  # travels with the report, from other processes too
+    """`figure("isolation", "6,200 answers of 200 rounds bit-equal")`, printed after the run."""
+    told = request.node.user_properties  # part of the report, also from other processes
     return lambda promise, seen: told.append(("figure", (promise, seen)))
 
 
@@ -53,9 +53,9 @@ def vocabulary() -> Path:
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """`with once(name) as path:` a place that all processes of a run share, one at a time.
+    """`with once(name) as path:` a path that all processes of a run share, one at a time.
 
-    Who finds nothing there makes it.
+    The first process finds nothing there and creates it.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -72,7 +72,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(once, vocabulary) -> Path:
-    """A Hugging Face CLIP directory: 32 px in 8 px patches, two layers and heads a tower."""
+    """A Hugging Face CLIP directory: 32 px images, 8 px patches, two layers and heads per tower."""
     with once("checkpoint") as folder:
         path = folder / "tiny-clip"
         if not path.exists():
@@ -116,7 +116,7 @@ def save_tiny_checkpoint(path: Path, vocabulary: Path) -> None:
 def kept_graphs(once):
     """`export_onnx` that traces a tower once for all tests and processes of a run.
 
-    For tests that need a graph, and do not look at how it is made.
+    For tests that need a graph and do not check how it is made.
     """
     from export.graphs.onnx_export import export_onnx
 
@@ -137,7 +137,7 @@ def kept_graphs(once):
 
 @pytest.fixture(scope="session")
 def quick_build(kept_graphs):
-    """`quick_build(checkpoint, output, **options)`: a bundle, of `kept_graphs`."""
+    """`quick_build(checkpoint, output, **options)`: build a bundle from `kept_graphs`."""
     import export.pipeline
     from export.checkpoints.load import load_checkpoint
     from serving.util.progress import silent
@@ -153,7 +153,7 @@ def quick_build(kept_graphs):
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint, quick_build, once):
-    """The `Bundle` of the tiny checkpoint, fp32, fp16 and int8; do not change it."""
+    """The `Bundle` of the tiny checkpoint in fp32, fp16 and int8. Do not change it."""
     from serving.bundles.bundle import Bundle
 
     with once("tiny-clip") as path:
@@ -162,7 +162,8 @@ def tiny_bundle(tiny_checkpoint, quick_build, once):
 
 @pytest.fixture(scope="session")
 def tree_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
-    """The same in fp32 and int8, with the tree graphs of the text tower; do not change it."""
+    """The tiny bundle in fp32 and int8, with the prefix-tree graphs of the text tower. Do not
+    change it."""
     from export.precisions import Precision
 
     output = tmp_path_factory.mktemp("tree") / "tiny-clip"
@@ -172,7 +173,7 @@ def tree_bundle(tiny_checkpoint, quick_build, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fp32_bundle(tiny_bundle, tmp_path_factory):
-    """The tiny bundle's float32 graphs only, which are judged in a moment; do not change it."""
+    """The tiny bundle's float32 graphs only, which pass the gate quickly. Do not change it."""
     from serving.bundles.bundle import Bundle
 
     path = tmp_path_factory.mktemp("fp32") / "tiny-clip"
@@ -188,7 +189,7 @@ def fp32_bundle(tiny_bundle, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unloadable_graph() -> bytes:
-    """An ONNX graph that no runtime knows how to run."""
+    """An ONNX graph that no runtime can run."""
     from onnx import TensorProto, helper
 
     node = helper.make_node("NoSuchOperator", ["x"], ["y"], domain="nobody")
@@ -200,7 +201,7 @@ def unloadable_graph() -> bytes:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
-    """A folder of real picture files of different sizes, formats and modes."""
+    """A directory of image files of different sizes, formats and modes."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for name, size, mode in (

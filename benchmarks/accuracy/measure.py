@@ -45,7 +45,7 @@ from export.gate.verify import checkpoint_of
 from export.pipeline import tower_of
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import TOWERS, ImageSpec, Tower
-from serving.errors import ImageError, InputError, RunnerError, TextError
+from serving.errors import ImageError, InputError, RunnerError, TextError, worded
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
@@ -223,7 +223,7 @@ def _take_turns(
             try:
                 stack.enter_context(model.runners[tower])
             except RunnerError as error:  # for example bfloat16 on a CPU without support for it
-                left_out[model.name] = str(error).removeprefix(f"{model.name}: ")
+                left_out[model.name] = worded(error.reason, error.advice)
                 continue
             able.append(model)
         for batches in turns:
@@ -233,7 +233,7 @@ def _take_turns(
                 except RunnerError as error:
                     if model.name == REFERENCE:
                         raise
-                    left_out[model.name] = str(error).removeprefix(f"{model.name}: ")
+                    left_out[model.name] = worded(error.reason, error.advice)
                     able.remove(model)
     return able
 

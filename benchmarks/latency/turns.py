@@ -1,9 +1,10 @@
-"""Timing of a call in turns with a reference, PyTorch's eager float32 tower.
+"""Timing of a call in turns with a reference, usually PyTorch's eager float32 tower.
 
-The speed of a machine drifts, so the call and the reference alternate. Each turn starts with
-untimed runs, because the previous turn left other weights in the caches and spinning threads.
-Before the reference there is also a pause, because threads of plain ONNX Runtime spin for long.
-Only the ratio of adjacent turns is comparable between runs and machines.
+The speed of a machine drifts, so the call and the reference alternate. After the previous turn, the
+caches hold other weights, and threads may still spin. Each turn therefore starts with untimed runs,
+unless a single run fills the turn. A pause precedes each turn of the reference, because threads of
+plain ONNX Runtime spin for 50 ms. Only the ratio of adjacent turns is comparable between runs and
+machines.
 """
 
 import math
@@ -17,16 +18,16 @@ import numpy as np
 from benchmarks.machine.timing import once
 
 _TURN_SECONDS, _TURN_RUNS = 0.15, 30
-"""Approximate duration of a turn in seconds, and one less than its maximum number of runs.
+"""Approximate duration of a turn in seconds, and the maximum number of runs in a turn minus one.
 
-The second half of the runs is timed. A call that takes longer than a turn runs once per turn. For
-an INT8 text tower after eager float32, the quartiles were 28 to 47 ms after one untimed run, and 27
-to 30 ms after five."""
+The second half of the runs is timed. A call that takes longer than `_TURN_SECONDS` runs once per
+turn. An INT8 text tower after eager float32 had quartiles of 28 and 47 ms after one untimed run,
+and of 27 and 30 ms after five."""
 _REST_SECONDS = 0.08
 """Pause before the reference. After a run, threads of plain ONNX Runtime spin for 50 ms on CPUs
 that the reference needs. Eager float32 then took up to 267 ms per image, instead of 100 to 160."""
 _SLOW_SECONDS = 1.5
-"""A pair of turns that takes longer than this is repeated 3 instead of 5 times at least."""
+"""If a pair of turns takes longer than this, at least 3 pairs are run instead of at least 5."""
 
 
 class Turns:
@@ -53,7 +54,7 @@ class Turns:
     def rounds(self, budget: float) -> int:
         """Return the number of rounds that fit into `budget` seconds.
 
-        They make up 5 to 15 turns, or at least 3 turns of slow calls.
+        They make up 5 to 15 turns, or 3 to 15 if the turns are slow.
         """
         return self._turns(budget) * self._timed
 
@@ -62,7 +63,7 @@ class Turns:
         return self._turns(budget) * self._both
 
     def setup(self) -> None:
-        """At the start of a turn, run the reference, then the untimed runs of the call."""
+        """Run a turn of the reference and the untimed runs of the call, if a turn starts."""
         if self._rounds % self._timed == 0:
             time.sleep(_REST_SECONDS)
             for _ in range(self._reference_untimed):

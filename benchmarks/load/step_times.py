@@ -15,6 +15,7 @@ from benchmarks.load.workload import Model
 from serving.clients.endpoint import Endpoint, admin_headers
 from serving.errors import ServerError
 from serving.util.results import Step
+from serving.util.wire import triton_fault
 
 STEPS: Mapping[Model, tuple[str, ...]] = {
     "clip_image": ("image_preprocess", "image_tower"),
@@ -78,7 +79,7 @@ class Statistics:
                 headers = admin_headers(endpoint.protocol, self._key)
                 answer = client.get_inference_statistics(headers=headers, **options)
         except (InferenceServerException, OSError) as error:
-            if "restricted" in str(error):
+            if triton_fault(str(error)) == "restricted":
                 raise ServerError(
                     f"reading the statistics of {self._url} requires its administrative key",
                     advice="give it as --admin-key, or in CLIP_ADMIN_KEY",

@@ -1,10 +1,10 @@
 """Building of TensorRT engines from ONNX graphs, for TensorRT 10.13 to 11 and TensorRT-RTX.
 
-Networks are strongly typed: the graph determines the precision, and no builder flag changes it. The
-only flag that affects results is TF32, for engines of the float32 graph.
+Networks are strongly typed: the types in the graph determine the precision of each layer. The only
+builder flag that affects results is TF32, which lets matrix products of the float32 graph use TF32.
 
-`serving.bundles.engine_facts` decides which machine an engine fits; `export.gate.parity` checks its
-embeddings.
+`serving.bundles.engine_facts` decides whether an engine fits a machine; `export.gate.parity` checks
+the embeddings of an engine.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _INPUTS: dict[Tower, str] = {"image": "pixels", "text": "input_ids"}
 _OPTIMUM = 16
-"""Batch size that all profiles are tuned for, and text length that the short profile is tuned for,
-in tokens."""
+"""Tuned batch size of all profiles, and tuned text length of the profile for short texts, in
+tokens."""
 
 
 _DEPTH = 1
@@ -103,7 +103,7 @@ def build_plan(
 
     Raises:
         RunnerError: the library cannot be loaded.
-        ExportError: the library cannot parse or build the graph; the message has node and reason.
+        ExportError: the library does not support the options, or cannot parse or build the graph.
         InputError: the timing cache cannot be read.
     """
     device = gpu()
@@ -113,7 +113,7 @@ def build_plan(
     messages: deque[str] = deque(maxlen=3)
     logger = collecting(library, messages)
     builder: trt.Builder = library.Builder(logger)
-    # By name, because the value of this flag differs between TensorRT 10 and 11.
+    # Look the flag up by name, because its value differs between TensorRT 10 and 11.
     typed = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network: trt.INetworkDefinition = builder.create_network(typed)
     parser: trt.OnnxParser = library.OnnxParser(network, logger)
@@ -126,7 +126,7 @@ def build_plan(
         shapes: trt.IOptimizationProfile = builder.create_optimization_profile()
         shapes.set_shape(_INPUTS[tower], profile.minimum, profile.optimum, profile.maximum)
         config.add_optimization_profile(shapes)
-    # The variable keeps the monitor alive, since the builder calls it throughout the build.
+    # Keep a reference to the monitor: the builder calls it throughout the build.
     stopped: list[BaseException] = []
     monitor = config.progress_monitor = _monitor(library, graph.name, progress, stopped)
     cache = _read_cache(config, options.timing_cache)
@@ -220,7 +220,7 @@ def _read_cache(config: trt.IBuilderConfig, path: Path | None) -> trt.ITimingCac
             f"the timing cache {path} cannot be read ({error.strerror})",
             advice="name another file with --timing-cache",
         ) from error
-    for content in (known, b""):  # an empty cache if the file is of another device
+    for content in (known, b""):  # start an empty cache if the file is from another device
         cache: trt.ITimingCache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache

@@ -63,7 +63,9 @@ class TorchRunner(LoadedRunner):
             )
         if self.device.type != "cuda" and self.precision == "tf32":
             raise RunnerError(
-                f"{self.name}: only NVIDIA GPUs compute in TF32", advice="use fp32 on the CPU"
+                "only NVIDIA GPUs compute in TF32",
+                runner=self.name,
+                advice="use fp32 on the CPU",
             )
         return self._module()
 

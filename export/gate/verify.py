@@ -1,4 +1,4 @@
-"""Parity gate for a whole bundle: every artifact with every runner of this machine.
+"""Parity gate for a whole bundle: checks each artifact with each runner available on this machine.
 
 `export.pipeline` runs it on each new artifact, `clip-deploy verify` on an existing bundle.
 `export.gate.parity` compares embeddings, `export.graphs.lint` checks graphs.
@@ -35,7 +35,9 @@ def data_for(
     captions: Path | None = None,
     labelled: Path | None = None,
 ) -> Data:
-    """Load calibration and labeled data for a checkpoint: see `export.gate.datasets.load_data`.
+    """Load calibration data and labeled data for a checkpoint.
+
+    See `export.gate.datasets.load_data` for the arguments.
 
     Raises:
         InputError: a directory or file cannot be used.
@@ -53,7 +55,7 @@ def data_for(
 
 
 def references(checkpoint: Checkpoint, data: Data, progress: Progress) -> dict[Tower, Expected]:
-    """Run eager float32 on the probes and on the labeled data."""
+    """Return the reference results of both towers: eager float32 on probes and labeled data."""
     progress("reference embeddings by eager fp32")
     with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
         labelled: LabelledReference | None = None
@@ -104,16 +106,20 @@ def judged(
 
 
 def verify(bundle: Bundle, source: str | None, labelled: Path | None, progress: Progress) -> Bundle:
-    """Return `bundle` with verdicts of this machine. Files on disk do not change.
+    """Return a copy of `bundle` with verdicts measured on this machine. No file is changed.
 
     Args:
         bundle: the bundle to verify.
-        source: checkpoint it was exported from; by default, the source in its manifest.
+        source: name or path of the checkpoint that it was exported from; by default, the source in
+            its manifest.
         labelled: directory of labeled images for zero-shot accuracy.
         progress: called with each step.
 
     Raises:
-        BundleError: a file differs from the exported one, or `source` has other weights.
+        BundleError: a file differs from the exported one, lint found a problem in a graph, or the
+            checkpoint has other weights than the bundle.
+        CheckpointError: the checkpoint does not exist or cannot be loaded.
+        InputError: `labelled` cannot be used.
     """
     checkpoint = checkpoint_of(bundle, source)
     data = data_for(checkpoint, bundle.tokenizer, progress, labelled=labelled)

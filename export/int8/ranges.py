@@ -36,7 +36,7 @@ def activation_ranges(
     The result is deterministic: the same batches give the same ranges.
 
     Args:
-        model: a graph with one input, small enough for one protobuf message (2 GB).
+        model: a graph with one input. It must fit into one protobuf message (2 GB).
         tensors: names of tensors in the graph.
         batches: calibration data. `percentile` and `entropy` run each batch twice.
         method: method that chooses a range.
@@ -63,7 +63,7 @@ def activation_ranges(
     histograms = {name: np.zeros(BINS, np.int64) for name in tensors}
     for batch in batches:
         for name, values in outputs(batch).items():
-            # In float32, because float16 cannot represent the edges of such narrow bins.
+            # Use float32, because float16 cannot represent the edges of such narrow bins.
             magnitudes = np.abs(values).astype(np.float32)
             counts, _ = np.histogram(magnitudes, BINS, (0.0, largest[name] or 1.0))
             histograms[name] += counts
@@ -81,7 +81,7 @@ def _session_with_outputs(
 ) -> onnxruntime.InferenceSession:
     known = {output.name for output in model.graph.output}
     watched = [onnx.ValueInfoProto(name=name) for name in tensors if name not in known]
-    # The outputs are added to the model and removed again: copying it could take gigabytes.
+    # Add the outputs to the model itself and remove them again: a copy could take gigabytes.
     model.graph.output.extend(watched)
     try:
         graph = model.SerializeToString()
@@ -103,8 +103,8 @@ def _entropy(histogram: NDArray[np.int64]) -> float:
     """Return the range that loses the least information, as a fraction of the largest magnitude.
 
     This is the search of TensorRT's entropy calibration (Migacz, "8-bit Inference with TensorRT",
-    GTC 2017). It minimizes the divergence between the clipped distribution and its quantization to
-    128 levels.
+    GTC 2017), at every eighth bin. It minimizes the Kullback-Leibler divergence between the clipped
+    distribution and its quantization to 128 levels.
     """
     total = histogram.astype(np.float64)
     divergences = [_divergence(total, stop) for stop in range(_LEVELS, BINS + 1, 8)]
@@ -123,5 +123,6 @@ def _divergence(histogram: Floats, stop: int) -> float:
         return float("inf")
     p, q = clipped / clipped.sum(), quantized / quantized.sum()
     nonzero = p > 0
-    # q is 0 where outliers are clipped into an empty last bin: smooth it, as the paper does.
+    # Outliers are clipped into the last bin. If it was empty, q is 0 there, and without this lower
+    # bound the divergence would be infinite.
     return float((p[nonzero] * np.log(p[nonzero] / np.maximum(q[nonzero], 1e-9))).sum())

@@ -197,4 +197,4 @@ def _check_runner(bundle: Bundle, runner: str, *, here: bool) -> None:
     else:
         bundle.plans("image", precision, library)
     if here and (error := missing(spec)) is not None:
-        raise RunnerError(f"{runner}: {error.reason}", advice=error.advice)
+        raise RunnerError(error.reason, runner=runner, advice=error.advice)

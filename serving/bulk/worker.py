@@ -1,7 +1,7 @@
 """Worker of a bulk job, which embeds the images of a shard and writes its Parquet file.
 
 The file is written atomically, so any worker may retry a shard any number of times. Pixels and
-embeddings never leave the process.
+embeddings are not passed between processes.
 
 This module does not know how shards are distributed (`serving.bulk.ray_pool`).
 """
@@ -25,16 +25,17 @@ from serving.bulk.isolation import Attempts, keep_to_cpus
 from serving.bulk.plan import PLAN, shard_path
 from serving.bulk.sources import Row, Shard, Source, read_shard
 from serving.bundles.bundle import Bundle
-from serving.errors import BundleError, ClipDeployError, InputError, RunnerError
+from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, worded
 from serving.inputs.preprocess import preprocess
 from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
 from serving.util.typed_json import from_json
 
 _AHEAD = 1
-"""Number of batches that are decoded while another one is embedded."""
+"""Number of batches to decode in advance, while another batch is embedded."""
 _ROW_GROUP = 1024
-"""Rows per row group of the output, which bounds the memory of a worker for any shard size."""
+"""Minimum number of rows in a row group of the output, except the last. A worker keeps one row
+group in memory, so its memory does not grow with the size of a shard."""
 
 Decoded = NDArray[np.uint8] | str
 """Pixels, or the reason of an error."""
@@ -73,9 +74,9 @@ def schema(dim: int) -> Any:
 
 
 def fastest_runner(bundle: Path, threads: int) -> str:
-    """Return the fastest runner of the image tower with `threads` CPUs.
+    """Return the name of the fastest runner of the image tower on `threads` CPUs.
 
-    Only runners that passed the parity gate are timed.
+    Only runners that passed the parity gate are timed. This process is restricted to these CPUs.
 
     Raises:
         BundleError: none of them is available on this machine.
@@ -89,7 +90,7 @@ class Worker:
     """Ray actor that embeds shards.
 
     A failure that affects every shard, such as a missing runner or a full disk, is returned as a
-    result: Ray would retry after an exception.
+    result and not raised, because Ray would retry the shard after an exception.
     """
 
     def __init__(self, job: Job) -> None:
@@ -115,8 +116,9 @@ class Worker:
                 `PLAN`; both int64 [n].
 
         Returns:
-            For each shard its number `shard`, its number of `rows`, `failure` ("" if none), and
-            when this worker was `ready`, in seconds since 1970.
+            Lists with one item per shard: `shard`, its number; `rows`, the number of rows written;
+            `failure`, the reason why it was not written, or ""; and `ready`, the time when this
+            worker was ready, in seconds since 1970.
         """
         answers: dict[str, list[Any]] = {"shard": [], "rows": [], "failure": [], "ready": []}
         for index, offset in zip(batch["shard"].tolist(), batch["offset"].tolist(), strict=True):
@@ -203,12 +205,12 @@ class Worker:
 
     def _pixels(self, image: Path | bytes | InputError) -> Decoded:
         if isinstance(image, InputError):
-            return image.reason
+            return worded(image.reason, image.advice)
         try:
             return preprocess(image, self._spec)
         except InputError as error:
-            return error.reason
-        except Exception as error:  # an error of a decoder concerns only this image
+            return worded(error.reason, error.advice)
+        except Exception as error:  # a decoder error must not fail the other images
             return f"{type(error).__name__}: {error}"
 
 

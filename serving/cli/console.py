@@ -12,6 +12,7 @@ from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -58,7 +59,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (
         columns: names of the columns; a name that begins with `>` aligns its column to the right.
         rows: one cell per column.
     """
-    made = Table(title=Text(title), show_header=any(columns))
+    # rich folds a title to the width of its table.
+    width = min(cell_len(title), _OUT.width)
+    made = Table(title=Text(title), show_header=any(columns), min_width=width)
     for column in columns:
         right = column.startswith(">")
         name = Text(column.removeprefix(">"))

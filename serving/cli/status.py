@@ -13,4 +13,4 @@ def status(as_json: Json = False, *, connection: Connection) -> None:
     if as_json:
         document(found)
         return
-    result(table(found.url, ("", ""), found.facts.items()))
+    result(table(found.url, ("", ""), sorted(found.facts.items())))

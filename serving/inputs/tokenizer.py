@@ -174,7 +174,7 @@ class Tokenizer:
                 raise TextTooLongError(
                     f"the text has {len(body) + 2} tokens, start and end included, more than the "
                     f"model's {spec.context_length}: {excerpt(text)}",
-                    advice="shorten it or pass truncate=True",
+                    advice="shorten it, or enable truncation",
                 )
             body = body[: spec.context_length - 2]
         return [spec.start_id, *body, spec.end_id]

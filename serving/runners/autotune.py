@@ -18,18 +18,20 @@ from serving.runners.spec import RUNNERS, RunnerSpec, runners_of
 from serving.util.machine import describe
 
 BATCH, LENGTH = 8, 16
-"""The timed batch: about the size that dynamic batching reaches with a few clients, and the usual
-length of a text, in tokens."""
+"""Size of the timed batch, which is about what dynamic batching reaches with a few
+clients, and length of its texts in tokens, the usual length of a text."""
 _PROBES, _NEAR = 2, 2.0
 """Each runner is probed `_PROBES` times. Runners within `_NEAR` times of the fastest probe advance
-to the timed rounds. All of them must: on a busy machine the fastest runner can have the slowest
-probe."""
+to the timed rounds, because the fastest probe on a busy machine may not be of the fastest
+runner."""
 _ROUNDS, _FEWEST_ROUNDS, _ENOUGH_S = 7, 3, 2.0
-"""Maximum and minimum number of timed rounds, and the seconds after which the minimum suffices:
-the times of slow runners vary little."""
+"""Maximum and minimum number of timed rounds, and a duration in seconds. Once the timed runs have
+taken that long, no rounds beyond the minimum are run, because the times of slow runners vary
+little."""
 _LONG_S = 0.15
-"""A run of up to this many seconds is repeated, and the repetition counts. It belongs to a runner
-whose weights fit into the CPU caches, which the run of another runner may have evicted."""
+"""A run that takes at most this long, in seconds, is repeated, and only the repetition counts. The
+weights of such a fast runner fit into the CPU caches, but the previous run, of another runner, may
+have evicted them."""
 
 
 def passed(bundle: Bundle, graph: Graph) -> list[RunnerSpec]:
@@ -82,9 +84,9 @@ def prefix_tree_runner(bundle: Bundle, asked: str, plain: RunnerSpec) -> RunnerS
 
     Args:
         bundle: bundle with or without a prefix-tree graph.
-        asked: a runner, returned if it passed the parity gate with the prefix-tree graph. With
-            `auto`, all runners that passed it are timed, and the fastest is returned, or None if
-            `plain` is faster.
+        asked: name of a runner, or `auto`. A named runner is returned if it passed the parity gate
+            with the prefix-tree graph. With `auto`, all runners that passed are timed against
+            `plain`, and the fastest is returned, or None if that is `plain`.
         plain: runner of the plain text graph.
 
     Raises:
@@ -115,7 +117,7 @@ def _batch(bundle: Bundle, tower: Tower) -> Batch:
 
 
 def _prompts(bundle: Bundle) -> Batch:
-    """Return texts like those of a label set: eight prefixes, each with eight endings."""
+    """Return token ids like those of a label set: eight prefixes, each with eight endings."""
     ids = np.tile(_batch(bundle, "text"), (BATCH, 1)).astype(np.int32)
     half = ids.shape[1] // 2
     ids[:, half:-1] = np.repeat(ids[:BATCH, half:-1], BATCH, axis=0)
@@ -127,9 +129,9 @@ def _ranked(
 ) -> tuple[dict[str, float], dict[str, RunnerError]]:
     """Return the milliseconds of each runner, fastest first, and the errors of those that failed.
 
-    All runners are probed, and those near the fastest are then timed in interleaved rounds. Without
-    that, a machine that is busy for one second could change the selection, which lasts for as long
-    as the model repository is served.
+    All runners are probed, and those near the fastest are then timed in interleaved rounds.
+    Otherwise, one busy second of the machine could change the selection, which stays in effect for
+    as long as the model repository is served.
 
     Args:
         runners: name -> function that returns the runner, not yet entered.

@@ -41,10 +41,14 @@ class OnnxRuntimeRunner(LoadedRunner):
         try:
             session = onnxruntime.InferenceSession(path, options, providers=self._providers())
         except Exception as error:  # ONNX Runtime has an exception class for each status code
-            raise RunnerError(f"{self.name}: ONNX Runtime cannot load {path}: {error}") from error
+            raise RunnerError(
+                f"ONNX Runtime cannot load {path}: {error}", runner=self.name
+            ) from error
         # ONNX Runtime drops a provider that cannot start and only logs a warning.
         if (got := session.get_providers())[0] != self._provider:
-            raise RunnerError(f"{self.name}: asked ONNX Runtime for {self._provider}, got {got}")
+            raise RunnerError(
+                f"asked ONNX Runtime for {self._provider}, got {got}", runner=self.name
+            )
         return session
 
     def _providers(self) -> list[Any]:

@@ -51,9 +51,9 @@ class OpenVinoRunner(LoadedRunner):
                 },
             )
         except RuntimeError as error:
-            raise RunnerError(f"{self.name}: OpenVINO cannot load {path}: {error}") from error
+            raise RunnerError(f"OpenVINO cannot load {path}: {error}", runner=self.name) from error
         if (got := compiled.get_property("INFERENCE_PRECISION_HINT").to_string()) != hint:
-            raise RunnerError(f"{self.name}: asked OpenVINO for {hint}, and got {got}")
+            raise RunnerError(f"asked OpenVINO for {hint}, and got {got}", runner=self.name)
         return compiled.create_infer_request()
 
     def _infer(self, batch: Batch) -> Embeddings:
@@ -65,7 +65,8 @@ class OpenVinoRunner(LoadedRunner):
         bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if self._precision == "bf16" and not bf16:
             raise RunnerError(
-                f"{self.name}: this CPU has no bfloat16 (avx512_bf16 or amx_bf16)",
+                "this CPU has no bfloat16 (avx512_bf16 or amx_bf16)",
+                runner=self.name,
                 advice="use openvino:fp32 or openvino:int8",
             )
         return "bf16" if bf16 and self._precision in ("bf16", "int8") else "f32"

@@ -49,7 +49,7 @@ def open_runner(bundle: Bundle, graph: Graph, runner: RunnerSpec | str) -> Runne
     spec = known(runner)
     runtime = runtime_of(spec)
     if (error := missing(spec)) is not None:
-        raise RunnerError(f"{spec}: {error.reason}", advice=error.advice)
+        raise RunnerError(error.reason, runner=str(spec), advice=error.advice)
     if graph == "prefix_tree" and not runtime.prefix_trees:
         raise RunnerError(f"{spec} does not run prefix trees")
     if spec.runtime == "openvino":

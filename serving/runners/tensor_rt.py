@@ -119,7 +119,7 @@ class TensorRtRunner(LoadedRunner):
         try:
             return _Tower(library, engine, artifact.engine, self._graphs)
         except RuntimeError as error:  # such as out of memory
-            raise RunnerError(f"{self.name}: {error}") from error
+            raise RunnerError(str(error), runner=self.name) from error
 
     def _infer(self, batch: Batch) -> Embeddings:
         output: Embeddings = self._loaded.run(batch)

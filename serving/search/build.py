@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.errors import ImageError, InputError
+from serving.errors import ImageError, InputError, worded
 from serving.search.faiss_index import IndexKind, library
 from serving.search.index import SearchIndex
 from serving.search.resume import Pending, Unfinished
@@ -265,7 +265,7 @@ class _Change:
             except ImageError as error:
                 if error.index is None:
                     raise  # the error is not about one of these images
-                bad, reason = error.index, error.reason
+                bad, reason = error.index, worded(error.reason, error.advice)
             else:
                 return embedded + rest, parts, failed
             before = self._embed_readable(rest[:bad])

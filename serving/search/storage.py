@@ -11,7 +11,8 @@
       pending/                  embeddings of an unfinished change (`serving.search.resume`)
 
 A change writes the next generation beside the current one, then atomically replaces the manifest.
-If it is killed at any moment, the index is either the old one or the new one. The sha256 hashes
+If the process is killed at any moment, the directory holds either the old index or the new one,
+never a mixture. The sha256 hashes
 detect damage and incomplete copies. They do not protect against an attacker who can write to the
 directory.
 """
@@ -93,10 +94,10 @@ class IndexManifest:
 
 
 def check_model(path: Path, expected: ModelIdentity, found: ModelIdentity) -> None:
-    """Check that the index in `path` was built with the model `found`.
+    """Check that the model in use, `found`, fits the model that `path` was built with, `expected`.
 
     Raises:
-        InputError: it was built with another model, `expected`.
+        InputError: the models differ, so their embeddings cannot be compared.
     """
     if not expected.fits(found):
         raise InputError(
@@ -175,7 +176,8 @@ def index_locked(path: Path) -> Iterator[None]:
     The lock is released at the end of the block or of the process.
 
     Raises:
-        InputError: `path` holds other files than an index, or another process holds the lock.
+        InputError: `path` contains files that are not an index, cannot be written, or is locked by
+            another process.
         StorageError: the disk became full within the block.
     """
     if path.exists() and not path.is_dir():
@@ -221,7 +223,7 @@ def commit(
 ) -> IndexManifest:
     """Write the next generation and make it the current one.
 
-    Call it within `index_locked`. FAISS holds all embeddings in memory meanwhile.
+    Call it within `index_locked`. While it runs, FAISS holds all embeddings in memory.
 
     Args:
         path: directory of the index.
@@ -229,7 +231,7 @@ def commit(
         model: model of the embeddings.
         folder: directory of the images.
         kind: kind of the index.
-        entries: files, row by row.
+        entries: the embedded files, in the order of the rows of the index.
         skipped: files that could not be embedded.
         fill: writes the embeddings to an array, float32 [n, dim].
     """
@@ -285,9 +287,9 @@ def _created(file: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.f
 def amend(
     path: Path, manifest: IndexManifest, folder: Path, skipped: Sequence[Skipped]
 ) -> IndexManifest:
-    """Update `folder` and `skipped` of the manifest and return it; the generation stays current.
+    """Update `folder` and `skipped` in the manifest, and return the updated manifest.
 
-    Call it within `index_locked`.
+    The generation does not change. Call it within `index_locked`.
     """
     _remove_generations(path, manifest)
     changed = replace(manifest, folder=str(folder), skipped=tuple(skipped))
@@ -302,7 +304,7 @@ def _publish(path: Path, manifest: IndexManifest) -> None:
 
 
 def _remove_generations(path: Path, kept: IndexManifest | None) -> None:
-    """Delete all generations, replaced and unfinished ones, except that of the manifest `kept`."""
+    """Delete all generations, including unfinished ones, except that of the manifest `kept`."""
     name = f"{_GENERATION}{kept.generation}" if kept else ""
     for generation in path.glob(f"{_GENERATION}*"):
         if generation.name != name:

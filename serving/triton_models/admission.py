@@ -1,11 +1,13 @@
 """Admission control: rejects requests once the queue of a Triton model is full.
 
-Triton can bound a queue itself (`max_queue_size`), but it serves a queue that has a bound or a
-timeout without prefetching. A request that arrives while every instance is busy then waits until
-the next request arrives, or for half a second: `PayloadSlotAvailable` checks whether an instance is
-waiting, and nothing wakes the batcher when one becomes free. The count is also not corrected when
-Triton merges payloads (server issue 8870). Therefore most queues have no bound of their own, and
-the Python models that requests pass through read the queue lengths from the server's metrics.
+Triton can bound a queue itself (`max_queue_size`), but it disables prefetching for every queue that
+has a bound or a timeout. A new request then wakes the batcher only if an instance is waiting at
+that moment (`PayloadSlotAvailable`), and nothing wakes it when an instance becomes free. A request
+that arrives while every instance is busy waits until the next request arrives, or for half a
+second. In addition, the count is not corrected when Triton merges payloads (server issue 8870).
+
+Therefore only the queue of `image_preprocess` has a bound in Triton. The other queues are bounded
+by the Python models, which read the queue lengths from the server's metrics.
 
 If the metrics cannot be read, this module imports `triton_python_backend_utils`, which exists only
 in Triton's Python stub, to log a warning.
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 METRICS = "CLIP_METRICS"
-"""Environment variable with the host:port of this server's metrics."""
+"""Name of the environment variable with the host:port of this server's metrics."""
 
 # Intervals between reads of the metrics. A read takes 0.7 ms on an idle server.
 LOOK_S = 0.02  # while the queue is full, or more than half full
@@ -37,7 +39,8 @@ class Metrics:
     """Reader of the queue lengths in this server's metrics.
 
     Args:
-        address: host:port. Default: the environment variable METRICS, or Triton's default address.
+        address: host:port. By default, the value of the environment variable that `METRICS` names,
+            or 127.0.0.1:8002 if it is not set.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -86,11 +89,12 @@ class Metrics:
 
 
 class Ahead:
-    """Admission to the queue of the next model, which this model sends its requests to.
+    """Admission to the queue of the next model, to which this model sends its requests.
 
-    Requests that passed since the last read of the metrics count as still waiting. Under low load
-    the metrics are therefore not read at all, and at most `limit` requests wait. With several
-    feeders, each of them may exceed the limit by its share in the worst case.
+    Requests that were admitted since the last read of the metrics count as still waiting. The
+    metrics are read only when this count reaches the limit, which is rare under low load. At most
+    `limit` requests wait. With several feeders, each may exceed the limit by its share in the worst
+    case.
 
     Args:
         model: name of the next model.
@@ -124,13 +128,14 @@ class Ahead:
 class Behind:
     """Admission to the queue of this model, checked when the model takes requests from it.
 
-    A queue that is too long is cut to seven eighths of `limit`. The model that feeds this one
-    through `Ahead` then finds room, even while other clients call this model directly.
+    If more than `limit` requests wait, the excess over seven eighths of `limit` is rejected. The
+    remaining eighth leaves room for the model that feeds this one through `Ahead`, even while other
+    clients call this model directly.
 
     Args:
         model: name of this model.
-        limit: maximum number of requests that wait for it, in addition to those that arrive between
-            two reads of the metrics.
+        limit: maximum number of requests that wait for it. Requests that arrive between two reads
+            of the metrics may exceed it.
         look: returns the number of requests that wait for a model.
     """
 

@@ -1,9 +1,9 @@
 """Cache of the embeddings of label sets, so that a server embeds each set once.
 
 `LabelSetCache` is a least-recently-used cache with a size limit in bytes. One thread embeds the
-missing sets in round-robin order, one chunk at a time. A small set does not wait for a large one to
-complete, requests for the same set share the work, and a set that no request waits for any more is
-dropped after the current chunk.
+missing sets in round-robin order, one chunk at a time, so that a small set does not wait for a
+large one to complete. Requests for the same set share the work. A set is dropped after the current
+chunk if no request waits for it any more.
 
 This module does not depend on Triton; `serving.triton_models.zero_shot` passes it the label set and
 a function that runs the tower.
@@ -25,7 +25,7 @@ from serving.inputs.tokenizer import Tokenizer, batches_by_beginning, batches_by
 from serving.tasks.embedder import Floats
 from serving.tasks.zero_shot import ClassEmbeddings
 
-_TOKENIZED = 1024  # texts tokenized at a time; takes about as long as a tower takes for a chunk
+_TOKENIZED = 1024  # texts tokenized at a time; takes about as long as embedding a chunk
 
 Work = Generator[None, None, Floats]
 """Generator that embeds a set and yields after each chunk; returns float32 [labels, dim]."""
@@ -49,7 +49,7 @@ class Abandoned(Exception):  # noqa: N818  not an error
 
 
 class Full(Exception):  # noqa: N818  not an error
-    """Too many requests or texts wait already; the message says which."""
+    """Too many requests or too many texts are waiting; the message says which."""
 
 
 @dataclass(slots=True)
@@ -63,8 +63,10 @@ class LabelSetCache:
     """Embeddings of label sets by key. Call `close` at the end.
 
     Args:
-        max_bytes: maximum size of all embeddings together; a larger set is embedded, not kept.
-        max_texts: maximum number of texts of all sets in progress; a larger set is embedded alone.
+        max_bytes: maximum total size of the cached embeddings. A larger set is embedded but not
+            cached.
+        max_texts: maximum total number of texts in the sets in progress. A larger set is accepted
+            only if no other set is in progress.
         max_waiters: maximum number of waiting requests of all sets.
     """
 
@@ -90,7 +92,7 @@ class LabelSetCache:
             waiter: notified exactly once if the set is not cached.
 
         Raises:
-            Full: too much waits already; the waiter will not be notified.
+            Full: a limit of the cache is reached. The waiter will not be notified.
         """
         with self._changed:
             if key in self._kept:

@@ -21,7 +21,8 @@ from serving.util.locks import locked
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and of an exhausted disk quota."""
 _LEAST_FREE = 1 << 16
-"""Free bytes below which an error of unknown cause is attributed to a full disk."""
+"""Amount of free space, in bytes, below which an error of unknown cause is attributed to a full
+disk."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -30,14 +31,14 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def new_directory(target: Path, sign: str) -> Iterator[Path]:
     """Yield a new directory that atomically replaces `target` if the block ends without an error.
 
-    Until then an existing `target` is unchanged; after the exchange it is deleted. Only a directory
-    that is empty or contains the path `sign`, which identifies a directory of this project, is
-    replaced. On a file system without an atomic exchange, a process killed between two renames
-    leaves `target` missing, and the next call restores the old one. Each call also removes what
-    killed calls left behind.
+    Until then an existing `target` is unchanged; after the exchange the old directory is deleted. A
+    directory is replaced only if it is empty or contains the path `sign`, which identifies
+    directories written by this project. If the file system has no atomic exchange, two renames
+    replace it: a process killed between them leaves no `target`, and the next call restores the old
+    one. Each call also removes the temporary directories of killed calls.
 
     Raises:
-        InputError: `target` is a file or another directory.
+        InputError: `target` is a file, or a directory that must not be replaced.
         StorageError: the disk is full.
     """
     with ExitStack() as stack, disk_errors(target):
@@ -78,7 +79,7 @@ def _scratch(target: Path, stack: ExitStack) -> Path:
             stack.enter_context(locked(scratch))
         except (FileNotFoundError, BlockingIOError):  # removed by another process before the lock
             continue
-        except OSError:  # a file system without locks on directories, such as NFS: no sweeps there
+        except OSError:  # no locks on directories, as on NFS: use it unlocked; no sweep removes it
             return scratch
         if scratch.exists():
             return scratch
@@ -114,12 +115,12 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically in UTF-8, see `write_bytes`."""
+    """Write `text` to `path` in UTF-8, atomically; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: at any time it has its old or its new content.
+    """Write `data` to `path` atomically: at any time the file has its old or its new content.
 
     Raises:
         StorageError: the disk is full.
@@ -155,7 +156,7 @@ def _sync_one(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Convert errors that a full disk causes while `path` is written to `StorageError`.
+    """Raise `StorageError` in place of any error that a full disk causes while `path` is written.
 
     Raises:
         StorageError: the disk is full.

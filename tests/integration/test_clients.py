@@ -1,4 +1,4 @@
-"""The whole way, through a real Triton server: pictures and texts in, embeddings out."""
+"""End-to-end tests of `ClipClient` on a real Triton server."""
 
 import io
 import json
@@ -46,10 +46,10 @@ def local(tiny_bundle):
         yield opened
 
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ valid inputs
 
 
-def test_served_embeddings_equal_those_in_this_process(client, local):
+def test_served_embeddings_equal_in_process_embeddings(client, local):
     pictures = [encoded(i, form) for i in range(9) for form in ("JPEG", "PNG")]
     served = client.embed_images(pictures)
     assert served.dtype == np.float32
@@ -64,7 +64,7 @@ def test_served_embeddings_equal_those_in_this_process(client, local):
     np.testing.assert_allclose(client.embed_texts(texts), local.embed_texts(texts), atol=1e-4)
 
 
-def test_one_picture_many_forms(client, tmp_path):
+def test_all_image_types_give_the_same_embedding(client, tmp_path):
     data = encoded(1, "PNG")
     path = tmp_path / "picture.png"
     path.write_bytes(data)
@@ -82,7 +82,7 @@ def test_order_is_kept_over_many_concurrent_requests(server, local):
         )
 
 
-def test_a_client_is_safe_to_share_between_threads(client, local):
+def test_client_can_be_shared_between_threads(client, local):
     pictures = [encoded(i) for i in range(8)]
     expected = local.embed_images(pictures)
     with ThreadPoolExecutor(4) as pool:
@@ -90,7 +90,7 @@ def test_a_client_is_safe_to_share_between_threads(client, local):
             np.testing.assert_allclose(embedding[0], expected[index], atol=1e-4)
 
 
-def test_classify_equals_the_one_in_this_process(client, local):
+def test_classify_equals_in_process_classify(client, local):
     pictures, labels = [encoded(i) for i in range(4)], ["a cat", "a dog", "a tree"]
     served = client.classify(pictures, labels)
     np.testing.assert_allclose(served.sum(axis=1), 1, atol=1e-5)
@@ -110,18 +110,18 @@ def test_texts_are_cached_and_errors_are_not(server):
                 client.embed_texts(["word " * 500])
 
 
-# ------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------ invalid inputs
 
 
 @pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_bad_pictures_name_themselves(client, kind):
+def test_errors_name_the_bad_image(client, kind):
     data, message = BAD_PICTURES[kind]
     with pytest.raises(ImageError, match=rf"images\[10\]: .*({message})"):
         client.embed_images([encoded(i) for i in range(10)] + [data] + [encoded(1)])
     assert client.embed_images([encoded(0)]).shape == (1, 32)
 
 
-def test_unusual_pictures_that_are_fine(client, local):
+def test_extreme_aspect_ratio_and_animation_are_accepted(client, local):
     wide, frames = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (6000, 1), "red").save(wide, "PNG")
     first, second = Image.new("P", (40, 40), 3), Image.new("P", (40, 40), 200)
@@ -132,7 +132,7 @@ def test_unusual_pictures_that_are_fine(client, local):
     )
 
 
-def test_a_missing_file_and_a_wrong_array_are_found_before_they_are_sent(client):
+def test_invalid_images_are_rejected_before_sending(client):
     with pytest.raises(ImageError, match=r"images\[1\].*/nowhere/x\.jpg"):
         client.embed_images([encoded(0), Path("/nowhere/x.jpg")])
     with pytest.raises(ImageError, match=r"uint8 \[height, width, 3\], got float64 \[4, 4\]"):
@@ -151,17 +151,17 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_bad_texts_name_themselves(client, kind):
+def test_errors_name_the_bad_text(client, kind):
     text, message = BAD_TEXTS[kind]
     with pytest.raises(TextError, match=rf"texts\[9\].*{message}"):
         client.embed_texts([f"text {i}" for i in range(9)] + [text])
 
 
-def test_truncate_keeps_what_fits(client, local):
+def test_truncate_shortens_a_long_text(client, local):
     long = "word " * 500
     expected = local.embed_texts([" ".join(["word"] * 75)])
     np.testing.assert_allclose(client.embed_texts([long], truncate=True), expected, atol=1e-4)
-    with pytest.raises(TextError, match="more than the model's 77"):  # not from a cache
+    with pytest.raises(TextError, match="more than the model's 77"):  # not the cached answer
         client.embed_texts([long])
 
 
@@ -169,8 +169,7 @@ TENSORS = {"image": ("pixels", "image_embeds"), "text": ("input_ids", "text_embe
 
 
 def answers_at_once(server, modality: str, rows: list) -> list:
-    """Of a tower itself, to inputs that are all sent before the first answer is awaited:
-    embeddings, or errors."""
+    """Send all rows to one tower before waiting for an answer. Return embeddings or errors."""
     given, asked = TENSORS[modality]
     answers: list = [None] * len(rows)
     done = threading.Semaphore(0)
@@ -192,8 +191,8 @@ def answers_at_once(server, modality: str, rows: list) -> list:
     return answers
 
 
-def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
-    """Straight to the tower, where the requests really share one batch."""
+def test_bad_request_in_a_dynamic_batch_fails_alone(server, tiny_bundle):
+    """Requests go directly to the tower, so that they share one dynamic batch."""
     spec = tiny_bundle.manifest.text
     rows = []
     for first in range(8):
@@ -211,10 +210,10 @@ def test_one_bad_request_of_a_dynamic_batch_fails_alone(server, tiny_bundle):
         assert answers[index].shape == (1, 32)
 
 
-def test_pictures_share_batches(server, tiny_bundle):
+def test_images_share_batches(server, tiny_bundle):
     side = tiny_bundle.manifest.image.size
     pixels = np.random.default_rng(0).integers(0, 256, (100, 3, side, side), np.uint8)
-    # Full batches first, which keep the tower busy while the others come.
+    # Full batches keep the tower busy, so that the single rows queue up behind them.
     rows = [pixels[first : first + 16] for first in (0, 16, 32, 48)]
     rows += [pixels[place : place + 1] for place in range(64, 100)]
     with open_runner(tiny_bundle, "image", "onnxruntime:fp32") as runner:
@@ -226,10 +225,10 @@ def test_pictures_share_batches(server, tiny_bundle):
 
 
 def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
-    """Neighbours differ in length, so a batcher that wants one shape would run each alone."""
+    """Neighboring requests differ in length; a batcher of equal shapes would run each alone."""
     spec = tiny_bundle.manifest.text
     full = np.full((16, spec.context_length), spec.end_id, np.int32)
-    rows = [full] * 4  # which keep the tower busy while the others come
+    rows = [full] * 4  # keep the tower busy, so that the single rows queue up
     for place in range(36):
         row = np.full((1, spec.buckets[place % len(spec.buckets)]), spec.pad_id, np.int32)
         row[0, :3] = (spec.start_id, 320 + place, spec.end_id)
@@ -242,7 +241,7 @@ def test_texts_of_all_lengths_share_batches(server, tiny_bundle):
     assert metric(server, "nv_inference_exec_count", "text_tower") - before < len(rows) - 10
 
 
-def test_a_deadline_is_kept(server):
+def test_deadline_is_enforced(server):
     with (
         ClipClient(server.grpc_url, timeout=0.001) as client,
         pytest.raises(ServerError, match=r"within 0\.001 s|timeout"),
@@ -250,7 +249,7 @@ def test_a_deadline_is_kept(server):
         client.embed_images([encoded(i, size=(2000, 2000)) for i in range(8)])
 
 
-def test_nobody_there():
+def test_unreachable_server_and_malformed_url_are_reported():
     with pytest.raises(ServerError, match="no Triton server answers at grpc://127"):
         ClipClient("grpc://127.0.0.1:1")
     with pytest.raises(ServerError, match="expected grpc://host:port or http://host:port"):
@@ -266,7 +265,7 @@ def serving(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_commands_against_the_server(server, tiny_bundle, tmp_path):
+def test_commands_work_with_a_server(server, tiny_bundle, tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(encoded(i))
     labels = ["--label", "a cat", "--label", "a dog"]
@@ -311,7 +310,7 @@ def test_commands_against_the_server(server, tiny_bundle, tmp_path):
         (("up", "/nowhere"), "expected a model repository"),
     ],
 )
-def test_command_errors_are_one_message(arguments, message):
+def test_command_errors_are_printed_without_traceback(arguments, message):
     done = serving(*arguments)
     assert done.returncode == 2
     assert re.search(message, done.stderr)

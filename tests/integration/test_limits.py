@@ -1,4 +1,8 @@
-"""Every limit of `serving.limits`: accepted at its value, refused one past it, with both named."""
+"""Tests of every limit in `serving.limits`.
+
+Input at the limit is accepted. Input one past the limit is rejected with a message that names both
+the value and the limit.
+"""
 
 import contextlib
 import io
@@ -31,11 +35,11 @@ from serving.util.directories import SUFFIXES
 from tests.support import hostile_inputs as hostile
 from tests.support.fuzzing import bmp_rle, encoded, image_files
 
-SOAK = bool(os.environ.get("CLIP_SOAK"))  # the pictures of 64 megapixels too: minutes, 1.5 GB
+SOAK = bool(os.environ.get("CLIP_SOAK"))  # adds the 64-megapixel images: minutes, 1.5 GB
 BATCH = 8
 PROTOCOLS = ("grpc", "http")
 SMALL = encoded(Image.new("RGB", (16, 16), "red"), "PNG")
-LARGE = hostile.padded(SMALL, limits.MAX_PICTURE_BYTES)  # what follows a PNG's end is not read
+LARGE = hostile.padded(SMALL, limits.MAX_PICTURE_BYTES)  # data after the end of a PNG is not read
 SPEC = ImageSpec(
     size=224,
     resize=224,
@@ -65,7 +69,7 @@ def server(fp32_bundle, tmp_path_factory):
         yield running
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 NOISE = np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)
 FEW_PARTS = hostile.chunks_of(SMALL)
@@ -108,7 +112,7 @@ PAST = {
 
 
 @pytest.mark.parametrize("limit", AT)
-def test_a_picture_at_a_limit_is_taken_and_one_past_it_is_not(limit):
+def test_image_at_a_limit_is_accepted_and_past_it_rejected(limit):
     assert preprocess(AT[limit], SPEC).shape == (3, 224, 224)
     data, message = PAST[limit]
     with pytest.raises(ImageError, match=message):
@@ -116,7 +120,7 @@ def test_a_picture_at_a_limit_is_taken_and_one_past_it_is_not(limit):
 
 
 @pytest.mark.parametrize("pixels", [limits.MAX_PIXELS, limits.MAX_PIXELS + 1])
-def test_pixels_of_arrays_and_images(pixels):
+def test_pixel_limit_applies_to_arrays_and_pil_images(pixels):
     for picture in (Image.new("1", (pixels, 1)), np.zeros((1, pixels, 3), np.uint8)):
         if pixels <= limits.MAX_PIXELS:
             assert preprocess(picture, SPEC).shape == (3, 224, 224)
@@ -125,7 +129,7 @@ def test_pixels_of_arrays_and_images(pixels):
             preprocess(picture, SPEC)
 
 
-def test_exactly_five_formats():
+def test_exactly_five_formats_are_decoded():
     assert limits.FORMATS == ("JPEG", "PNG", "WEBP", "GIF", "BMP")
     image = Image.fromarray(NOISE)
     for kind in limits.FORMATS:
@@ -138,7 +142,7 @@ def test_exactly_five_formats():
 
 
 @pytest.mark.parametrize("name", image_files())
-def test_what_is_cut_out_changes_no_pixel(name):
+def test_removing_metadata_changes_no_pixel(name):
     data = image_files()[name]
     whole, cut = (Image.open(io.BytesIO(part)) for part in (data, pixel_parts(data)))
     assert whole.tobytes() == cut.tobytes()
@@ -147,14 +151,14 @@ def test_what_is_cut_out_changes_no_pixel(name):
     assert name.startswith(("webp", "bmp")) or not said & cut.info.keys()
 
 
-def test_a_second_picture_behind_the_first_is_no_scan_of_it():
-    """Motion photos and multi-picture files have a film or more pictures at their end."""
+def test_data_after_a_jpeg_does_not_count_as_scans():
+    """Motion photos and multi-image files have a video or more images after the first image."""
     photo = hostile.jpeg_with([])
     assert decode(photo + b"\0\xff\xda" * 5000 + photo).size == (16, 16)
     assert pixel_parts(photo + b"a film") == pixel_parts(photo)
 
 
-def test_a_file_is_refused_by_its_size_and_not_read(tmp_path):
+def test_oversized_file_is_rejected_without_reading_it(tmp_path):
     huge, at, past = (tmp_path / f"{name}.png" for name in ("huge", "at", "past"))
     for path, size in ((huge, 10 << 30), (at, limits.MAX_PICTURE_BYTES)):
         path.write_bytes(SMALL)
@@ -171,7 +175,7 @@ def test_a_file_is_refused_by_its_size_and_not_read(tmp_path):
         read_picture("/dev/zero")  # its size is 0
 
 
-def test_what_a_client_would_send_is_within_the_limit():
+def test_client_rejects_an_encoded_image_above_the_limit():
     assert encode_picture(LARGE) is LARGE
     with pytest.raises(ImageError, match="33554433 bytes, more than the 33554432"):
         encode_picture(LARGE + b"\0")
@@ -180,7 +184,7 @@ def test_what_a_client_would_send_is_within_the_limit():
         encode_picture(noise)
 
 
-def test_one_picture_too_large_stops_no_job(tmp_path, local, tar_of_pictures):
+def test_oversized_image_does_not_stop_a_job(tmp_path, local, tar_of_pictures):
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "fine.png").write_bytes(SMALL)
@@ -233,7 +237,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("limit", TEXTS)
-def test_a_text_at_a_limit_is_taken_and_one_past_it_is_not(limit, tokenize):
+def test_text_at_a_limit_is_accepted_and_past_it_rejected(limit, tokenize):
     at, past, message = TEXTS[limit]
     assert tokenize([at], truncate=True).shape[0] == 1
     for texts in ([past], ["a", past]):
@@ -242,8 +246,8 @@ def test_a_text_at_a_limit_is_taken_and_one_past_it_is_not(limit, tokenize):
         assert (refused.value.kind, refused.value.index) == ("texts", len(texts) - 1)
 
 
-def test_a_number_that_python_does_not_read_is_no_surprise(tokenize):
-    """`int()` raises ValueError over 4,300 digits, and html.unescape() asks it."""
+def test_very_long_character_reference_is_handled(tokenize):
+    """`html.unescape()` calls `int()`, which raises ValueError above 4,300 digits."""
     with pytest.raises(TextError, match="5002 characters without whitespace"):
         tokenize(["&#" + "9" * 5000])
     assert tokenize(["&#" + "9" * (WORD - 2)]).shape[0] == 1
@@ -291,7 +295,7 @@ SETS = {
 
 
 @pytest.mark.parametrize("limit", SETS)
-def test_a_label_set_at_a_limit_is_taken_and_one_past_it_is_not(limit):
+def test_label_set_at_a_limit_is_accepted_and_past_it_rejected(limit):
     at, past, message = SETS[limit]
     made = LabelSet(*at)
     assert len(made.texts(0, 3)) == min(3, len(made))
@@ -300,7 +304,7 @@ def test_a_label_set_at_a_limit_is_taken_and_one_past_it_is_not(limit):
         LabelSet(*past)
 
 
-def test_label_sets_are_refused_by_both_clients_before_work(local, server):
+def test_both_clients_reject_an_oversized_label_set(local, server):
     with ClipClient(server.grpc_url) as client:
         for embedder in (local, client):
             with pytest.raises(TextError, match="201000 texts, more than the 200000 allowed"):
@@ -311,7 +315,7 @@ def test_label_sets_are_refused_by_both_clients_before_work(local, server):
 
 
 def ask(server, protocol, model, output, **inputs):
-    """Without our client, which would refuse by itself."""
+    """Send a request without `ClipClient`, which would reject the input itself."""
     module = {"grpc": tritonclient.grpc, "http": tritonclient.http}[protocol]
     url = getattr(server, f"{protocol}_url").partition("://")[2]
     tensors = []
@@ -382,7 +386,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("limit", SERVED)
-def test_the_server_keeps_the_same_limits(server, protocol, limit):
+def test_server_enforces_the_same_limits(server, protocol, limit):
     model, at, past, message = SERVED[limit]
     with pytest.raises(InferenceServerException, match=message) as refused:
         ask(server, protocol, model, OUTPUTS[model], **past)
@@ -391,11 +395,11 @@ def test_the_server_keeps_the_same_limits(server, protocol, limit):
         assert len(ask(server, protocol, model, OUTPUTS[model], **at))
 
 
-# ------------------------------------------------------------------ what the worst takes
+# ------------------------------------------------------------------ worst-case CPU time
 
 
 def seconds(function, *arguments):
-    """Of CPU, on which what else the machine does has no part."""
+    """CPU time of a call in seconds. Other load on the machine does not affect it."""
     began = time.process_time()
     function(*arguments)
     return time.process_time() - began
@@ -412,8 +416,8 @@ def told(times, unit):
     return f"{times[name] * scale:.1f} {unit} of CPU ({name}) of {len(times)} kinds"
 
 
-def test_the_worst_pictures_within_the_limits(figure):
-    """A loose bound: a picture that says much of itself costs what its pixels do, or is refused."""
+def test_slowest_images_within_the_limits_decode_in_time(figure):
+    """An image with much metadata is rejected or costs no more than its pixels. Loose bounds."""
     bombs = hostile.small_bombs().items()
     times = {name: min(seconds(decoded, data) for _ in range(2)) for name, data in bombs}
     figure("worst decode within the limits, small pictures", told(times, "ms"))
@@ -428,7 +432,7 @@ def test_the_worst_pictures_within_the_limits(figure):
         assert max(times.values()) < 120
 
 
-def test_the_worst_texts_within_the_limits(figure, tokenize):
+def test_slowest_texts_within_the_limits_tokenize_in_time(figure, tokenize):
     times = {}
     for name, text in hostile.slow_texts().items():
         assert len(text.encode()) <= limits.MAX_TEXT_BYTES

@@ -1,4 +1,7 @@
-"""Load on a real Triton, by the real perf_analyzer where it is installed, and by asyncio."""
+"""Tests of the load benchmark on a real Triton server.
+
+Load comes from the asyncio client, and from perf_analyzer where it is installed.
+"""
 
 import asyncio
 import base64
@@ -38,7 +41,7 @@ WINDOW_S = 0.3
 
 @pytest.fixture(scope="module")
 def server(fp32_bundle, tmp_path_factory):
-    """With the response cache on, as assembled."""
+    """Server with the response cache on, as assembled."""
     repository = tmp_path_factory.mktemp("served") / "repository"
     assemble(fp32_bundle, repository, runner="onnxruntime:fp32")
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as running:
@@ -111,10 +114,10 @@ def plan_of(*sweeps, **changes) -> Plan:
     return replace(plan, **changes)
 
 
-# What the requests carry.
+# Workloads.
 
 
-def test_texts_fill_the_buckets_they_are_said_to_fill(fp32_bundle):
+def test_text_lengths_match_the_described_mix(fp32_bundle):
     spec = fp32_bundle.manifest.text
     texts = mixed_texts(fp32_bundle, seed=1, count=600)
     assert len(set(texts.items)) == 600
@@ -126,7 +129,7 @@ def test_texts_fill_the_buckets_they_are_said_to_fill(fp32_bundle):
     assert not set(texts.items) & set(mixed_texts(fp32_bundle, seed=2, count=600).items)
 
 
-def test_pictures_are_of_the_sizes_they_are_said_to_be():
+def test_image_sizes_match_the_described_mix():
     pictures = mixed_pictures()
     sizes = [Image.open(io.BytesIO(item)).size for item in pictures.items]
     for width, height in set(sizes):
@@ -139,42 +142,42 @@ def test_pictures_are_of_the_sizes_they_are_said_to_be():
 
 @pytest.mark.parametrize("wire", PROTOCOLS)
 @pytest.mark.parametrize(("mode", "amount"), [("concurrency", 3), ("rate", 40.0)])
-def test_asyncio_counts_what_triton_counts(server, wire, mode, amount):
+def test_asyncio_client_counts_agree_with_triton(server, wire, mode, amount):
     statistics = Statistics(getattr(server, f"{wire}_url"), server.admin_key)
     before = statistics.at_rest()
     measured = AsyncClient().measure(load_of(server, wire, mode=mode, load=amount))
     steps = counted("clip_image", before, statistics.at_rest()).steps
     assert [step.model for step in steps] == list(STEPS["clip_image"])
     answered = round(measured.throughput_per_s * WINDOWS * WINDOW_S)
-    # The half window before and what was under way at the end are beside it.
+    # Triton also counts the half window before, and the requests in flight at the end.
     assert answered <= steps[0].requests == steps[1].requests <= 3 * answered + 20
     assert 0 < measured.p50_ms <= measured.p95_ms <= measured.p99_ms
     assert measured.errors == 0
     assert all(step.compute_ms > 0 and step.mean_batch >= 1 for step in steps)
-    if mode == "concurrency":  # Little: requests under way = throughput x mean latency
+    if mode == "concurrency":  # Little's law: requests in flight = throughput x mean latency
         assert measured.p50_ms < 1e3 * WINDOWS * amount / measured.throughput_per_s
 
 
 @pytest.mark.parametrize("wire", PROTOCOLS)
-def test_asyncio_counts_errors_and_goes_on(server, wire):
+def test_asyncio_client_counts_errors_and_continues(server, wire):
     statistics = Statistics(server.grpc_url, server.admin_key)
     before = statistics.at_rest()
     measured = AsyncClient().measure(load_of(server, wire, corrupt()))
     tower = counted("clip_image", before, statistics.at_rest()).steps[1]
-    assert abs(3 * measured.errors - tower.requests) <= 9  # one of four; two are under way
+    assert abs(3 * measured.errors - tower.requests) <= 9  # one of four fails; two are in flight
     assert measured.errors > 0
     assert measured.throughput_per_s > 0
 
 
 @pytest.mark.parametrize("wire", PROTOCOLS)
-def test_no_answer_at_all_is_an_error(server, wire):
+def test_asyncio_client_raises_without_any_answer(server, wire):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(ServerError, match=r"no request was answered .* failed, the last with: .+"):
         AsyncClient().measure(replace(load_of(server, wire, window_s=0.1), address=address))
 
 
-def test_at_a_rate_latency_counts_from_when_a_request_was_due():
+def test_latency_at_a_rate_starts_at_the_scheduled_time():
     async def run() -> list[float]:
         server, log = asyncio.Semaphore(1), async_client._Log()
 
@@ -188,7 +191,7 @@ def test_at_a_rate_latency_counts_from_when_a_request_was_due():
 
     latencies = asyncio.run(run())
     assert 45 < len(latencies) < 150
-    assert latencies[-1] > 0.2  # the server does 50 a second at most: the queue has grown
+    assert latencies[-1] > 0.2  # the server does at most 50 requests/s, so the queue grew
 
 
 # perf_analyzer.
@@ -196,7 +199,7 @@ def test_at_a_rate_latency_counts_from_when_a_request_was_due():
 
 @pytest.mark.parametrize("wire", PROTOCOLS)
 @pytest.mark.parametrize(("mode", "amount"), [("concurrency", 3), ("rate", 40.0)])
-def test_perf_analyzer_counts_what_triton_counts(server, analyzer, fp32_bundle, wire, mode, amount):
+def test_perf_analyzer_counts_agree_with_triton(server, analyzer, fp32_bundle, wire, mode, amount):
     statistics = Statistics(getattr(server, f"{wire}_url"), server.admin_key)
     texts = mixed_texts(fp32_bundle, seed=30 + len(wire + mode), count=4000)
     before = statistics.at_rest()
@@ -210,23 +213,23 @@ def test_perf_analyzer_counts_what_triton_counts(server, analyzer, fp32_bundle, 
     assert 0 < measured.cpu_share < 1
 
 
-def test_perf_analyzer_ends_with_the_first_error(server, analyzer):
+def test_perf_analyzer_stops_at_the_first_error(server, analyzer):
     with pytest.raises(
         ServerError, match=r"99 and no report at 2 requests in flight .*one of JPEG"
     ):
         analyzer.measure(load_of(server, workload=corrupt()))
 
 
-def test_what_is_not_stable_is_measured_all_the_same(server, analyzer, monkeypatch):
+def test_unstable_load_is_still_measured(server, analyzer, monkeypatch):
     monkeypatch.setattr("benchmarks.load.workload.STEADY", -1.0)
     measured = analyzer.measure(load_of(server))
     assert not measured.stable
     assert measured.throughput_per_s > 0
 
 
-def test_without_our_option_it_reports_nothing_of_an_unstable_load(server, analyzer, tmp_path):
+def test_perf_analyzer_reports_no_unstable_load_by_default(server, analyzer, tmp_path):
     data, report = tmp_path / "data.json", tmp_path / "report.csv"
-    load = load_of(server, window_s=0.5)  # less may be without an answer, which is another error
+    load = load_of(server, window_s=0.5)  # a shorter window may have no answer, a different error
     data.write_text(perf_analyzer.input_data(load.workload))
     options = perf_analyzer.arguments(load, data, report)
     options[options.index("--stability-percentage") + 1] = "0.0001"
@@ -239,7 +242,7 @@ def test_without_our_option_it_reports_nothing_of_an_unstable_load(server, analy
     assert not report.exists()
 
 
-def test_a_window_without_answers_is_made_larger(server, analyzer, monkeypatch):
+def test_window_without_answers_is_enlarged(server, analyzer, monkeypatch):
     load = load_of(server, load=1, window_s=0.002)
     monkeypatch.setattr(perf_analyzer, "_LARGER_WINDOWS", 0)
     with pytest.raises(ServerError, match=r"larger time window|requested model version"):
@@ -248,7 +251,7 @@ def test_a_window_without_answers_is_made_larger(server, analyzer, monkeypatch):
     assert analyzer.measure(load).throughput_per_s > 0
 
 
-def test_a_server_that_does_not_answer_is_not_waited_for(server, analyzer, monkeypatch):
+def test_perf_analyzer_is_stopped_when_the_server_is_silent(server, analyzer, monkeypatch):
     monkeypatch.setattr(perf_analyzer, "_GRACE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"127.0.0.1:{deaf.getsockname()[1]}"
@@ -256,7 +259,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(server, analyzer, monke
             analyzer.measure(replace(load_of(server, "http", window_s=0.1), address=address))
 
 
-def test_a_report_is_parsed():
+def test_perf_analyzer_report_is_parsed():
     report = (
         "Concurrency,Inferences/Second,Client Send,p50 latency,p90 latency,p95 latency,p99 latency,"
         "Avg latency\n4,155.391,15,20230,43583,50020,68030,24520\n"
@@ -277,7 +280,7 @@ def test_a_report_is_parsed():
             parse(broken, "", 0.25)
 
 
-def test_bytes_go_as_they_are_on_the_wire():
+def test_input_data_keeps_bytes_unchanged():
     items = (b"\xff\xd8 a picture", "naïve".encode())
     workload = Workload(model="clip_text", tensor="text", items=items, mix="")
     rows = json.loads(perf_analyzer.input_data(workload))["data"]
@@ -285,7 +288,7 @@ def test_bytes_go_as_they_are_on_the_wire():
     assert [bytes(deserialize_bytes_tensor(part)[0]) for part in content] == list(items)
 
 
-def test_no_perf_analyzer_is_said_with_what_installs_it(no_analyzer):
+def test_missing_perf_analyzer_names_the_package(no_analyzer):
     with (
         pytest.raises(RunnerError, match=r"no perf_analyzer on PATH.*tritonclient==2\.50\.0"),
         open_perf_analyzer(),
@@ -294,7 +297,7 @@ def test_no_perf_analyzer_is_said_with_what_installs_it(no_analyzer):
 
 
 @pytest.mark.parametrize("library", perf_analyzer.LIBRARIES)
-def test_a_missing_library_is_named_with_what_installs_it(library, monkeypatch, tmp_path):
+def test_missing_library_names_the_package(library, monkeypatch, tmp_path):
     program = tmp_path / "perf_analyzer"
     says = f"{program}: error while loading shared libraries: {library}: cannot open shared object"
     program.write_text(f"#!/bin/sh\necho '{says}' >&2\nexit 127\n")
@@ -308,7 +311,7 @@ def test_a_missing_library_is_named_with_what_installs_it(library, monkeypatch, 
         pass
 
 
-def test_the_real_one_without_its_libraries(analyzer, monkeypatch):
+def test_installed_perf_analyzer_names_its_missing_library(analyzer, monkeypatch):
     for name in perf_analyzer.LIBRARIES:
         try:
             ctypes.CDLL(name)
@@ -324,7 +327,7 @@ def test_the_real_one_without_its_libraries(analyzer, monkeypatch):
         pass
 
 
-def test_one_that_fails_otherwise_says_how(monkeypatch, tmp_path):
+def test_failing_perf_analyzer_reports_status_and_stderr(monkeypatch, tmp_path):
     program = tmp_path / "perf_analyzer"
     program.write_text("#!/bin/sh\necho 'Illegal instruction' >&2\nexit 132\n")
     program.chmod(0o755)
@@ -338,9 +341,9 @@ def test_one_that_fails_otherwise_says_how(monkeypatch, tmp_path):
         pass
 
 
-def test_two_clients_agree(server, analyzer):
+def test_asyncio_and_perf_analyzer_agree(server, analyzer):
     ratios = []
-    for _ in range(6):  # the machine may be busy with other things
+    for _ in range(6):  # other processes may use the machine
         load = load_of(server, load=4, window_s=0.5)
         theirs, mine = analyzer.measure(load), AsyncClient().measure(load)
         ratios.append(mine.throughput_per_s / theirs.throughput_per_s)
@@ -349,7 +352,7 @@ def test_two_clients_agree(server, analyzer):
     assert 0.7 < ratios[-1] < 1.4, f"asyncio / perf_analyzer, each right after the other: {ratios}"
 
 
-# What is made of points.
+# Evaluation of points.
 
 
 @pytest.mark.parametrize(
@@ -361,7 +364,7 @@ def test_two_clients_agree(server, analyzer):
         ([0, 0, 1], [10, 10, 10], False),
     ],
 )
-def test_steady(throughputs, latencies, expected):
+def test_steady_compares_three_windows(throughputs, latencies, expected):
     assert steady(throughputs, latencies) is expected
 
 
@@ -376,14 +379,14 @@ def test_steady(throughputs, latencies, expected):
         ({1: 7}, 1, False),
     ],
 )
-def test_saturation(throughputs, concurrency, confirmed):
+def test_saturation_is_the_lowest_concurrency_near_the_peak(throughputs, concurrency, confirmed):
     points = [point(float(load), value) for load, value in throughputs.items()]
     found = saturation_of([*points, point(90.0, 1000.0, mode="rate")])
     assert (found.concurrency, found.confirmed) == (concurrency, confirmed)
     assert found.throughput_per_s == throughputs[concurrency]
 
 
-def test_no_points_have_no_saturation():
+def test_no_saturation_without_concurrency_points():
     assert saturation_of([point(90.0, 100.0, mode="rate")]) is None
 
 
@@ -391,14 +394,14 @@ def test_no_points_have_no_saturation():
     ("asyncio", "ratio", "agrees"),
     [((110.0, 300.0, 114.0), 1.14, True), ((60.0, 84.0, 108.0), 0.84, False)],
 )
-def test_agreement_is_of_the_medians(asyncio, ratio, agrees):
+def test_agreement_compares_medians(asyncio, ratio, agrees):
     theirs = (120.0, 100.0, 30.0)
     sweep = Sweep(model="clip_image", wire="grpc", concurrency=(8,))
     found = agreement_of(sweep, 8, perf_analyzer=theirs, asyncio=asyncio)
     assert (found.ratio, found.agrees) == (pytest.approx(ratio), agrees)
 
 
-def test_plans():
+def test_plans_cover_both_models_and_protocols():
     full, quick = Plan.full(), Plan.quick()
     pairs = {("clip_image", "grpc"), ("clip_image", "http"), ("clip_text", "grpc")}
     pairs |= {("clip_text", "http")}
@@ -408,10 +411,10 @@ def test_plans():
     assert {s.concurrency for s in Plan.quick([4, 2, 4]).sweeps} == {(2, 4)}
 
 
-# The whole of it.
+# End to end.
 
 
-def test_what_is_served_from_here(fp32_bundle, tmp_path):
+def test_embedded_server_is_measured(fp32_bundle, tmp_path):
     repository = tmp_path / "repository"
     plan = plan_of(
         Sweep(model="clip_image", wire="grpc", concurrency=(1, 4), rates=(0.5,)),
@@ -443,7 +446,7 @@ def test_what_is_served_from_here(fp32_bundle, tmp_path):
     assert eager.speedup == pytest.approx(eager.served_per_s / eager.eager_per_s, rel=1e-6)
 
 
-def test_a_running_server_without_perf_analyzer(server, fp32_bundle, no_analyzer):
+def test_running_server_is_measured_without_perf_analyzer(server, fp32_bundle, no_analyzer):
     plan = plan_of(
         Sweep(model="clip_text", wire="grpc", concurrency=(2, 4)),
         Sweep(model="clip_text", wire="http", concurrency=(2,)),
@@ -464,17 +467,17 @@ def test_a_running_server_without_perf_analyzer(server, fp32_bundle, no_analyzer
     assert [p.cache_hits for p in report.points] == [0, 0]  # though the cache is on
 
 
-def test_hits_of_the_response_cache_are_counted(server, fp32_bundle):
+def test_response_cache_hits_are_counted(server, fp32_bundle):
     texts = mixed_texts(fp32_bundle, seed=77, count=4)
     statistics = Statistics(server.grpc_url, server.admin_key)
     before = statistics.at_rest()
     AsyncClient().measure(load_of(server, workload=texts))
     found = counted("clip_text", before, statistics.at_rest())
     assert found.cache_hits > 0
-    assert 4 <= found.steps[0].requests <= 8  # two of the same at a time may both miss
+    assert 4 <= found.steps[0].requests <= 8  # two equal requests in flight may both miss
 
 
-def test_a_load_with_errors_is_measured_by_the_client_that_goes_on(
+def test_load_with_errors_falls_back_to_the_asyncio_client(
     server, analyzer, fp32_bundle, monkeypatch
 ):
     monkeypatch.setattr(measure, "mixed_pictures", corrupt)
@@ -488,7 +491,7 @@ def test_a_load_with_errors_is_measured_by_the_client_that_goes_on(
     assert "one of JPEG" in left.reason
 
 
-def test_another_users_load_is_noticed(server, monkeypatch):
+def test_load_of_other_clients_is_detected(server, monkeypatch):
     monkeypatch.setattr("benchmarks.load.step_times._REST_S", 0.4)
     monkeypatch.setattr("benchmarks.load.step_times._REST_WITHIN_S", 0.8)
 
@@ -503,7 +506,7 @@ def test_another_users_load_is_noticed(server, monkeypatch):
     asyncio.run(both())
 
 
-def test_a_server_of_another_model_is_told(server, tiny_bundle, monkeypatch):
+def test_server_with_another_model_is_rejected(server, tiny_bundle, monkeypatch):
     monkeypatch.setattr(
         "benchmarks.load.against_eager.EagerRunner.run",
         lambda self, batch: np.zeros((len(batch), 7)),
@@ -515,12 +518,14 @@ def test_a_server_of_another_model_is_told(server, tiny_bundle, monkeypatch):
 @pytest.mark.parametrize(
     ("grpc", "http"), [("http://localhost:8000", None), (None, "localhost:8000")]
 )
-def test_urls_of_the_other_protocol_are_refused(grpc, http):
+def test_urls_of_the_wrong_protocol_are_rejected(grpc, http):
     with pytest.raises(InputError, match=r"expected (grpc|http)://host:port of a running server"):
         urls_of(grpc, http)
 
 
-def test_command(server, fp32_bundle, no_analyzer, monkeypatch, tmp_path, capsys):
+def test_load_command_writes_results_and_json(
+    server, fp32_bundle, no_analyzer, monkeypatch, tmp_path, capsys
+):
     plan = plan_of(Sweep(model="clip_image", wire="http", concurrency=(1,)))
     monkeypatch.setattr(Plan, "quick", lambda concurrency: plan)
     command.load(

@@ -1,4 +1,7 @@
-"""Label sets by trees, in this process and on a real Triton server: the same as without."""
+"""Tests of prefix trees for label sets, in process and on a real Triton server.
+
+Embeddings are compared with those computed text by text.
+"""
 
 import json
 import shutil
@@ -38,7 +41,7 @@ FEW = LABELS[:2], TEMPLATES[:2]
 
 
 def without_trees(bundle: Bundle, path: Path, *, verdicts_only: bool = False) -> Path:
-    """A copy of `bundle` without its tree graphs, or without their verdicts."""
+    """Copy `bundle` without its prefix tree graphs, or only without their verdicts."""
     shutil.copytree(bundle.path, path)
     artifacts = tuple(
         replace(a, verdicts=()) if a.graph == "prefix_tree" else a
@@ -61,13 +64,13 @@ def expected(plain) -> np.ndarray:
         return embed_labels(clip, LABELS, TEMPLATES)
 
 
-# ------------------------------------------------------------------ in this process
+# ------------------------------------------------------------------ in process
 
 
 @pytest.mark.parametrize(
     ("runner", "least"), [("onnxruntime:fp32", 0.99999), ("onnxruntime:int8", 0.98)]
 )
-def test_label_sets_by_trees_equal_those_text_by_text(tree_bundle, expected, runner, least):
+def test_prefix_tree_embeddings_equal_text_by_text_embeddings(tree_bundle, expected, runner, least):
     with LocalClip(tree_bundle.path, runner) as clip:
         got = embed_labels(clip, LABELS, TEMPLATES)
         assert clip._tree is not None
@@ -76,10 +79,10 @@ def test_label_sets_by_trees_equal_those_text_by_text(tree_bundle, expected, run
     assert (got * expected).sum(axis=1).min() >= least
     with LocalClip(tree_bundle.path, runner) as clip:
         embed_labels(clip, *FEW)
-        assert clip._tree is None  # a second graph is not opened for a few texts
+        assert clip._tree is None  # the prefix tree graph is not opened for a few texts
 
 
-def test_again_after_it_was_closed(tree_bundle, expected):
+def test_client_can_be_reopened(tree_bundle, expected):
     clip = LocalClip(tree_bundle.path)
     for _ in range(2):
         with clip:
@@ -88,7 +91,7 @@ def test_again_after_it_was_closed(tree_bundle, expected):
 
 
 @pytest.mark.parametrize("verdicts_only", [False, True], ids=["none", "refused"])
-def test_without_a_tree_that_passed_it_goes_text_by_text(
+def test_without_a_passed_prefix_tree_texts_run_one_by_one(
     tree_bundle, expected, tmp_path, verdicts_only
 ):
     path = without_trees(tree_bundle, tmp_path / "bundle", verdicts_only=verdicts_only)
@@ -97,7 +100,7 @@ def test_without_a_tree_that_passed_it_goes_text_by_text(
         assert clip._tree is None
 
 
-def test_texts_of_all_kinds_keep_their_order(tree_bundle, plain):
+def test_mixed_texts_keep_their_order(tree_bundle, plain):
     rng = np.random.default_rng(0)
     words = ["cat", "a", "naïve", "🐈", "photograph", "bus", "42"]
     texts = [" ".join(rng.choice(words, rng.integers(1, 14))) for _ in range(3000)]
@@ -107,7 +110,7 @@ def test_texts_of_all_kinds_keep_their_order(tree_bundle, plain):
         assert trees._tree is not None
 
 
-def test_groups_progress_and_errors(tree_bundle, expected, monkeypatch):
+def test_grouped_embedding_reports_progress_and_errors(tree_bundle, expected, monkeypatch):
     monkeypatch.setattr(zero_shot, "_GROUP", 600)
     monkeypatch.setattr(local, "_TREE_TOKENS", 1000)
     told: list[tuple[str, int, int]] = []
@@ -120,7 +123,7 @@ def test_groups_progress_and_errors(tree_bundle, expected, monkeypatch):
     assert told == [("embedding texts", done, 640) for done in (0, 600)]
 
 
-def test_the_classifier_and_its_file(tree_bundle, plain, pictures, tmp_path):
+def test_classifier_can_be_saved_and_loaded(tree_bundle, plain, pictures, tmp_path):
     files = sorted(pictures.iterdir())
     with LocalClip(plain) as clip:
         wanted = ZeroShotClassifier(clip, LABELS, TEMPLATES).classify(files)
@@ -131,7 +134,7 @@ def test_the_classifier_and_its_file(tree_bundle, plain, pictures, tmp_path):
         np.testing.assert_allclose(loaded.classify(files), wanted, atol=1e-5)
 
 
-def test_a_damaged_tree_is_not_run(tree_bundle, tmp_path):
+def test_damaged_prefix_tree_is_rejected(tree_bundle, tmp_path):
     path = Path(shutil.copytree(tree_bundle.path, tmp_path / "bundle"))
     with (path / "prefix_tree.fp32.onnx").open("ab") as file:
         file.write(b"\0")
@@ -142,11 +145,11 @@ def test_a_damaged_tree_is_not_run(tree_bundle, tmp_path):
         embed_labels(clip, LABELS, TEMPLATES)
 
 
-# ------------------------------------------------------------------ which runner
+# ------------------------------------------------------------------ selected runner
 
 
 class Delayed:
-    """A runner that is slower than any other by far."""
+    """Wrapper that makes a runner much slower than any other."""
 
     def __init__(self, runner) -> None:
         self.runner = runner
@@ -174,7 +177,7 @@ def delay(monkeypatch, where: str, opened, *slow_ones: RunnerSpec) -> None:
 FP32, FP16, INT8 = (RunnerSpec("onnxruntime", name) for name in ("fp32", "fp16", "int8"))
 
 
-def test_the_runner_that_is_asked_for_runs_trees_too(tree_bundle, plain, tiny_bundle):
+def test_requested_runner_also_runs_the_prefix_tree(tree_bundle, plain, tiny_bundle):
     for spec in passed(tree_bundle, "prefix_tree"):
         assert prefix_tree_runner(tree_bundle, str(spec), spec) == spec
     assert prefix_tree_runner(tree_bundle, "onnxruntime:fp16", FP16) is None
@@ -183,8 +186,8 @@ def test_the_runner_that_is_asked_for_runs_trees_too(tree_bundle, plain, tiny_bu
         assert prefix_tree_runner(Bundle.open(plain), name, FP32) is None
 
 
-def test_auto_takes_the_fastest(tree_bundle, monkeypatch):
-    """Whatever the tower itself runs by; and that, where it is faster."""
+def test_auto_selects_the_fastest_runner(tree_bundle, monkeypatch):
+    """The fastest prefix tree runner wins, unless the text tower is faster than all of them."""
     tower = RunnerSpec("openvino", "fp32")
     slow = [spec for spec in passed(tree_bundle, "prefix_tree") if spec != INT8]
     assert slow
@@ -195,7 +198,7 @@ def test_auto_takes_the_fastest(tree_bundle, monkeypatch):
     assert prefix_tree_runner(tree_bundle, "auto", FP32) is None
 
 
-def test_auto_in_this_process(tree_bundle, expected):
+def test_auto_runner_embeds_label_sets_in_process(tree_bundle, expected):
     with LocalClip(tree_bundle.path, "auto") as clip:
         got = embed_labels(clip, LABELS, TEMPLATES)
     assert (got * expected).sum(axis=1).min() >= 0.98
@@ -217,7 +220,7 @@ def server(repository):
 
 
 def counted(server, model: str) -> int:
-    """Texts that a model of the server has embedded."""
+    """Number of texts that a model of the server has embedded."""
     with tritonclient.http.InferenceServerClient(server.http_url.partition("://")[2]) as client:
         found = client.get_inference_statistics(
             model, headers=admin_headers("http", server.admin_key)
@@ -225,7 +228,9 @@ def counted(server, model: str) -> int:
     return int(found["model_stats"][0]["inference_count"])
 
 
-def test_what_is_assembled(repository, tree_bundle, plain, tmp_path):
+def test_prefix_tree_model_is_assembled_only_where_supported(
+    repository, tree_bundle, plain, tmp_path
+):
     bundle = Bundle.open(repository / "prefix_tree" / "1" / "bundle")
     names = {p.name for p in bundle.path.iterdir()}
     assert names == {"manifest.json", "prefix_tree.fp32.onnx"}
@@ -239,7 +244,7 @@ def test_what_is_assembled(repository, tree_bundle, plain, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", ["grpc_url", "http_url"])
-def test_the_same_probabilities_as_without_trees(server, plain, pictures, protocol):
+def test_served_probabilities_equal_those_without_prefix_trees(server, plain, pictures, protocol):
     files, tower = sorted(pictures.iterdir()), counted(server, "text_tower")
     labels = [f"{label} by {protocol}" for label in LABELS]
     with ClipClient(getattr(server, protocol)) as client, LocalClip(plain) as other:
@@ -253,7 +258,7 @@ def test_the_same_probabilities_as_without_trees(server, plain, pictures, protoc
     assert counted(server, "text_tower") == tower
 
 
-def test_errors_on_a_server_name_the_label(server, pictures):
+def test_server_errors_name_the_label(server, pictures):
     files = sorted(pictures.iterdir())[:1]
     with (
         ClipClient(server.grpc_url) as client,
@@ -270,7 +275,7 @@ def picture(pictures) -> Path:
 MANY = [f"{word} {index}" for word in ("a", "the") for index in range(500)]
 
 
-def test_a_small_set_takes_its_turn(server, picture):
+def test_small_label_set_is_not_blocked_by_a_large_one(server, picture):
     templates = [f"{index} photos of {{}}" for index in range(30)]
     before, ended = counted(server, "prefix_tree"), []
 
@@ -290,8 +295,8 @@ def test_a_small_set_takes_its_turn(server, picture):
     assert ended == ["small", "large"]
 
 
-def test_nobody_waits_nothing_is_computed(server, picture):
-    """Of 60,000 texts a part is embedded when the client goes, and soon no more."""
+def test_canceled_request_is_not_computed_to_the_end(server, picture):
+    """The client cancels a request of 60,000 texts; the server stops embedding soon after."""
     templates = [f"nobody waits {index} {{}}" for index in range(60)]
     before = counted(server, "prefix_tree")
     done = threading.Event()
@@ -317,8 +322,8 @@ def test_nobody_waits_nothing_is_computed(server, picture):
     assert before < seen[-1] < before + 60_000
 
 
-def test_the_tree_is_asked_by_others_too(server, tree_bundle):
-    """A model like the others: a bad request has its own error, and the next is answered."""
+def test_prefix_tree_model_answers_direct_requests(server, tree_bundle):
+    """The model accepts direct requests; a bad one fails and the next one is answered."""
 
     def asked(ids: np.ndarray) -> np.ndarray:
         tensor = tritonclient.grpc.InferInput("input_ids", list(ids.shape), "INT32")
@@ -333,6 +338,6 @@ def test_the_tree_is_asked_by_others_too(server, tree_bundle):
         assert asked(np.full((3, 8), end, np.int32)).shape == (3, 32)
 
 
-def test_the_settings_are_those_of_the_repository(repository):
+def test_prefix_tree_chunk_is_in_the_configuration(repository):
     text = (repository / "clip_zero_shot" / "config.pbtxt").read_text()
     assert json.dumps("256") in text[text.index("prefix_tree_chunk") :]

@@ -1,4 +1,4 @@
-"""What a client asks again, how often, when; at servers that are full, late and restarted."""
+"""Tests of client retries and backoff, with full, late and restarted servers."""
 
 import io
 import random
@@ -29,18 +29,18 @@ def encoded(size):
     return buffer.getvalue()
 
 
-# ------------------------------------------------------------------ when
+# ------------------------------------------------------------------ backoff
 
 
-def test_pauses_double_up_to_the_longest():
+def test_pauses_double_up_to_the_maximum():
     longest = list(pauses(8, lambda: 1.0))
     assert longest == [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0]
     assert list(pauses(1)) == []
     assert list(pauses(3, lambda: 0.0)) == [0.0, 0.0]
 
 
-def test_jitter_is_full():
-    """Each pause is spread evenly from nothing to its longest, independent of the others."""
+def test_jitter_covers_the_full_pause():
+    """Each pause is uniform between 0 and its maximum, independent of the other pauses."""
     draw = random.Random(0).random
     drawn = np.array([list(pauses(6, draw)) for _ in range(4000)])
     longest = np.array(list(pauses(6, lambda: 1.0)))
@@ -52,7 +52,7 @@ def test_jitter_is_full():
 
 
 class Server:
-    """Fails some times, and remembers when it was asked and how much time it was given."""
+    """Fake server that raises `errors` in order and records the time and timeout of each call."""
 
     def __init__(self, *errors, takes=0.0):
         self.errors, self.takes, self.begin = list(errors), takes, time.monotonic()
@@ -67,7 +67,7 @@ class Server:
         return "answer"
 
 
-def test_what_was_not_taken_is_asked_again_with_the_time_that_is_left():
+def test_rejected_requests_are_retried_with_the_remaining_time():
     server = Server(UnavailableError("gone"), OverloadedError("full"), UnavailableError("gone"))
     assert retried(server.ask, 4, 60.0) == "answer"
     assert server.lefts[0] == 60.0
@@ -78,7 +78,7 @@ def test_what_was_not_taken_is_asked_again_with_the_time_that_is_left():
 
 
 @pytest.mark.parametrize("error", [ServerError("late"), TextError("bad"), KeyError("bug")])
-def test_anything_else_is_not(error):
+def test_other_errors_are_not_retried(error):
     server = Server(error)
     with pytest.raises(type(error)) as caught:
         retried(server.ask, 4, 60.0)
@@ -86,7 +86,7 @@ def test_anything_else_is_not(error):
     assert len(server.asked) == 1
 
 
-def test_it_gives_up_after_so_many_attempts():
+def test_retries_stop_after_the_last_attempt():
     server = Server(*[OverloadedError("full")] * 9)
     with pytest.raises(OverloadedError, match=r"^full \(tried 3 times in 0\.\d s\)$"):
         retried(server.ask, 3, 60.0)
@@ -97,7 +97,7 @@ def test_it_gives_up_after_so_many_attempts():
     assert caught.value is once
 
 
-def test_no_attempt_begins_after_the_deadline():
+def test_no_attempt_starts_after_the_deadline():
     server = Server(*[UnavailableError("gone")] * 999, takes=0.1)
     with pytest.raises(UnavailableError, match=r"tried \d+ times"):
         retried(server.ask, 999, 0.5)
@@ -115,8 +115,8 @@ def repository(fp32_bundle, tmp_path_factory):
     return assemble(fp32_bundle, path, runner="onnxruntime:fp32", max_batch_size=16, max_queue=1)
 
 
-def test_a_full_server_is_asked_again(repository, figure):
-    """Requests that take seconds fill both processes that decode, and their queue of one."""
+def test_requests_to_a_full_server_are_retried(repository, figure):
+    """Slow requests fill both decoding processes and their queue of length 1."""
     picture, slow = encoded((64, 48)), encoded((4000, 3000))
     data = np.array([[slow]] * 8, np.object_)
     tensor = tritonclient.grpc.InferInput("image", data.shape, "BYTES")
@@ -134,7 +134,7 @@ def test_a_full_server_is_asked_again(repository, figure):
         )
         for _ in range(32):
             raw.async_infer("clip_image", [tensor], lambda result, error: ended.release())
-        for _ in range(20):  # those that were refused
+        for _ in range(20):  # the rejected requests
             assert ended.acquire(timeout=30)
         begin = time.monotonic()
         for client in impatient:
@@ -153,7 +153,7 @@ def test_a_full_server_is_asked_again(repository, figure):
     )
 
 
-def test_a_server_that_starts_late_and_is_restarted(repository):
+def test_client_waits_for_a_late_or_restarted_server(repository):
     ports = choose_ports(0, 0, 0)
     where = {"http_port": ports.http, "grpc_port": ports.grpc, "metrics_port": ports.metrics}
     urls = [f"grpc://127.0.0.1:{ports.grpc}", f"http://127.0.0.1:{ports.http}"]
@@ -173,11 +173,11 @@ def test_a_server_that_starts_late_and_is_restarted(repository):
             with pytest.raises(UnavailableError, match=rf"{url}.*refused.* \(tried 4 times"):
                 client.embed_texts(["a cat"])
         with TritonServer(repository, **where):
-            time.sleep(0.3)  # gRPC looks every 0.1 s whether somebody is there again
+            time.sleep(0.3)  # gRPC tries to reconnect every 0.1 s
             for client in clients:
                 assert client.embed_texts(["a cat"]).shape == (1, 32)
 
 
-def test_no_attempt_is_no_client():
+def test_zero_attempts_are_rejected():
     with pytest.raises(InputError, match="attempts is 0; expected 1"):
         ClipClient("grpc://127.0.0.1:1", attempts=0)

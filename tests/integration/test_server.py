@@ -1,4 +1,4 @@
-"""The embedded Triton server, for real: each test here starts one or looks at one."""
+"""Tests of the embedded Triton server, with real server processes."""
 
 import importlib.util
 import os
@@ -105,12 +105,12 @@ def echo_inputs(kind, text, pixels):
 
 
 def processes_about(text):
-    """The command lines of all processes that mention `text`, from /proc."""
+    """Command lines of all processes that contain `text`, from /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         if str(text) in line:
             found.append(line)
@@ -118,7 +118,7 @@ def processes_about(text):
 
 
 def shared_memory_of(pid):
-    """The files in /dev/shm that a process has mapped."""
+    """Files in /dev/shm that a process has mapped."""
     maps = Path(f"/proc/{pid}/maps").read_text()
     found = {Path(line.split()[-1]) for line in maps.splitlines() if " /dev/shm/" in line}
     assert found, "the Python backend talks to its stubs through shared memory"
@@ -138,7 +138,7 @@ def test_round_trip_of_bytes_and_uint8(server, protocol):
     np.testing.assert_array_equal(result.as_numpy("SAME_PIXELS"), pixels)
 
 
-def test_models_import_this_environment_and_serving(server):
+def test_models_import_serving_from_this_environment(server):
     assert f"echo runs with numpy {np.__version__} and serving.errors" in server.log.read_text()
 
 
@@ -151,7 +151,7 @@ def test_pid_is_tritonserver_and_metrics_are_served(server):
 @pytest.mark.parametrize(
     "path", ["repository/index", "repository/models/echo/unload", "systemsharedmemory/status"]
 )
-def test_administration_is_refused_over_http(server, path):
+def test_administration_is_rejected_over_http(server, path):
     method = "GET" if path.endswith("status") else "POST"
     request = urllib.request.Request(f"{server.http_url}/v2/{path}", method=method)
     with pytest.raises(urllib.error.HTTPError, match="403") as refusal:
@@ -162,7 +162,7 @@ def test_administration_is_refused_over_http(server, path):
 @pytest.mark.parametrize(
     "call", ["get_model_repository_index", "get_system_shared_memory_status", "get_log_settings"]
 )
-def test_administration_is_refused_over_grpc(server, call):
+def test_administration_is_rejected_over_grpc(server, call):
     with (
         client(server.grpc_url) as (_, opened),
         pytest.raises(tritonclient.utils.InferenceServerException, match="restricted"),
@@ -170,7 +170,7 @@ def test_administration_is_refused_over_grpc(server, call):
         getattr(opened, call)()
 
 
-def test_two_servers_at_once(server, repository):
+def test_two_servers_run_at_once(server, repository):
     with TritonServer(repository, **ANY) as second:
         assert second.pid != server.pid
         attach(second.http_url)
@@ -179,7 +179,7 @@ def test_two_servers_at_once(server, repository):
     attach(server.grpc_url)
 
 
-def test_clean_stop_leaves_nothing(tmp_path):
+def test_stop_leaves_no_processes_and_no_shared_memory(tmp_path):
     repository = make_repository(tmp_path / "clean", echo=ECHO)
     with TritonServer(repository, **ANY, log=tmp_path / "log") as running:
         shared = shared_memory_of(running.pid)
@@ -189,17 +189,17 @@ def test_clean_stop_leaves_nothing(tmp_path):
     assert "Started HTTPService" in running.log.read_text()
 
 
-def test_many_processes_of_a_model_end_together(tmp_path):
+def test_processes_of_a_model_stop_in_parallel(tmp_path):
     repository = make_repository(tmp_path / "many", processes=12, echo=ECHO)
     with TritonServer(repository, **ANY, log=tmp_path / "log"):
         assert len(processes_about(repository)) == 2 + 12
         started = time.monotonic()
-    assert time.monotonic() - started < 9  # Triton itself lets one after another go, a second each
+    assert time.monotonic() - started < 9  # Triton itself stops them one by one, 1 s each
     assert processes_about(repository) == []
 
 
-def test_a_model_that_hangs_is_killed_after_the_exit_timeout(tmp_path):
-    # One of two processes of a model: the other has nothing to do, and does not tell of the first.
+def test_hanging_model_is_killed_after_the_exit_timeout(tmp_path):
+    # Two processes of a model: the idle one does not reveal that the other hangs.
     repository = make_repository(tmp_path / "hanging", processes=2, hang=HANGING)
     with (
         TritonServer(repository, **ANY, log=tmp_path / "log", exit_timeout=3) as running,
@@ -230,7 +230,7 @@ with TritonServer(Path(sys.argv[1]), http_port=0, grpc_port=0, metrics_port=0,
 
 @contextmanager
 def parent_process(repository):
-    """A process that sits in `with TritonServer`, in a group of its own as in a terminal."""
+    """Process that waits inside `with TritonServer`, in its own process group as in a terminal."""
     command = [sys.executable, "-c", PARENT, str(repository), str(repository) + ".log"]
     with subprocess.Popen(
         command, cwd=CHECKOUT, stdout=subprocess.PIPE, process_group=0
@@ -242,7 +242,7 @@ def parent_process(repository):
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_survives_the_parent(tmp_path, ending):
+def test_server_ends_with_its_parent_process(tmp_path, ending):
     repository = make_repository(tmp_path / "orphans", echo=ECHO)
     with parent_process(repository) as process:
         shared = shared_memory_of(int(process.stdout.readline()))
@@ -252,7 +252,7 @@ def test_nothing_survives_the_parent(tmp_path, ending):
     assert not any(region.exists() for region in shared)
 
 
-def test_nothing_survives_a_parent_killed_while_models_load(tmp_path):
+def test_server_ends_when_its_parent_is_killed_during_loading(tmp_path):
     repository = make_repository(tmp_path / "loading", slow=SLOW)
     with parent_process(repository) as process:
         wait_until(lambda: any("stub" in line for line in processes_about(repository)))
@@ -260,8 +260,8 @@ def test_nothing_survives_a_parent_killed_while_models_load(tmp_path):
     wait_until(lambda: not processes_about(repository))
 
 
-def test_no_process_survives_the_supervisor(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # files do survive it
+def test_server_ends_with_its_supervisor(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # files remain
     repository = make_repository(tmp_path / "supervisor", echo=ECHO)
     with TritonServer(repository, **ANY, log=tmp_path / "log") as running:
         status = Path(f"/proc/{running.pid}/status").read_text()
@@ -270,8 +270,8 @@ def test_no_process_survives_the_supervisor(tmp_path, monkeypatch):
         wait_until(lambda: not processes_about(repository))
 
 
-def test_a_model_that_does_not_load_gives_its_reason_at_once(tmp_path):
-    # The slow one is still loading for a minute when the broken one has failed.
+def test_failed_model_load_is_reported_at_once(tmp_path):
+    # The slow model still loads for a minute when the broken one has failed.
     repository = make_repository(tmp_path / "broken", broken=BROKEN, slow=SLOW)
     started = time.monotonic()
     with (
@@ -286,7 +286,7 @@ def test_a_model_that_does_not_load_gives_its_reason_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 9])
-def test_a_known_crash_of_triton_while_models_load_is_tried_again(tmp_path, times):
+def test_known_triton_crash_during_loading_is_retried(tmp_path, times):
     crash = f"""
 import os, signal
 from pathlib import Path
@@ -312,27 +312,27 @@ class TritonPythonModel:
     assert processes_about(repository) == []
 
 
-def test_a_bad_configuration_is_named(tmp_path):
+def test_invalid_model_configuration_is_reported(tmp_path):
     repository = make_repository(tmp_path / "typo", echo=ECHO)
     (repository / "echo" / "config.pbtxt").write_text('backend: "python"\nmax_batch_sise: 8\n')
     with pytest.raises(ServerError, match=r"no field named \"max_batch_sise\"[\s\S]*'echo'"):
         TritonServer(repository, **ANY, log=tmp_path / "log").__enter__()
 
 
-def test_not_ready_in_time(tmp_path):
+def test_ready_timeout_is_reported(tmp_path):
     repository = make_repository(tmp_path / "late", slow=SLOW)
     with pytest.raises(ServerError, match=r"not ready within 0\.5 s"):
         TritonServer(repository, **ANY, log=tmp_path / "log", ready_timeout=0.5).__enter__()
     assert processes_about(repository) == []
 
 
-def test_no_repository(tmp_path):
+def test_missing_repository_is_rejected(tmp_path):
     with pytest.raises(ServerError, match="expected a model repository"):
         TritonServer(tmp_path / "nowhere").__enter__()
 
 
 @pytest.mark.parametrize("which", ["http_port", "grpc_port", "metrics_port"])
-def test_a_port_in_use_is_named(tmp_path, which):
+def test_port_in_use_is_reported(tmp_path, which):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = TritonServer(tmp_path, **(ANY | {which: port}))
@@ -340,7 +340,7 @@ def test_a_port_in_use_is_named(tmp_path, which):
             server.__enter__()
 
 
-def test_free_ports_differ_and_none_is_given_twice():
+def test_free_ports_are_distinct():
     free = choose_ports(0, 0, 0)
     assert len(set(free)) == 3
     with pytest.raises(ServerError, match=f":{free.http}: .*in use"):
@@ -348,20 +348,20 @@ def test_free_ports_differ_and_none_is_given_twice():
 
 
 @pytest.mark.parametrize("which", ["http_port", "grpc_port", "metrics_port"])
-def test_a_port_lost_in_a_race_is_named(repository, tmp_path, monkeypatch, which):
+def test_requested_port_lost_in_a_race_is_reported(repository, tmp_path, monkeypatch, which):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ports = choose_ports(0, 0, 0)._replace(**{which.removesuffix("_port"): port})
         monkeypatch.setattr(
             server_module, "choose_ports", lambda *_: ports
-        )  # as if it had been free
+        )  # as if the port had been free
         with pytest.raises(ServerError, match=f":{port}: it was taken while"):
             TritonServer(repository, log=tmp_path / "log", **{which: port}).__enter__()
     assert processes_about(tmp_path) == []
 
 
 @pytest.mark.parametrize("which", Ports._fields)
-def test_a_free_port_lost_in_a_race_is_replaced(repository, tmp_path, monkeypatch, which):
+def test_free_port_lost_in_a_race_is_replaced(repository, tmp_path, monkeypatch, which):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         choices = [choose_ports(0, 0, 0), choose_ports(0, 0, 0)]
@@ -373,9 +373,7 @@ def test_a_free_port_lost_in_a_race_is_replaced(repository, tmp_path, monkeypatc
             attach(server.http_url)
 
 
-def test_another_triton_on_our_port_is_not_taken_for_ours(
-    server, repository, tmp_path, monkeypatch
-):
+def test_other_triton_on_the_same_port_is_detected(server, repository, tmp_path, monkeypatch):
     urls = (server.http_url, server.grpc_url, server.metrics_url)
     ports = Ports(*(int(url.rpartition(":")[2]) for url in urls))
     monkeypatch.setattr(server_module, "choose_ports", lambda *_: ports)
@@ -390,7 +388,7 @@ def test_another_triton_on_our_port_is_not_taken_for_ours(
     attach(server.http_url)
 
 
-def test_attach_says_what_it_tried(server):
+def test_attach_errors_name_the_url(server):
     with pytest.raises(ServerError, match="expected grpc://host:port"):
         attach("localhost:8000")
     swapped = [server.http_url.replace("http", "grpc"), server.grpc_url.replace("grpc", "http")]
@@ -404,14 +402,14 @@ def test_attach_says_what_it_tried(server):
             attach(url, timeout=2)
 
 
-def test_attach_to_a_server_that_does_not_answer():
+def test_attach_to_a_silent_server_times_out():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for scheme in ("grpc", "http"):
             with pytest.raises(ServerError, match="no Triton server answers"):
                 attach(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
 
 
-def test_errors_of_a_log_without_what_every_cpu_machine_says():
+def test_log_errors_skips_messages_about_missing_gpus():
     log = r"""
 I1120 19:01:12.469339 3775 model_lifecycle.cc:472] "loading: bad:1"
 E1120 19:01:12.467146 3775 server.cc:241] "CudaDriverHelper has not been initialized."
@@ -428,7 +426,7 @@ error: creating server: Internal - failed to load all models"""
     ]
 
 
-def test_flags_by_release():
+def test_server_flags_depend_on_the_triton_release():
     def names(version):
         flags = server_flags(
             version,
@@ -454,18 +452,18 @@ def test_missing_libpython_names_the_package(tmp_path):
     assert embedded.find_libpython((3, 12), [tmp_path / "no", tmp_path]) == tmp_path
 
 
-def test_python_without_a_stub_lists_the_others():
+def test_unsupported_python_lists_the_supported_versions():
     with pytest.raises(ServerError, match=r"3\.11, 3\.12, 3\.13; this is Python 3\.14"):
         embedded.find_stub(embedded.find_wheel(), (3, 14))
 
 
-def test_numpy_2_is_refused():
+def test_numpy_2_is_rejected():
     embedded.check_numpy("1.26.4")
     with pytest.raises(ServerError, match=r"found NumPy 2\.3\.1.*pip install .*\[embedded\]"):
         embedded.check_numpy("2.3.1")
 
 
 def test_missing_pytriton_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pytriton", None)  # Python's own mark for "not importable"
+    monkeypatch.setitem(sys.modules, "pytriton", None)  # None makes the import fail
     with pytest.raises(ServerError, match=r"pip install 'clip-deploy\[embedded\]'"):
         embedded.find_wheel()

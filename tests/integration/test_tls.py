@@ -1,4 +1,7 @@
-"""TLS and mutual TLS: gRPC by Triton itself, HTTPS by a proxy in front of its loopback port."""
+"""Tests of TLS and mutual TLS.
+
+Triton itself terminates gRPC TLS; a proxy in front of its loopback port terminates HTTPS.
+"""
 
 import asyncio
 import importlib.util
@@ -34,7 +37,7 @@ YESTERDAY = datetime.now(UTC) - timedelta(days=1)
 
 
 class Files:
-    """The files of a throw-away authority, and of those that it vouches for."""
+    """Files of a temporary certificate authority and of the certificates that it issues."""
 
     def __init__(self, folder):
         self.folder, self.authority = folder, trustme.CA()
@@ -42,7 +45,7 @@ class Files:
         self.authority.cert_pem.write_to_path(self.ca)
 
     def issue(self, name, *hosts, **options):
-        """Certificate and key, a file each."""
+        """Issue a certificate. Return the paths of the certificate and of its key."""
         issued = self.authority.issue_cert(*hosts, **options)
         certificate, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
         certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
@@ -62,7 +65,7 @@ def theirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served_by(ours):
-    """Certificates of servers, by what is the matter with them."""
+    """Server certificates by kind of defect; `good` has none."""
     return {
         "good": ours.issue("server", HOST, "localhost"),
         "expired": ours.issue("expired", HOST, not_after=YESTERDAY),
@@ -77,7 +80,7 @@ def client_files(ours):
 
 @pytest.fixture(scope="module")
 def server(fp32_bundle, ours, served_by, tmp_path_factory):
-    """All models; asks clients for a certificate."""
+    """Server with all models that requires a client certificate."""
     repository = tmp_path_factory.mktemp("tls") / "repository"
     assemble(fp32_bundle, repository, runner="onnxruntime:fp32", max_batch_size=8)
     tls = ServerTls(**served_by["good"], client_ca=ours.ca)
@@ -87,7 +90,7 @@ def server(fp32_bundle, ours, served_by, tmp_path_factory):
 
 @contextmanager
 def https_proxy(target, *, certificate, key, client_ca=None):
-    """What nginx, envoy or stunnel do: TLS outside, HTTP to loopback inside. Yields its URL."""
+    """TLS proxy in front of an HTTP port on loopback, like nginx or envoy. Yields its URL."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     if client_ca is not None:
@@ -96,7 +99,7 @@ def https_proxy(target, *, certificate, key, client_ca=None):
     host, _, port = target.removeprefix("http://").partition(":")
 
     async def copy(reader, writer):
-        with suppress(OSError):  # the other side went away
+        with suppress(OSError):  # the peer closed the connection
             while data := await reader.read(1 << 16):
                 writer.write(data)
                 await writer.drain()
@@ -136,13 +139,15 @@ def proxy(server, ours, served_by):
 
 @pytest.fixture(params=SCHEMES)
 def url(request, server, proxy):
-    """Of a server that asks clients for a certificate."""
+    """URL of a server that requires a client certificate."""
     return server.grpc_url if request.param == "grpcs" else proxy
 
 
-def test_mutual_tls_gives_what_plain_http_gives(server, url, ours, client_files, pictures, figure):
+def test_mutual_tls_gives_the_same_results_as_plain_http(
+    server, url, ours, client_files, pictures, figure
+):
     files = sorted(pictures.iterdir())
-    with ClipClient(server.http_url) as plain:  # on loopback
+    with ClipClient(server.http_url) as plain:  # HTTP on loopback
         expected = plain.embed_images(files), plain.embed_texts(["a cat", "two dogs"])
     with ClipClient(url, credentials=Credentials(ca=ours.ca, **client_files)) as client:
         found = client.embed_images(files), client.embed_texts(["a cat", "two dogs"])
@@ -158,14 +163,16 @@ def refusal(url, **credentials):
     return str(failure.value)
 
 
-def test_an_authority_that_is_not_trusted(url, theirs, client_files, figure):
+def test_server_certificate_of_an_untrusted_authority_is_rejected(
+    url, theirs, client_files, figure
+):
     for untrusting in (theirs.ca, None):
         told = refusal(url, ca=untrusting, **client_files)
         assert "from an authority that is not trusted here" in told
     figure("TLS", f"{url[:5]} refused a server certificate of another authority")
 
 
-def test_a_client_certificate_is_asked_for(url, ours, theirs, figure):
+def test_missing_or_invalid_client_certificate_is_rejected(url, ours, theirs, figure):
     shown = {
         "none": {},
         "of another authority": theirs.issue("stranger", "stranger@example.org"),
@@ -178,7 +185,7 @@ def test_a_client_certificate_is_asked_for(url, ours, theirs, figure):
 
 
 def idle(root):
-    """A repository with one model that answers nothing; it loads in a second."""
+    """Model repository with one model that never answers and loads within a second."""
     (root / "idle" / "1").mkdir(parents=True)
     (root / "idle" / "config.pbtxt").write_text(
         'backend: "python"\ninput [{ name: "I" data_type: TYPE_FP32 dims: [1] }]\n'
@@ -192,7 +199,7 @@ def idle(root):
 
 @contextmanager
 def server_with(scheme, certificates, plain, folder):
-    """The URL of a server with these certificates, which asks for none."""
+    """URL of a server with these certificates that requires no client certificate."""
     if scheme == "https":
         with https_proxy(plain.http_url, **certificates) as found:
             yield found
@@ -210,7 +217,7 @@ def server_with(scheme, certificates, plain, folder):
         ("of another host", "the server's certificate is for another host"),
     ],
 )
-def test_a_server_that_is_not_trusted(
+def test_expired_or_mismatched_server_certificate_is_rejected(
     server, ours, served_by, tmp_path, scheme, which, message, figure
 ):
     with (
@@ -222,28 +229,28 @@ def test_a_server_that_is_not_trusted(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_without_client_certificates(server, ours, served_by, tmp_path, scheme):
+def test_tls_works_without_client_certificates(server, ours, served_by, tmp_path, scheme):
     with server_with(scheme, served_by["good"], server, tmp_path) as url:
         attach(url, credentials=Credentials(ca=ours.ca))
         by_name = url.replace(HOST, "localhost")
         attach(by_name, credentials=Credentials(ca=ours.ca))
 
 
-def test_the_wrong_one_of_tls_and_none(server, proxy, ours, client_files):
+def test_mismatch_of_tls_and_plain_text_is_reported(server, proxy, ours, client_files):
     credentials = Credentials(ca=ours.ca, **client_files)
     for with_tls in (server.grpc_url, proxy):
         without = with_tls.replace("s://", "://")
         with pytest.raises(ServerError, match=rf"no Triton server answers at {without}.*with TLS"):
             attach(without)
     port = server.http_url.rpartition(":")[2]
-    for scheme in SCHEMES:  # Triton answers in plain HTTP, or closes the connection
+    for scheme in SCHEMES:  # Triton answers in plain HTTP or closes the connection
         reason = "(the server closed the connection|does not use TLS)"
         with pytest.raises(ServerError, match=f"no connection to {scheme}://.* {reason}"):
             attach(f"{scheme}://{HOST}:{port}", credentials=credentials)
 
 
-def test_with_tls_http_stays_on_loopback(server):
-    """Whatever the host is: HTTP has no TLS, and nothing is to leave the machine unencrypted."""
+def test_http_stays_on_loopback_with_tls(server):
+    """HTTP has no TLS, so it listens on loopback only, whatever the host option says."""
     flags = Path(f"/proc/{server.pid}/cmdline").read_text().split("\0")
     assert f"--http-address={HOST}" in flags
     assert "--grpc-address=0.0.0.0" in flags
@@ -256,17 +263,17 @@ def test_with_tls_http_stays_on_loopback(server):
     assert "Clients need a certificate from" in told
 
 
-# ------------------------------------------------------------------ files that are wrong
+# ------------------------------------------------------------------ invalid files
 
 
-def test_certificates_without_tls_are_refused(ours):
+def test_credentials_for_an_unencrypted_url_are_rejected(ours):
     with pytest.raises(InputError, match=r"is not encrypted.*give grpcs://localhost:8001"):
         Endpoint.of("grpc://localhost:8001", Credentials(ca=ours.ca))
     with pytest.raises(ServerError, match=r"grpcs:// or https:// with TLS, got 'tls://a:1'"):
         Endpoint.of("tls://a:1", Credentials(ca=ours.ca))
 
 
-def test_files_of_clients_are_looked_at_first(ours, theirs, client_files, tmp_path):
+def test_invalid_client_files_are_rejected_before_connecting(ours, theirs, client_files, tmp_path):
     one, other = client_files, theirs.issue("other", "other@example.org")
     (tmp_path / "text").write_text("no PEM")
     for given, message in (
@@ -280,8 +287,8 @@ def test_files_of_clients_are_looked_at_first(ours, theirs, client_files, tmp_pa
             Endpoint.of("grpcs://localhost:1", Credentials(**given))
 
 
-def test_files_of_servers_are_looked_at_first(ours, theirs, served_by, tmp_path):
-    """Triton would say that its port is in use."""
+def test_invalid_server_files_are_rejected_before_starting(ours, theirs, served_by, tmp_path):
+    """Without this check, Triton would report that its port is in use."""
     good = served_by["good"]
     (tmp_path / "text").write_text("no PEM")
     repository = idle(tmp_path / "repository")
@@ -308,7 +315,7 @@ def serving(*arguments, **environment):
     )
 
 
-def test_the_commands(server, ours, client_files):
+def test_commands_accept_tls_options_and_variables(server, ours, client_files):
     embed = ("embed", "--text", "a cat", "--url", server.grpc_url, "--json")
     files = {"ca": ours.ca, "cert": client_files["certificate"], "key": client_files["key"]}
     given = [part for name, file in files.items() for part in (f"--{name}", file)]
@@ -325,7 +332,7 @@ def test_the_commands(server, ours, client_files):
     assert "Traceback" not in done.stderr
 
 
-def test_up_with_tls(ours, served_by, client_files, tmp_path):
+def test_up_serves_tls(ours, served_by, client_files, tmp_path):
     good = served_by["good"]
     options = ["--tls-cert", good["certificate"], "--tls-key", good["key"], "--client-ca", ours.ca]
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]

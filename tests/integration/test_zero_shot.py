@@ -1,4 +1,4 @@
-"""`clip_zero_shot` on a real Triton server: what it answers, what it computes, what it stops."""
+"""Tests of the model `clip_zero_shot` on a real Triton server."""
 
 import json
 import os
@@ -31,7 +31,7 @@ PROTOCOLS = ("grpc", "http")
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 DIM, CACHE_BYTES = 32, 300_000
 LABELS = 1000 if os.environ.get("CLIP_SOAK") else 250
-MANY = [f"{word} {index}" for word in ("a", "the") for index in range(500)]  # 128 kB embedded
+MANY = [f"{word} {index}" for word in ("a", "the") for index in range(500)]  # embeddings of 128 kB
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def tensors(module, **inputs):
 
 
 def ask(server, protocol, options=None, **inputs):
-    """PROBABILITIES and LOGITS, asked without our client."""
+    """Send a request without `ClipClient`. Return PROBABILITIES and LOGITS."""
     module, client = raw(server, protocol)
     with client:
         result = client.infer("clip_zero_shot", tensors(module, **inputs), **(options or {}))
@@ -100,7 +100,10 @@ def ask(server, protocol, options=None, **inputs):
 
 
 def counts(server, model):
-    """Rows a model has computed, once the counter rests: Triton counts after it has answered."""
+    """Rows and batches that a model has computed.
+
+    Waits until the counters are stable, because Triton updates them after it has answered.
+    """
     _, client = raw(server, "http")
     with client:
         seen = []
@@ -117,21 +120,21 @@ def texts_embedded(server):
     return counts(server, "text_tower")[0]
 
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ results
 
 
 @pytest.mark.parametrize("templates", [None, ["a drawing of a {}.", "{}", "two {} and a {}"]])
-def test_equals_what_is_computed_in_this_process(client, local, files, templates):
+def test_served_probabilities_equal_in_process_probabilities(client, local, files, templates):
     labels = ["cat", "a red bus", "naïve café 🐈"]
     served = client.classify(files, labels, templates)
     assert (served.shape, served.dtype) == ((len(files), 3), np.float32)
     expected = local.classify(files, labels, templates)
-    assert np.ptp(expected, axis=0).max() > 0.01  # pictures do differ
+    assert np.ptp(expected, axis=0).max() > 0.01  # the images differ
     np.testing.assert_allclose(served, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_logits_are_those_of_transformers(server, tiny_checkpoint, files, protocol):
+def test_logits_equal_those_of_transformers(server, tiny_checkpoint, files, protocol):
     model = CLIPModel.from_pretrained(tiny_checkpoint).eval()
     processor = CLIPImageProcessorPil.from_pretrained(tiny_checkpoint)
     tokenizer = CLIPTokenizer.from_pretrained(tiny_checkpoint)
@@ -143,21 +146,21 @@ def test_logits_are_those_of_transformers(server, tiny_checkpoint, files, protoc
     pictures = [file.read_bytes() for file in files]
     got, logits = ask(server, protocol, IMAGE=pictures, LABELS=labels)
     assert np.ptp(expected) > 1
-    np.testing.assert_allclose(logits, expected, atol=0.02)  # of a scale of 20; pictures decoded
+    np.testing.assert_allclose(logits, expected, atol=0.02)  # scale 20; includes decoding
     np.testing.assert_allclose(got, softmax(logits), atol=1e-6)
 
 
-def test_more_pictures_than_a_batch_in_one_request(server, local, picture, files):
+def test_request_with_more_images_than_a_batch_is_answered(server, local, picture, files):
     pictures = [picture, files[1].read_bytes()] * 50
     got, _ = ask(server, "grpc", IMAGE=pictures, LABELS=["cat", "dog"])
     expected = local.classify(pictures[:2], ["cat", "dog"])
     np.testing.assert_allclose(got, np.tile(expected, (50, 1)), atol=1e-5)
 
 
-# ------------------------------------------------------------------ what is computed
+# ------------------------------------------------------------------ caching and scheduling
 
 
-def test_sixteen_first_requests_at_once_embed_the_labels_once(server, picture):
+def test_concurrent_first_requests_embed_the_labels_once(server, picture):
     labels = [f"thing {index}" for index in range(300)]
     before = texts_embedded(server)
     together = threading.Barrier(16)
@@ -174,7 +177,7 @@ def test_sixteen_first_requests_at_once_embed_the_labels_once(server, picture):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_repeated_request_is_one_image_pass_and_no_text(server, picture, protocol):
+def test_repeated_request_runs_only_the_image_tower(server, picture, protocol):
     inputs = {"IMAGE": [picture] * 3, "LABELS": ["cup", "pan"], "TEMPLATES": ["my {}", "no {}"]}
     first = ask(server, protocol, **inputs)
     models = ("image_tower", "text_tower", "text_tokenize", "clip_text")
@@ -190,17 +193,17 @@ def test_a_repeated_request_is_one_image_pass_and_no_text(server, picture, proto
     np.testing.assert_array_equal(first, second)
 
 
-def test_labels_and_templates_in_another_order_are_another_set(server, local, picture):
+def test_order_of_labels_distinguishes_label_sets(server, local, picture):
     one, _ = ask(server, "grpc", IMAGE=[picture], LABELS=["oak", "elm"], TEMPLATES=["a {}", "{}"])
     other, _ = ask(server, "grpc", IMAGE=[picture], LABELS=["elm", "oak"], TEMPLATES=["a {}", "{}"])
     np.testing.assert_allclose(one, other[:, ::-1], atol=1e-6)
-    # Neither joined nor told apart by a separator alone.
+    # A cache key of joined strings would confuse this set with the previous ones.
     joined, _ = ask(server, "grpc", IMAGE=[picture], LABELS=["oak"], TEMPLATES=["elm a {}", "{}"])
     assert joined.shape == (1, 1)
 
 
-def test_the_least_recently_used_set_is_given_up(server, picture):
-    """The cache of this server holds two such sets; what went is embedded again, and is right."""
+def test_least_recently_used_label_set_is_evicted(server, picture):
+    """The server's cache holds two sets of this size; an evicted set is embedded again."""
 
     def embedded(prompt):
         before = texts_embedded(server)
@@ -211,15 +214,15 @@ def test_the_least_recently_used_set_is_given_up(server, picture):
     assert first[0] == 1000
     assert embedded("2 {}")[0] == 1000
     assert embedded("1 {}")[0] == 0
-    assert embedded("3 {}")[0] == 1000  # gives up 2, which was used before 1
+    assert embedded("3 {}")[0] == 1000  # evicts 2, which was used before 1
     assert embedded("1 {}")[0] == 0
     again = embedded("2 {}")
     assert again[0] == 1000
     assert embedded("1 {}")[0] == 0
 
 
-def test_thousands_of_texts_and_others_meanwhile(server, local, picture):
-    """LABELS labels in 80 templates; known sets and small new ones do not wait for them."""
+def test_large_label_set_does_not_block_other_requests(server, local, picture):
+    """Cached and small label sets do not wait for a set of `LABELS` labels in 80 templates."""
     labels = [f"label{index}" for index in range(LABELS)]
     templates = [f"{index} {{}}" for index in range(80)]
     ask(server, "grpc", IMAGE=[picture], LABELS=["known", "set"])
@@ -258,12 +261,12 @@ def counts_now(server, model):
     return int(stats["inference_count"])
 
 
-# ------------------------------------------------------------------ what is stopped
+# ------------------------------------------------------------------ cancellation
 
 
 @pytest.mark.parametrize("way", ["cancelled", "deadline over gRPC", "time over HTTP"])
-def test_nobody_waits_nothing_is_computed(server, picture, way):
-    """Of 80,000 texts a part is embedded when the client goes, and soon no more."""
+def test_abandoned_request_is_not_computed_to_the_end(server, picture, way):
+    """The client abandons a request of 80,000 texts; the server stops embedding soon after."""
     inputs = {
         "IMAGE": [picture],
         "LABELS": MANY,
@@ -294,13 +297,13 @@ def test_nobody_waits_nothing_is_computed(server, picture, way):
     time.sleep(0.5)
     assert texts_embedded(server) == stopped
     assert (way == "cancelled") <= stopped - before < 80_000
-    # What was dropped half-way is not taken for embedded.
+    # The unfinished embeddings must not be in the cache.
     small = {**inputs, "TEMPLATES": inputs["TEMPLATES"][:1]}
     ask(server, "grpc", **small)
     assert texts_embedded(server) == stopped + 1000
 
 
-def test_one_client_goes_and_another_stays(server, picture):
+def test_shared_label_set_survives_one_canceled_client(server, picture):
     templates = [f"who stays {index} {{}}" for index in range(8)]
     inputs = {"IMAGE": [picture], "LABELS": MANY, "TEMPLATES": templates}
     before, pictures = texts_embedded(server), counts(server, "image_tower")[0]
@@ -314,7 +317,7 @@ def test_one_client_goes_and_another_stays(server, picture):
             while counts_now(server, "text_tower") == before:
                 time.sleep(0.01)
             stays = pool.submit(ask, server, "http", **inputs)
-            while counts_now(server, "image_tower") < pictures + 2:  # then it joins
+            while counts_now(server, "image_tower") < pictures + 2:  # it joins after its image
                 time.sleep(0.01)
             time.sleep(0.2)
             call.cancel()
@@ -324,8 +327,8 @@ def test_one_client_goes_and_another_stays(server, picture):
     assert texts_embedded(server) - before == 8_000
 
 
-def test_thirty_two_at_once(server, local, picture):
-    """Known, new, shared, many and bad label sets, good and bad pictures, over both protocols."""
+def test_concurrent_mixed_requests_get_their_own_answers(server, local, picture):
+    """Cached, new, shared, large and invalid label sets, with valid and invalid images."""
     known = ["cat", "dog"]
     expected = local.classify([picture], known)
     ask(server, "grpc", IMAGE=[picture], LABELS=known)
@@ -362,7 +365,7 @@ def test_thirty_two_at_once(server, local, picture):
             np.testing.assert_allclose(answer[:1], expected, atol=1e-5)
 
 
-# ------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------ invalid inputs
 
 BAD = {
     "no labels": ({"LABELS": []}, "no labels to choose from; give at least one"),
@@ -392,7 +395,7 @@ BAD = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_used_is_said(server, picture, protocol, kind):
+def test_invalid_request_is_rejected_with_a_reason(server, picture, protocol, kind):
     changed, message = BAD[kind]
     with pytest.raises(InferenceServerException, match=message) as refused:
         ask(server, protocol, **({"IMAGE": [picture], "LABELS": ["cat", "dog"]} | changed))
@@ -400,12 +403,12 @@ def test_what_cannot_be_used_is_said(server, picture, protocol, kind):
     assert ask(server, protocol, IMAGE=[picture], LABELS=["cat", "dog"])[0].shape == (1, 2)
 
 
-def test_the_second_batch_of_a_request_counts_on(server, picture):
+def test_image_index_counts_across_batches(server, picture):
     with pytest.raises(InferenceServerException, match=r"images\[70\]: expected one of JPEG"):
         ask(server, "grpc", IMAGE=[*[picture] * 70, b"nothing", picture], LABELS=["cat"])
 
 
-def test_the_client_says_what_is_wrong(client, files, tmp_path):
+def test_client_errors_name_the_invalid_input(client, files, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"nothing like it")
     with pytest.raises(ImageError, match=r"images\[24\] \(.*bad\.jpg\): expected one of JPEG"):
@@ -423,7 +426,7 @@ def test_the_client_says_what_is_wrong(client, files, tmp_path):
     assert client.classify(files, ["cat", "dog"]).shape == (len(files), 2)
 
 
-def test_a_server_without_the_model_says_so(repository, tmp_path, files):
+def test_server_without_the_zero_shot_model_is_reported(repository, tmp_path, files):
     copy = tmp_path / "repository"
     shutil.copytree(repository, copy)
     shutil.rmtree(copy / "clip_zero_shot")
@@ -448,7 +451,7 @@ def serving(*arguments):
     )
 
 
-def test_the_command_by_server_and_by_bundle(server, tiny_bundle, pictures, tmp_path):
+def test_classify_command_agrees_for_server_and_bundle(server, tiny_bundle, pictures, tmp_path):
     labels, templates = tmp_path / "labels.txt", tmp_path / "templates.txt"
     labels.write_text("cat\n\n dog \n")
     templates.write_text("a {} here\nno {} there\n")
@@ -481,7 +484,7 @@ def test_the_command_by_server_and_by_bundle(server, tiny_bundle, pictures, tmp_
         (("--label", "a", "--templates", "openai-8"), "neither a file .* plain, openai-7"),
     ],
 )
-def test_the_command_says_what_is_wrong(tiny_bundle, pictures, arguments, message):
+def test_classify_command_reports_invalid_options(tiny_bundle, pictures, arguments, message):
     done = serving("classify", pictures, "--bundle", tiny_bundle.path, *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -1,7 +1,7 @@
-"""The wheel, in empty environments: `make package`. Needs the package index.
+"""Tests of the wheel in empty environments (`make package`). They need the package index.
 
-One environment holds `clip-deploy[embedded]` and assembles and serves a bundle that was made
-elsewhere; another holds the wheel alone and asks the server. Both run outside of the checkout.
+One environment has `clip-deploy[embedded]`, and assembles and serves a bundle made elsewhere.
+Another has only the wheel and sends requests to the server. Both run outside the checkout.
 """
 
 import json
@@ -49,7 +49,7 @@ def run(program: Path, *arguments, cwd: Path, check=True):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that nothing is left in the checkout."""
+    """Wheel built from a copy of the sources, so that the checkout stays clean."""
     target = tmp_path_factory.mktemp("wheel")
     source = target / "source"
     tracked = subprocess.run(
@@ -70,7 +70,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def environment(path: Path, requirement: str) -> Path:
-    """An empty virtual environment with `requirement`; returns its `bin`."""
+    """Create a virtual environment with only `requirement`. Return its `bin` directory."""
     run(Path(sys.executable), "-m", "venv", path, cwd=path.parent)
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
     constraints = ("-c", CHECKOUT / "constraints.txt")
@@ -80,17 +80,17 @@ def environment(path: Path, requirement: str) -> Path:
 
 @pytest.fixture(scope="module")
 def embedded(wheel, tmp_path_factory) -> Path:
-    """`bin` of an environment that serves."""
+    """`bin` directory of the environment of the server."""
     return environment(tmp_path_factory.mktemp("serving") / "venv", f"{wheel}[embedded]")
 
 
 @pytest.fixture(scope="module")
 def client(wheel, tmp_path_factory) -> Path:
-    """`bin` of an environment that asks."""
+    """`bin` directory of the environment of the client."""
     return environment(tmp_path_factory.mktemp("client") / "venv", str(wheel))
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+def test_wheel_contains_every_module_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = [p for package in ("serving", "export") for p in (CHECKOUT / package).rglob("*.py")]
     assert {p.relative_to(CHECKOUT).as_posix() for p in sources} <= names
@@ -104,7 +104,9 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"serving", "export"}
 
 
-def test_a_bundle_is_assembled_served_and_asked(embedded, client, tiny_bundle, pictures, tmp_path):
+def test_installed_command_assembles_and_serves_a_bundle(
+    embedded, client, tiny_bundle, pictures, tmp_path
+):
     program = embedded / "clip-deploy"
     repository = tmp_path / "models"
     made = run(
@@ -145,7 +147,7 @@ def test_a_bundle_is_assembled_served_and_asked(embedded, client, tiny_bundle, p
 @pytest.mark.parametrize(
     "found", ["does not exist", "is empty", "contains other files", "is a file"]
 )
-def test_up_refuses_what_is_no_repository(embedded, tmp_path, found):
+def test_up_rejects_a_directory_without_models(embedded, tmp_path, found):
     repository = tmp_path / "models"
     if found == "is a file":
         repository.touch()
@@ -159,8 +161,8 @@ def test_up_refuses_what_is_no_repository(embedded, tmp_path, found):
     assert f"clip-deploy assemble BUNDLE --output {repository}" in done.stderr.replace("\n", " ")
 
 
-def test_a_client_needs_no_runtime(client, tiny_bundle, tmp_path):
-    """What it lacks is named when a command asks for it; the rest of the program works."""
+def test_client_needs_no_runtime(client, tiny_bundle, tmp_path):
+    """Commands that need a missing package name it; the others work."""
     listed = run(client / "clip-deploy", "list", "--json", cwd=tmp_path, check=False)
     assert listed.returncode == 2
     assert "pip install 'clip-deploy[export]'" in listed.stderr
@@ -176,7 +178,7 @@ def test_a_client_needs_no_runtime(client, tiny_bundle, tmp_path):
     assert "onnxruntime is not installed" in done.stderr
 
 
-def test_a_users_script_passes_mypy_strict(embedded, tmp_path):
+def test_user_script_passes_mypy_strict(embedded, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(USER_SCRIPT)
     options = ("--strict", "--config-file=", f"--python-executable={embedded / 'python'}")

@@ -1,4 +1,4 @@
-"""A server that is attacked."""
+"""Fixtures with a server for the security tests."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def repository(fp32_bundle, tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(repository):
     with pytest.MonkeyPatch.context() as patch:
-        # With it set, Triton by itself would open a port of Vertex AI on all addresses.
+        # With this variable, Triton would by default open a Vertex AI port on all addresses.
         patch.setenv("AIP_MODE", "PREDICTION")
         with TritonServer(repository, **ANY, log=repository.with_suffix(".log")) as running:
             yield running

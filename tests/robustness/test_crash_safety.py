@@ -1,6 +1,6 @@
-"""What is killed, or meets a full disk, while it writes: the old output stays whole.
+"""Tests that the old output stays complete when a write is killed or the disk is full.
 
-A search index that is killed: tests/unit/serving/search/test_build.py.
+tests/unit/serving/search/test_build.py covers killed builds of a search index.
 """
 
 import json
@@ -29,7 +29,7 @@ EXPORT_KILLS = 30 if SOAK else 2
 
 def script(name, *arguments, wrapper=()):
     command = [*wrapper, sys.executable, "-m", f"tests.support.{name}", *map(str, arguments)]
-    # One thread each: the script forks.
+    # One thread per library, because the script forks.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     done = subprocess.run(
         command,
@@ -43,13 +43,13 @@ def script(name, *arguments, wrapper=()):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------ killed
+# ------------------------------------------------------------------ killed writes
 
 
-def test_a_killed_assembly(fp32_bundle, tmp_path, figure):
+def test_killed_assembly_leaves_a_complete_repository(fp32_bundle, tmp_path, figure):
     told = script("killed_writes", "assemble", fp32_bundle.path, tmp_path, ASSEMBLY_KILLS)
     assert told["kills"] >= ASSEMBLY_KILLS / 2, told  # some runs are quicker than their kill
-    assert told["littered"] > 0 < told["changed"], told  # while it worked, and when it was done
+    assert told["littered"] > 0 < told["changed"], told  # killed during and after the work
     figure(
         "killed assembly",
         f"after each of {told['kills']} kills the repository was whole; the next run left nothing "
@@ -57,7 +57,7 @@ def test_a_killed_assembly(fp32_bundle, tmp_path, figure):
     )
 
 
-def test_a_killed_export(tiny_checkpoint, fp32_bundle, tmp_path, figure):
+def test_killed_export_leaves_a_complete_bundle(tiny_checkpoint, fp32_bundle, tmp_path, figure):
     paths = tiny_checkpoint, fp32_bundle.path, tmp_path
     told = script("killed_writes", "export", *paths, EXPORT_KILLS)
     assert told["kills"] >= EXPORT_KILLS / 2, told  # some runs are quicker than their kill
@@ -94,7 +94,7 @@ with files.new_directory(target, "sign") as new:
 
 
 @pytest.mark.parametrize("way", ["exchange", "two renames"])
-def test_a_directory_killed_at_every_step(tmp_path, way):
+def test_replacing_a_directory_survives_a_kill_at_every_step(tmp_path, way):
     target, seen, missing = tmp_path / "target", set(), 0
     for point in range(1, 100):
         target.mkdir(exist_ok=True)
@@ -107,7 +107,7 @@ def test_a_directory_killed_at_every_step(tmp_path, way):
         if target.exists():
             (content,) = {file.read_text() for file in target.iterdir()}
             seen.add(content)
-        with pytest.raises(KeyError), new_directory(target, "sign"):  # sweeps, and changes nothing
+        with pytest.raises(KeyError), new_directory(target, "sign"):  # only removes leftovers
             raise KeyError
         assert {path.name for path in tmp_path.iterdir()} == {"target"}
         assert len({file.read_text() for file in target.iterdir()}) == 1
@@ -118,8 +118,8 @@ def test_a_directory_killed_at_every_step(tmp_path, way):
     assert missing == (0 if way == "exchange" else 1)
 
 
-def test_what_another_process_is_writing_is_not_swept(tmp_path):
-    """Nor what only looks like it."""
+def test_temporary_directory_in_use_is_not_removed(tmp_path):
+    """Directories whose names only look temporary are kept too."""
     target = tmp_path / "target"
     (tmp_path / ".target.abcdefgh" / "mine").mkdir(parents=True)
     with new_directory(target, "sign") as slow:
@@ -132,12 +132,12 @@ def test_what_another_process_is_writing_is_not_swept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"target", ".target.abcdefgh"}
 
 
-# ------------------------------------------------------------------ a full disk
+# ------------------------------------------------------------------ full disk
 
 
 @pytest.fixture(scope="module")
 def namespace():
-    """What runs a command where it may mount a disk of its own, which vanishes with it."""
+    """Command prefix for a mount namespace, where a test can mount its own small disk."""
     for options in (["--mount"], ["--mount", "--map-root-user"]):
         command = ["unshare", *options]
         with tempfile.TemporaryDirectory() as disk:
@@ -158,7 +158,7 @@ def disk(tmp_path):
     return path
 
 
-def test_an_assembly_on_a_full_disk(namespace, disk, fp32_bundle, figure):
+def test_assembly_on_a_full_disk_keeps_the_old_repository(namespace, disk, fp32_bundle, figure):
     told = script("full_disk", "assemble", disk, fp32_bundle.path, wrapper=namespace)
     assert told["refused"] > 10
     figure(
@@ -168,7 +168,9 @@ def test_an_assembly_on_a_full_disk(namespace, disk, fp32_bundle, figure):
     )
 
 
-def test_an_export_on_a_full_disk(namespace, disk, tiny_checkpoint, fp32_bundle, figure):
+def test_export_on_a_full_disk_keeps_the_old_bundle(
+    namespace, disk, tiny_checkpoint, fp32_bundle, figure
+):
     told = script("full_disk", "export", disk, tiny_checkpoint, fp32_bundle.path, wrapper=namespace)
     assert told["status"] == 2, told["error"]
     assert "Traceback" not in told["error"]
@@ -177,8 +179,10 @@ def test_an_export_on_a_full_disk(namespace, disk, tiny_checkpoint, fp32_bundle,
     figure("full disk, export", "exit code 2 and one message; the old bundle stayed whole")
 
 
-def test_an_index_on_a_full_disk(namespace, disk, fp32_bundle, tmp_path, figure):
-    """At any number of free pages: an error in time, not the end of the process by SIGBUS."""
+def test_search_build_on_a_full_disk_keeps_the_old_index(
+    namespace, disk, fp32_bundle, tmp_path, figure
+):
+    """With any number of free pages, the build raises an error and does not die of SIGBUS."""
     folder, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
     rng = np.random.default_rng(0)
     for root, count in ((folder, 120), (elsewhere, 9)):
@@ -201,8 +205,8 @@ def test_an_index_on_a_full_disk(namespace, disk, fp32_bundle, tmp_path, figure)
     )
 
 
-def test_an_error_that_only_hides_a_full_disk(tmp_path):
-    """Libraries wrap what the system says."""
+def test_wrapped_disk_full_errors_are_recognized(tmp_path):
+    """Some libraries wrap the operating system's error in an exception of their own."""
     expected = r"no space is left on the disk of .*free some space"
     with pytest.raises(StorageError, match=expected), files.disk_errors(tmp_path / "x"):
         raise RuntimeError("cannot save: No space left on device (os error 28)")
@@ -210,7 +214,7 @@ def test_an_error_that_only_hides_a_full_disk(tmp_path):
         raise RuntimeError("something else")
 
 
-def test_a_command_on_a_full_device(capsys):
+def test_command_on_a_full_device_exits_with_a_message(capsys):
     def command():
         with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
             full.write(b"x")
@@ -221,7 +225,7 @@ def test_a_command_on_a_full_device(capsys):
     assert "error: no space is left on the disk" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_failed_file_write_keeps_the_old_file(tmp_path):
     write_text(tmp_path / "file", "old")
     (tmp_path / ".file.tmp").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"file cannot be written: no space is left"):

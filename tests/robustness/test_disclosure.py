@@ -1,4 +1,4 @@
-"""Errors disclose nothing of the inside of the server."""
+"""Tests that responses disclose no paths, tracebacks or other internals of the server."""
 
 import importlib.util
 import io
@@ -47,7 +47,7 @@ def strings(module, shape=(), **inputs):
     return made
 
 
-def test_clients_are_told_nothing_of_the_shared_memory(server, repository):
+def test_shared_memory_names_are_not_disclosed(server, repository):
     regions = {path.name for path in Path("/dev/shm").glob("clip-deploy-*")}
     prefixes = {re.match("clip-deploy-[0-9a-f]{16}", name)[0] for name in regions}
     assert prefixes
@@ -116,7 +116,7 @@ TIFF = b"II*\0 of no use"
 
 @pytest.fixture(scope="module")
 def broken(repository, tmp_path_factory):
-    """A server whose models fail at certain inputs; the text tower by ONNX Runtime itself."""
+    """Server whose models fail on certain inputs. In the text tower, ONNX Runtime itself fails."""
     path = tmp_path_factory.mktemp("broken") / "repository"
     shutil.copytree(repository, path)
     for model, source in (
@@ -126,7 +126,7 @@ def broken(repository, tmp_path_factory):
     ):
         with (path / model / "1" / "model.py").open("a") as file:
             file.write(source)
-    # A manifest that knows more tokens than the graph: the ids reach the graph's own check.
+    # With a larger vocabulary in the manifest than in the graph, invalid ids reach the graph.
     manifest = path / "text_tower" / "1" / "bundle" / "manifest.json"
     known = Bundle.open(manifest.parent).manifest
     more = replace(known, text=replace(known.text, vocab_size=1_000_000))
@@ -146,15 +146,15 @@ FAILURES = {
 
 
 def logged(server, message):
-    """The line of the log that has the id of an error message, after looking at the message."""
+    """Check an error message and return the log line with its error id."""
     found = re.search(r"internal error ([0-9a-f]{8}); the server's log has it$", message, re.M)
     assert found, message
     assert "/" not in message
     assert "clip-deploy" not in message
     assert "Traceback" not in message
     deadline, lines = time.monotonic() + 30, []
-    while not lines and time.monotonic() < deadline:  # a thread of Triton's writes it
-        text = server.log.read_text().rpartition("\n")[0]  # whole lines
+    while not lines and time.monotonic() < deadline:  # written by another thread
+        text = server.log.read_text().rpartition("\n")[0]  # complete lines only
         lines = [line for line in text.splitlines() if f"internal error {found[1]} in " in line]
         time.sleep(0.02)
     (line,) = lines
@@ -174,18 +174,18 @@ def internal_error(server, picture, where, protocol):
     return failure.value.message().partition("\n")[0]
 
 
-def test_an_internal_error_is_an_id(broken, picture, figure):
+def test_internal_error_discloses_only_an_id(broken, picture, figure):
     told = {
         internal_error(broken, picture, where, protocol)
         for where in FAILURES
         for protocol in PROTOCOLS
     }
-    assert len(told) == 2 * len(FAILURES)  # no id comes twice
+    assert len(told) == 2 * len(FAILURES)  # error ids are unique
     figure("errors", f"{len(told)} of {len(told)} without inside, such as {sorted(told)[0]!r}")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_our_client_says_the_id_without_the_fields_behind_it(broken, protocol):
+def test_client_error_ends_with_the_error_id(broken, protocol):
     with (
         ClipClient(getattr(broken, f"{protocol}_url")) as client,
         pytest.raises(ServerError, match=r"internal error [0-9a-f]{8}; the server's log has it$"),
@@ -194,7 +194,7 @@ def test_our_client_says_the_id_without_the_fields_behind_it(broken, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_the_same_server_answers_all_others(broken, picture, protocol):
+def test_valid_requests_to_the_broken_server_are_answered(broken, picture, protocol):
     module, client = raw(broken, protocol)
     with client:
         client.infer("clip_image", strings(module, (1,), image=[picture]))
@@ -205,8 +205,8 @@ def test_the_same_server_answers_all_others(broken, picture, protocol):
         assert refused.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
 
 
-def test_a_request_that_a_runtime_refuses_fails_alone(broken, fp32_bundle, figure):
-    """ONNX Runtime refuses a whole batch for one row, and says where its own source file lies."""
+def test_request_rejected_by_the_runtime_fails_alone(broken, fp32_bundle, figure):
+    """ONNX Runtime rejects the whole batch for one bad row, and its message has a source path."""
     spec = fp32_bundle.manifest.text
     rows = [np.full((1, 16), spec.end_id, np.int32) for _ in range(8)]
     rows[3][0, 0] = 999_999
@@ -236,11 +236,11 @@ def test_a_request_that_a_runtime_refuses_fails_alone(broken, fp32_bundle, figur
     figure("a bad row", f"1 of 8 requests at once failed, {log.count('in text_tower')} logged")
 
 
-def test_a_dead_stub_tells_nothing_of_the_inside(tmp_path, figure):
+def test_killed_model_process_discloses_no_internals(tmp_path, figure):
     repository = tiny_repository(tmp_path / "dying")
     with TritonServer(repository, **ANY, log=tmp_path / "log") as running:
         for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it ended meanwhile
+            with suppress(OSError):  # the process has ended
                 line = (process / "cmdline").read_bytes().decode(errors="replace")
                 if line.split("\0")[0].endswith("_stub") and str(repository) in line:
                     os.kill(int(process.name), signal.SIGKILL)
@@ -286,7 +286,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("case", range(len(MALFORMED)))
-def test_malformed_requests_tell_nothing_of_the_inside(server, repository, case):
+def test_malformed_requests_disclose_no_internals(server, repository, case):
     method, path, body = MALFORMED[case]
     request = urllib.request.Request(
         f"{server.http_url}/v2/{path}", method=method, headers={}, data=body

@@ -1,6 +1,7 @@
-"""Processes killed under a real server, servers killed under clients, servers told to stop.
+"""Tests with killed model processes, killed servers and servers that are told to stop.
 
-What Triton (2.51) does not mend by itself, `python -m serving up --restart` does.
+Triton 2.51 does not restart a killed model process; `python -m serving up --restart` restarts the
+server.
 """
 
 import importlib.util
@@ -44,9 +45,9 @@ if importlib.util.find_spec("pytriton") is None:
 SOAK = bool(os.environ.get("CLIP_SOAK"))
 SIGTERM_ROUNDS = 10 if SOAK else 1
 DEADLINE_S = 20.0
-FAILURES = (InferenceServerException, OSError, HTTPException)  # of tritonclient's clients
+FAILURES = (InferenceServerException, OSError, HTTPException)  # raised by tritonclient
 RECOVERY_S = 90.0
-"""Generous: other tests may have the machine's CPUs meanwhile."""
+"""Long, because other tests may use the CPUs at the same time."""
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 PYTHON_MODELS = ("image_preprocess", "image_tower", "text_tokenize", "text_tower", "clip_zero_shot")
 
@@ -69,7 +70,7 @@ SMALL, LARGE = encoded(0), encoded(1, (1500, 1500))
 
 
 def tensors(protocol, model, number, picture=SMALL, many=1):
-    """Inputs of a request that is not in any cache."""
+    """Inputs of a request that is in no cache."""
 
     def strings(name, data, *rest):
         tensor = protocol.InferInput(name, [len(data), *rest], "BYTES")
@@ -95,7 +96,7 @@ def tensors(protocol, model, number, picture=SMALL, many=1):
 
 @contextmanager
 def opened(url, deadline=DEADLINE_S):
-    """`ask(model, number, ...)` of a client that waits so many seconds for an answer."""
+    """Open a client. Yields `ask(model, number, ...)`, which waits up to `deadline` seconds."""
     scheme, _, address = url.partition("://")
     if scheme == "grpc":
         protocol, options, limit = tritonclient.grpc, {}, {"client_timeout": deadline}
@@ -118,13 +119,13 @@ def kill_stubs(server_pid, model):
 # ------------------------------------------------------------------ killed model processes
 
 
-def test_a_killed_model_process_fails_its_requests_and_is_noticed(repository, figure):
+def test_killed_model_process_is_detected_and_its_requests_fail(repository, figure):
     slowest = 0.0
     with TritonServer(repository, **ANY) as server, opened(server.grpc_url) as ask:
         assert {stub.model for stub in stubs_of(server.pid)} == set(PYTHON_MODELS)
         assert server.fault() is None
         for number, model in enumerate(PYTHON_MODELS):
-            if model != "clip_zero_shot":  # which needs the others
+            if model != "clip_zero_shot":  # it needs the other models
                 ask(model, number)
             kill_stubs(server.pid, model)
             start = time.monotonic()
@@ -146,8 +147,8 @@ def test_a_killed_model_process_fails_its_requests_and_is_noticed(repository, fi
 
 
 @pytest.mark.parametrize("model", ["clip_zero_shot", "image_tower"] if SOAK else ["clip_zero_shot"])
-def test_requests_under_way_in_a_killed_process_end(repository, model, figure):
-    """Those of clip_zero_shot, which answers when it likes, Triton forgets: a deadline helps."""
+def test_requests_in_flight_in_a_killed_process_end(repository, model, figure):
+    """Triton forgets requests whose response sender died; only a deadline ends them."""
     deadline = 6.0
     with TritonServer(repository, **ANY) as server:
         ends, begun = [], threading.Semaphore(0)
@@ -177,7 +178,7 @@ def test_requests_under_way_in_a_killed_process_end(repository, model, figure):
         assert len(ends) == len(threads)
         server.stop(0)
     slowest = max(seconds for seconds, _ in ends)
-    assert slowest < deadline + 10, ends  # a machine that is busy
+    assert slowest < deadline + 10, ends  # slack for a busy machine
     figure(
         f"requests under way in a killed {model}",
         f"{len(ends)} of {len(ends)} ended with an error, the last after {slowest:.1f} s of its "
@@ -190,7 +191,7 @@ def test_requests_under_way_in_a_killed_process_end(repository, model, figure):
 
 @dataclass
 class Up:
-    """`python -m serving up`, running."""
+    """Running `python -m serving up` process."""
 
     process: subprocess.Popen
     urls: dict
@@ -199,7 +200,7 @@ class Up:
 
     @property
     def triton(self):
-        """The pid of tritonserver."""
+        """Process id of tritonserver."""
         wanted = f"--model-repository={self.repository}".encode()
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -213,7 +214,7 @@ class Up:
 
 @contextmanager
 def up(repository, tmp_path, *options):
-    """The command, in a repository of its own path, by which its processes are known."""
+    """Run the command on a copy of the repository, whose path identifies its processes."""
     mine, errors = tmp_path / "repository", tmp_path / "stderr"
     if not mine.exists():
         shutil.copytree(repository, mine)
@@ -238,7 +239,7 @@ def up(repository, tmp_path, *options):
 
 
 def seconds_until(action):
-    """How long until `action` succeeds."""
+    """Repeat `action` until it succeeds. Return the time that took, in seconds."""
     start = time.monotonic()
     while True:
         try:
@@ -257,12 +258,12 @@ def embeds(url):
         assert client.classify([SMALL], ["a", f"{time.monotonic()}"]).shape == (1, 2)
 
 
-def test_up_restart_brings_back_what_was_killed(repository, tmp_path, figure):
+def test_up_restart_recovers_from_killed_processes(repository, tmp_path, figure):
     with up(repository, tmp_path, "--restart") as running:
         embeds(running.urls["grpc"])
         first = running.triton
         kill_stubs(first, "text_tower")
-        time.sleep(1)  # it is noticed, and requests are refused or fail
+        time.sleep(1)  # the fault is detected; requests fail meanwhile
         model_s = 1 + seconds_until(lambda: embeds(running.urls["http"]))
         second = running.triton
         assert second != first
@@ -286,7 +287,7 @@ def test_up_restart_brings_back_what_was_killed(repository, tmp_path, figure):
     )
 
 
-def test_up_without_restart_ends_with_a_reason(repository, tmp_path, figure):
+def test_up_without_restart_exits_with_a_reason(repository, tmp_path, figure):
     with up(repository, tmp_path) as running, ClipClient(running.urls["grpc"], timeout=5) as client:
         client.embed_images([SMALL])
         os.kill(running.triton, signal.SIGKILL)
@@ -294,7 +295,7 @@ def test_up_without_restart_ends_with_a_reason(repository, tmp_path, figure):
         with pytest.raises(ServerError):
             client.embed_images([SMALL])
         seconds = time.monotonic() - start
-        assert seconds < 5 + 10  # its deadline, and a machine that is busy
+        assert seconds < 5 + 10  # its deadline, plus slack for a busy machine
         assert running.process.wait(30) == 2
     told = running.errors.read_text()
     assert "error: Triton ended unexpectedly (status 137)" in told
@@ -303,8 +304,8 @@ def test_up_without_restart_ends_with_a_reason(repository, tmp_path, figure):
     figure("killed server", f"the client's call fails after {seconds:.1f} s of its deadline of 5 s")
 
 
-def test_up_stops_while_it_starts(tmp_path):
-    """SIGTERM before anything is ready."""
+def test_up_can_be_stopped_while_it_starts(tmp_path):
+    """SIGTERM arrives before the server is ready."""
     slow = tmp_path / "slow" / "slow" / "1"
     slow.mkdir(parents=True)
     (slow.parent / "config.pbtxt").write_text(CONFIG)
@@ -344,7 +345,7 @@ class TritonPythonModel:
 """
 
 
-def test_a_server_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, capsys):
+def test_up_gives_up_after_repeated_crashes(tmp_path, monkeypatch, capsys):
     model = tmp_path / "repository" / "murderous" / "1"
     model.mkdir(parents=True)
     (model.parent / "config.pbtxt").write_text(CONFIG)
@@ -370,15 +371,15 @@ def test_a_server_that_dies_again_and_again_is_given_up(tmp_path, monkeypatch, c
     assert "Restarting in 0.2 s (restart 2 of 2 within 600 s)" in told
 
 
-def test_restarts_are_counted_within_a_time_and_wait_longer_each():
+def test_restart_pauses_grow_and_restarts_expire():
     restarts = Restarts()
     assert [restarts.pause(now) for now in (0, 10, 20, 30, 40, 50)] == [1, 2, 4, 8, 16, None]
     assert restarts.pause(599) is None
-    assert restarts.pause(600) == 16  # the first has been forgotten
+    assert restarts.pause(600) == 16  # the first restart no longer counts
     assert restarts.pause(5000) == 1
 
 
-def test_a_server_that_hangs_is_noticed(repository, monkeypatch):
+def test_hanging_server_is_detected(repository, monkeypatch):
     monkeypatch.setattr(server_module, "SILENCE_S", 1.0)
     with TritonServer(repository, **ANY) as server:
         os.kill(server.pid, signal.SIGSTOP)
@@ -390,11 +391,14 @@ def test_a_server_that_hangs_is_noticed(repository, monkeypatch):
         assert "ended unexpectedly" in server.fault()
 
 
-# ------------------------------------------------------------------ told to stop
+# ------------------------------------------------------------------ stopping
 
 
 def under_load(running, keep_sending):
-    """Ask over both protocols, tell the command to stop, and see what became of each request."""
+    """Send requests over both protocols and stop the command.
+
+    Return the accepted requests, those of them that failed, and the seconds until exit.
+    """
     told = threading.Event()
     ends, ready = [], threading.Semaphore(0)
 
@@ -432,13 +436,13 @@ def under_load(running, keep_sending):
         thread.join(DEADLINE_S)
     assert not any(thread.is_alive() for thread in threads)
     assert status == 0, running.errors.read_text()
-    # Sent long enough before that the server has it; nobody can tell of the others.
+    # Requests sent at least 0.1 s before the signal have surely reached the server.
     accepted = [end for end in ends if end[0] < at - 0.1 and end[1] > at]
     return accepted, [end for end in accepted if end[3] is not None], seconds
 
 
 @pytest.mark.parametrize("keep_sending", [False, True] if SOAK else [False])
-def test_sigterm_under_load_loses_nothing(repository, tmp_path, figure, keep_sending):
+def test_sigterm_under_load_loses_no_accepted_request(repository, tmp_path, figure, keep_sending):
     accepted, lost, longest = 0, [], 0.0
     for _ in range(SIGTERM_ROUNDS):
         with up(repository, tmp_path) as running:
@@ -453,7 +457,7 @@ def test_sigterm_under_load_loses_nothing(repository, tmp_path, figure, keep_sen
     )
 
 
-def test_an_idle_connection_does_not_hold_up_the_end(repository):
+def test_idle_connection_does_not_delay_the_stop(repository):
     with TritonServer(repository, **ANY) as server, opened(server.http_url) as ask:
         ask("clip_image", 0)
         start = time.monotonic()
@@ -462,11 +466,11 @@ def test_an_idle_connection_does_not_hold_up_the_end(repository):
     assert seconds < EXIT_TIMEOUT_S / 2
 
 
-# ------------------------------------------------------------------ changed after assembly
+# ------------------------------------------------------------------ changes after assembly
 
 
 def flip(file):
-    """Another byte in the middle of a file of its own, which was a link to the bundle's."""
+    """Replace a link to a bundle's file by a copy with one byte changed in the middle."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.unlink()
@@ -489,7 +493,7 @@ def edit(file):
         ("image_preprocess", "manifest.json", edit, "it was edited or damaged"),
     ],
 )
-def test_a_repository_changed_after_assembly_is_not_served(
+def test_repository_changed_after_assembly_is_not_served(
     repository, tmp_path, model, name, change, reason
 ):
     mine = Path(shutil.copytree(repository, tmp_path / "repository"))

@@ -1,7 +1,8 @@
-"""Mutated pictures, odd texts and malformed requests: an answer or a plain refusal, and no more.
+"""Fuzz tests with mutated images, unusual texts and malformed requests.
 
-In process Hypothesis gives the seeds, and the one that repeats what fails. Against the live server
-each request has a seed of its own, which a failure names.
+Each input gives a result or an error of the expected type. In process, Hypothesis supplies the
+seeds and reports a failing one. Against the live server, each request has its own seed, which a
+failure message names.
 """
 
 import contextlib
@@ -40,9 +41,9 @@ from tests.support import fuzzing
 from tests.support.servers import make_repository
 
 SOAK = bool(os.environ.get("CLIP_SOAK"))
-BODIES = 10_000 if SOAK else 500  # of pictures, and of texts
-REQUESTS = 2_000 if SOAK else 200  # of each protocol
-DEADLINE_S = 30.0  # a mutated header may announce 64 megapixels, on a machine that is busy
+BODIES = 10_000 if SOAK else 500  # images, and as many texts
+REQUESTS = 2_000 if SOAK else 200  # per protocol
+DEADLINE_S = 30.0  # a mutated header may declare 64 megapixels, and the machine may be busy
 FILES = fuzzing.image_files()
 SIZE = 32
 
@@ -82,7 +83,7 @@ def spec(pipeline):
 
 
 class Slowest:
-    """The bodies that took longest: each within the deadline, and what they take by themselves."""
+    """Record of the slowest inputs. Checks that each input stays within the deadline."""
 
     def __init__(self):
         self.bodies = []
@@ -92,7 +93,7 @@ class Slowest:
         self.bodies = sorted([*self.bodies, (seconds, body)], key=itemgetter(0))[-5:]
 
     def again(self, work, *arguments):
-        """CPU time in ms, the best of three: what else the machine does has no part in it."""
+        """Largest CPU time in ms, each the best of three runs. Other load does not affect it."""
         every = [[self._timed(work, body, *arguments) for _ in range(3)] for _, body in self.bodies]
         return 1000 * max(map(min, every))
 
@@ -105,7 +106,7 @@ class Slowest:
 
 
 def by_pillow(data):
-    """What Pillow makes of the whole file, metadata and all; None if it refuses."""
+    """Image that Pillow decodes from the whole file with its metadata; None if it fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -116,7 +117,7 @@ def by_pillow(data):
     return image
 
 
-def test_any_picture_is_pixels_or_an_image_error(figure):
+def test_any_image_gives_pixels_or_an_image_error(figure):
     seen, files = Counter(), list(FILES.values())
     slowest = Slowest()
 
@@ -143,7 +144,7 @@ def test_any_picture_is_pixels_or_an_image_error(figure):
     )
 
 
-def test_what_is_cut_out_of_a_damaged_picture_changes_no_pixel(figure):
+def test_removing_metadata_of_a_damaged_image_changes_no_pixel(figure):
     seen, files = Counter(), list(FILES.values())
 
     @examples
@@ -162,7 +163,7 @@ def test_what_is_cut_out_of_a_damaged_picture_changes_no_pixel(figure):
             assert (cut.mode, cut.size) == (whole.mode, whole.size)
             assert cut.tobytes() == whole.tobytes()
             return
-        assert "allowed" in refusal  # by our limits, such as that of scans
+        assert "allowed" in refusal  # exceeds a limit, such as the number of scans
 
     check()
     assert seen["same"] > BODIES / 20
@@ -175,7 +176,7 @@ def tokenize(fp32_bundle):
 
 
 def as_openai(text):
-    """`basic_clean`, `whitespace_clean` and `lower` of `clip/simple_tokenizer.py`."""
+    """Equivalent of `basic_clean`, `whitespace_clean` and `lower` of `clip/simple_tokenizer.py`."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip().lower()
 
@@ -185,7 +186,7 @@ def tokenized(text, tokenize):
     return tokenize([text], truncate=True)
 
 
-def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
+def test_any_text_gives_token_ids_or_a_text_error(figure, tokenize, fp32_bundle):
     seen, text_spec = Counter(), fp32_bundle.manifest.text
     slowest = Slowest()
     anything = st.text(st.characters(exclude_categories=()), max_size=200)
@@ -218,7 +219,7 @@ def test_any_text_is_ids_or_a_text_error(figure, tokenize, fp32_bundle):
     )
 
 
-def test_an_accepted_text_is_cleaned_as_openai_does(figure, tokenize):
+def test_accepted_text_is_cleaned_like_openai_does(figure, tokenize):
     seen = Counter()
 
     @examples
@@ -237,9 +238,9 @@ def test_an_accepted_text_is_cleaned_as_openai_does(figure, tokenize):
     figure("bounded cleaning of texts", f"{seen['same']:,} odd texts as OpenAI's code cleans them")
 
 
-# ------------------------------------------------------------------ the live server
+# ------------------------------------------------------------------ live server
 
-# What the embedded Triton (2.51) answers with 500 of its own accord, before a model sees it.
+# Errors that the embedded Triton (2.51) itself answers with status 500, before any model runs.
 TRITONS = re.compile(
     rb'\{"error":"(failed to (parse the request JSON|get request params)|Unable to (parse|set) )'
 )
@@ -254,12 +255,12 @@ def server(fp32_bundle, tmp_path_factory):
 
 
 def processes(server):
-    """Process ids of tritonserver and all that it started."""
+    """Process ids of tritonserver and of all its descendants."""
     found, parents = {server.pid}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             stat = path.read_text()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         parents[int(path.parent.name)] = int(stat.rsplit(")", 1)[1].split()[1])
     while children := {pid for pid, parent in parents.items() if parent in found} - found:
@@ -268,16 +269,16 @@ def processes(server):
 
 
 class Http:
-    """One request a connection: what is malformed may end it."""
+    """HTTP client with one connection per request, since a malformed request may close it."""
 
     def __init__(self, server):
         self.address = server.http_url.partition("://")[2]
 
     def ask(self, method, path, headers, body):
-        """Status and body of the answer; None and the reason where the connection was ended."""
+        """Return status and body; None and the reason if the connection was closed."""
         connection = http.client.HTTPConnection(self.address, timeout=DEADLINE_S)
         try:
-            connection.request(method, path, body, headers)  # without a length, in chunks
+            connection.request(method, path, body, headers)  # chunked if there is no length
             answer = connection.getresponse()
             return answer.status, answer.read()
         except TimeoutError:
@@ -307,7 +308,7 @@ class Http:
 
 
 class Grpc:
-    """One connection for all."""
+    """gRPC client with one connection for all requests."""
 
     def __init__(self, server):
         limits = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -333,23 +334,23 @@ class Grpc:
         return self.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=DEADLINE_S).ready
 
     def wrong(self, status, answer):
-        # A request may itself ask for a timeout of a microsecond, and then gets UNAVAILABLE.
+        # A fuzzed request may set a timeout of 1 us and then gets UNAVAILABLE.
         return status in ("INTERNAL", "UNKNOWN") or (
             status == "UNAVAILABLE" and b"timeout" not in answer.lower()
         )
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_the_server_answers_whatever_comes(server, protocol, figure):
+def test_server_survives_malformed_requests(server, protocol, figure):
     asker = {"http": Http, "grpc": Grpc}[protocol](server)
     files = list(FILES.values())
-    # Of every model one: the same bytes must come before and after.
+    # One request per model, whose response must have the same bytes before and after.
     good = {}
     for seed in range(40):
         request = fuzzing.requests(random.Random(seed), files, SIZE)
         good.setdefault(request["model"], request)
     for request in good.values():
-        asker.good(request)  # an answer from Triton's cache lacks the parameters of the first one
+        asker.good(request)  # fills the cache; a cached response lacks the first one's parameters
     before, pids = [asker.good(request) for request in good.values()], processes(server)
     assert len(good) == 7
     assert {status for status, _ in before} <= {200, "OK"}
@@ -373,9 +374,9 @@ def test_the_server_answers_whatever_comes(server, protocol, figure):
     )
 
 
-# The generator makes neither of these, which end tritonserver 2.51 itself: JSON nested about
-# 100,000 deep (its parser calls itself), and a body in about a million chunks (it puts a list of
-# them on the stack). Once they do not any more, they belong into the generator.
+# The generator omits two inputs that crash tritonserver 2.51 itself: JSON nested about 100,000 deep
+# (its parser is recursive), and a body in about a million chunks (their list is on the stack). Add
+# them to the generator once Triton survives them and the test below fails.
 DEEP = 1_000_000
 ENDS_TRITON = {
     "nested JSON": (
@@ -392,13 +393,13 @@ ENDS_TRITON = {
 def runs(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:  # there is no such process
+    except OSError:  # no such process
         return False
 
 
 @pytest.mark.parametrize("kind", ENDS_TRITON)
-def test_what_is_left_out_ends_triton_without_any_code_of_ours(kind, tmp_path):
-    """On a repository that holds one model, which repeats its input."""
+def test_omitted_inputs_crash_triton_itself(kind, tmp_path):
+    """The repository holds a single model that echoes its input, without code of this project."""
     headers, body = ENDS_TRITON[kind]
     with TritonServer(
         make_repository(tmp_path / "echo", echo=IDENTITY), http_port=0, grpc_port=0, metrics_port=0

@@ -1,8 +1,8 @@
-"""One bad request among 31 good ones: nobody else's answer changes by a bit, no process restarts.
+"""Tests that one bad request among 31 good ones changes no other answer and restarts no process.
 
-What a good answer may be is computed in this process, by the runner that the server runs with as
-many threads: every item in a batch of every size, at every place. The server's batcher may choose
-among these batches, and nothing else.
+The permitted answers are computed in process, with the runner and number of threads of the server:
+each item in a batch of every size, at every position. The server's answers must be among these, bit
+for bit.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from serving.triton.server import TritonServer
 from serving.triton_models.label_cache import embedding_work
 from tests.support.servers import BAD_PICTURES, metric, processes
 
-TOGETHER = 32  # requests of a round, one of them bad
+TOGETHER = 32  # requests per round, one of them bad
 
 
 RUNNER = "onnxruntime:fp32"
@@ -42,7 +42,7 @@ def server(tiny_bundle, tmp_path_factory):
     config = path / "clip_text" / "config.pbtxt"
     text = config.read_text()
     assert text.count("enable: true") == 1
-    config.write_text(text.replace("enable: true", "enable: false"))  # of the response cache
+    config.write_text(text.replace("enable: true", "enable: false"))  # the response cache
     with TritonServer(path, http_port=0, grpc_port=0, metrics_port=0) as running:
         yield running
 
@@ -74,7 +74,7 @@ def jpeg(index):
 
 
 def clean(runner, rows):
-    """What becomes of each row in a batch of each size, at each place, as bytes; a set a row."""
+    """Permitted embeddings of each row, as bytes: in batches of all sizes, at all positions."""
     found = [set() for _ in rows]
     for size, start in itertools.product(range(1, len(rows) + 1), range(len(rows))):
         places = [(start + place) % len(rows) for place in range(size)]
@@ -89,14 +89,14 @@ def clean(runner, rows):
 
 @dataclass
 class Kind:
-    """Requests to one model: 31 good ones with their clean answers, and bad ones."""
+    """Requests to one model: 31 good ones with their permitted answers, and bad ones."""
 
     model: str
     target: str
     good: list[dict[str, np.ndarray]]
     clean: list[set[bytes]]
     bad: list[tuple[dict[str, np.ndarray], str]]
-    """With what is said of them."""
+    """Each with a pattern of the expected error message."""
 
 
 def strings(*values, columns=()):
@@ -120,7 +120,7 @@ def texts(towers, tiny_bundle, tokenizer):
     given = [f"{WORDS[n % 5]} {'very ' * (n % 3 * 7)}{n}" for n in range(TOGETHER - 1)]
     rows = [tokenizer([text])[0] for text in given]
     found = [set() for _ in rows]
-    for length in {len(row) for row in rows}:  # only equal lengths share a batch
+    for length in {len(row) for row in rows}:  # only texts of equal length share a batch
         places = [place for place, row in enumerate(rows) if len(row) == length]
         one = clean(towers["text"], [rows[place] for place in places])
         for place, values in zip(places, one, strict=True):
@@ -141,7 +141,7 @@ def texts(towers, tiny_bundle, tokenizer):
 
 
 def token_ids(towers, tiny_bundle, tokenizer):
-    """Straight to the tower, where a bad request is in the same batch as good ones."""
+    """Requests that go directly to the tower, where bad and good ones share a batch."""
     spec = tiny_bundle.manifest.text
     rows = np.full((TOGETHER - 1, 16), spec.end_id, np.int32)
     rows[:, 0] = spec.start_id
@@ -163,7 +163,7 @@ def token_ids(towers, tiny_bundle, tokenizer):
 
 
 def labels(towers, tiny_bundle, tokenizer):
-    """Pictures with the labels of the round, which `new_labels` gives."""
+    """Images with labels that `new_labels` sets in each round."""
     kind = images(towers, tiny_bundle, tokenizer)
     good = [{"IMAGE": request["image"][0]} for request in kind.good]
     picture, two = good[0], {"LABELS": strings("cat", "dog")}
@@ -180,7 +180,7 @@ def labels(towers, tiny_bundle, tokenizer):
 
 
 def new_labels(kind, number, towers, tiny_bundle, tokenizer):
-    """Give all good requests labels nobody asked for before; return the clean answers."""
+    """Give all good requests a label set that is in no cache. Return the permitted answers."""
     given = tuple(f"{word} {number}" for word in WORDS)
     for request in kind.good:
         request["LABELS"] = strings(*given)
@@ -235,12 +235,12 @@ async def one_round(server, kind, number, clean_answers):
     [(images, "image"), (texts, "text"), (token_ids, "text"), (labels, "image")],
     ids=["images", "texts", "token ids", "labels"],
 )
-def test_a_bad_request_is_nobody_elses(
+def test_bad_request_does_not_affect_other_requests(
     server, towers, tiny_bundle, tokenizer, figure, request, make, tower
 ):
     kind = make(towers, tiny_bundle, tokenizer)
     before = processes(server)
-    assert len(before) >= 5  # one a Python model, at least
+    assert len(before) >= 5  # at least one per Python model
     counters = ("nv_inference_count", "nv_inference_exec_count")
     counted = [metric(server, name, f"{tower}_tower") for name in counters]
     for number in range(ROUNDS):
@@ -253,8 +253,8 @@ def test_a_bad_request_is_nobody_elses(
         metric(server, name, f"{tower}_tower") - start
         for name, start in zip(counters, counted, strict=True)
     )
-    assert items >= ROUNDS * (TOGETHER - 1)  # all computed, nothing from a cache
-    assert batches < items  # and some in company
+    assert items >= ROUNDS * (TOGETHER - 1)  # nothing came from a cache
+    assert batches < items  # some batches have several items
     figure(
         f"isolation, {request.node.callspec.id}",
         f"{ROUNDS * (TOGETHER - 1):,} answers of {ROUNDS} rounds, each beside a bad request, equal "
@@ -265,8 +265,8 @@ def test_a_bad_request_is_nobody_elses(
 
 @pytest.mark.parametrize("runner", ["onnxruntime:fp32", "onnxruntime:int8", "openvino:fp32"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_row_does_not_depend_on_the_content_of_its_neighbours(tiny_bundle, runner, tower):
-    """So what others send cannot change an answer; only how many they are may."""
+def test_row_does_not_depend_on_the_content_of_other_rows(tiny_bundle, runner, tower):
+    """An answer may depend on the number of requests in its batch, but not on their content."""
     if reason := missing(runner):
         pytest.skip(f"{runner}: {reason}")
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
-"""Four times what the server can do: it answers what it takes in time, and refuses the rest.
+"""Tests at four times the server's capacity: accepted requests are in time, others are rejected.
 
-The server's capacity is measured, on the machine at hand, by as many requests under way as keep it
-busy; then four times as many a second are sent at random moments, whatever comes back.
+Each test measures the capacity on the current machine with enough requests in flight to keep the
+server busy. It then sends four times as many requests/s at random times, independent of answers.
 """
 
 import asyncio
@@ -30,14 +30,14 @@ from serving.util.wire import from_text, own_words, triton_fault
 from tests.support.servers import counted, processes, wait_until
 
 LOAD_S = 30.0 if os.environ.get("CLIP_SOAK") else 3.0
-CAPACITY_S = 1.5  # measured for
+CAPACITY_S = 1.5  # duration of the measurement
 TIMES = 4
 MAX_QUEUE = 8
-SLACK = 4  # requests that left the queue and have not begun: one a process
-UNSEEN_S = 0.4  # what comes meanwhile may wait too: between two looks, and while a batch is at work
-MOST_GROWN = 32 << 20  # bytes, allocators being as they are
+SLACK = 4  # requests between queue and execution: one per process
+UNSEEN_S = 0.4  # arrivals between two counts of the queue or during a batch may wait too
+MOST_GROWN = 32 << 20  # bytes; allocators keep some memory
 QUEUES = ("image_preprocess", "image_tower", "text_tokenize", "text_tower", "clip_zero_shot")
-HANG_S = 60.0  # nothing may take that long
+HANG_S = 60.0  # longest permitted wait
 PROTOCOLS = {"grpc": tritonclient.grpc.aio, "http": tritonclient.http.aio}
 REFUSED = ("503", "StatusCode.UNAVAILABLE")
 
@@ -49,7 +49,7 @@ def server(fp32_bundle, tmp_path_factory):
     config = path / "clip_text" / "config.pbtxt"
     text = config.read_text()
     assert text.count("enable: true") == 1
-    config.write_text(text.replace("enable: true", "enable: false"))  # of the response cache
+    config.write_text(text.replace("enable: true", "enable: false"))  # the response cache
     with TritonServer(path, http_port=0, grpc_port=0, metrics_port=0) as running:
         yield running
 
@@ -66,10 +66,10 @@ def strings(values, *rest):
     return np.array(data, np.object_).reshape(len(data), *rest)
 
 
-PICTURES = [jpeg((1200, 900))] * 2  # decoding is what takes time
-LONG = [f"{index} {'many words and ' * 20}" for index in range(32)]  # the tower is
+PICTURES = [jpeg((1200, 900))] * 2  # decoding dominates
+LONG = [f"{index} {'many words and ' * 20}" for index in range(32)]  # the text tower dominates
 IDS = np.full((32, 77), 320, np.int32)
-IDS[:, -1] = 49407  # end of text
+IDS[:, -1] = 49407  # end-of-text token
 KINDS = {
     "clip_image": {"image": strings(PICTURES, 1)},
     "clip_text": {"text": strings(LONG, 1)},
@@ -80,16 +80,16 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request."""
+    """Outcome of a request."""
 
     seconds: float
     status: str
-    """"" if it was answered."""
+    """Empty if the request was answered."""
     reason: str = ""
 
 
 def why(answer):
-    """Whether it was "full" or "late", by an error of ours or one of Triton's own."""
+    """Return "full" or "late" for an error of this project or of Triton; None for others."""
     sent = from_text(own_words(answer.reason))
     if sent is None:
         return triton_fault(answer.reason)
@@ -97,7 +97,7 @@ def why(answer):
 
 
 class Load:
-    """Requests of one kind over one protocol."""
+    """Requests to one model over one protocol."""
 
     def __init__(self, server, model, protocol):
         self.model, self.module = model, PROTOCOLS[protocol]
@@ -119,7 +119,10 @@ class Load:
         return asyncio.run(opened())
 
     async def ask(self, connection, deadline=0.0, patience=HANG_S):
-        """One request; the server is told its `deadline` in seconds, the client waits for long."""
+        """Send one request.
+
+        The server enforces `deadline`, the client `patience`, both in seconds.
+        """
         options = {"client_timeout": patience} if self.grpc else {}
         begin = time.perf_counter()
         try:
@@ -133,7 +136,7 @@ class Load:
         return Answer(time.perf_counter() - begin, "")
 
     async def closed(self, connection, under_way, seconds, enough=None):
-        """Answers of so many requests under way for some time, or until there are `enough`."""
+        """Keep `under_way` requests in flight until `enough` or the time is up. Return answers."""
         end = time.perf_counter() + seconds
         answers = []
 
@@ -145,13 +148,13 @@ class Load:
         return answers
 
     async def answered_a_second(self, connection, under_way, seconds):
-        """The rate that so many requests under way come to."""
+        """Throughput in requests/s with `under_way` requests in flight."""
         begin = time.perf_counter()
         answers = await self.closed(connection, under_way, seconds)
         return sum(not a.status for a in answers) / (time.perf_counter() - begin)
 
     async def open(self, connection, rate, seconds, deadline):
-        """Answers of so many requests a second, at random moments; and the rate that it became."""
+        """Send `rate` requests/s at random times. Return the answers and the achieved rate."""
         moments = random.Random(0)
         begin = due = time.perf_counter()
         tasks = []
@@ -163,7 +166,7 @@ class Load:
         return await asyncio.gather(*tasks), sent
 
     async def normal_again(self, connection, latency, limit):
-        """Seconds until three requests in a row, each alone, take no longer than `latency`."""
+        """Seconds until three consecutive single requests take at most `latency` seconds each."""
         begin, good = time.perf_counter(), 0
         while good < 3:
             answer = await self.ask(connection)
@@ -174,7 +177,7 @@ class Load:
 
 
 def watched(server, ended):
-    """The most requests that waited for each model until `ended` is set."""
+    """Largest number of queued requests of each model until `ended` is set."""
     most = dict.fromkeys(QUEUES, 0)
     while not ended.wait(0.1):
         for model, seen in most.items():
@@ -184,10 +187,10 @@ def watched(server, ended):
 
 
 def bound(model, sent):
-    """The most that may wait for `model` while so many requests come a second."""
-    if model == "image_preprocess":  # Triton's own bound
+    """Largest permitted number of queued requests of `model` at `sent` requests/s."""
+    if model == "image_preprocess":  # enforced by Triton itself
         return MAX_QUEUE + SLACK
-    if model == "image_tower":  # of every process its share, and its share more
+    if model == "image_tower":  # each process queues up to twice its share
         return 2 * MAX_QUEUE + SLACK
     return MAX_QUEUE + SLACK + UNSEEN_S * sent
 
@@ -202,14 +205,14 @@ def bound(model, sent):
         ("clip_zero_shot", "grpc"),
     ],
 )
-def test_four_times_capacity(server, figure, model, protocol):
+def test_four_times_capacity_is_answered_in_time_or_rejected(server, figure, model, protocol):
     load = Load(server, model, protocol)
-    load.run(load.closed, 8, 0.3)  # so that every process has seen it
+    load.run(load.closed, 8, 0.3)  # warms up every process
     alone = [answer.seconds for answer in load.run(load.closed, 1, 0.7)]
-    # Of the best part, and once more if the load shows that even that was held up by other work.
+    # The best of three; measured again if the load shows that other work slowed all three down.
     capacity = max(load.run(load.answered_a_second, 8, CAPACITY_S / 3) for _ in range(3))
     for _ in range(3):
-        deadline = max(4.0, 6 * MAX_QUEUE / capacity)  # other tests take half of the CPUs
+        deadline = max(4.0, 6 * MAX_QUEUE / capacity)  # other tests may use half of the CPUs
         ended = threading.Event()
         with ThreadPoolExecutor(1) as pool:
             waited = pool.submit(watched, server, ended)
@@ -229,7 +232,7 @@ def test_four_times_capacity(server, figure, model, protocol):
     for answer in refused:
         assert answer.status in REFUSED, answer
         assert why(answer) in ("full", "late"), answer
-    assert sent > 0.75 * TIMES * capacity  # or this was no overload
+    assert sent > 0.75 * TIMES * capacity  # otherwise there was no overload
     assert len(refused) > 0.2 * len(answers)
     assert len(accepted) > 10
     p99 = float(np.quantile(accepted, 0.99))
@@ -248,14 +251,14 @@ def test_four_times_capacity(server, figure, model, protocol):
 
 
 def test_labels_are_embedded_while_the_tower_is_full(server, figure):
-    """Their chunks are asked for again: a set is not lost, and goes on among the others."""
+    """Rejected chunks of a label set are retried, so the set is completed under load."""
     load = Load(server, "text_tower", "grpc")
     picture = jpeg((64, 48))
     labels = [f"label {index}" for index in range(200)]
     enough = threading.Event()
     with ClipClient(server.http_url) as client, ThreadPoolExecutor(1) as pool:
         busy = pool.submit(load.run, load.closed, 3 * MAX_QUEUE, LOAD_S + HANG_S, enough)
-        while not load.refused:  # the queue is full, and stays so
+        while not load.refused:  # the queue is full from now on
             time.sleep(0.02)
         begin = time.perf_counter()
         probabilities = client.classify([picture], labels)
@@ -274,8 +277,8 @@ def test_labels_are_embedded_while_the_tower_is_full(server, figure):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("model", ["clip_image", "clip_zero_shot"])
-def test_what_waited_too_long_is_dropped(server, model, protocol):
-    """With the same status as what is refused, and another reason."""
+def test_request_past_its_deadline_is_dropped(server, model, protocol):
+    """Expired and rejected requests have the same status and different reasons."""
     load = Load(server, model, protocol)
 
     async def behind_others(connection):
@@ -291,8 +294,8 @@ def test_what_waited_too_long_is_dropped(server, model, protocol):
 
 
 @pytest.mark.parametrize("model", ["clip_text", "text_tower"])
-def test_what_nobody_waits_for_is_not_computed(server, figure, model):
-    """Over gRPC, where the server is told that a client gave up."""
+def test_canceled_queued_requests_are_not_computed(server, figure, model):
+    """gRPC only: Triton is notified when a client cancels."""
     load = Load(server, model, "grpc")
     alone = min(answer.seconds for answer in load.run(load.closed, 1, 0.5))
 
@@ -320,14 +323,14 @@ def test_what_nobody_waits_for_is_not_computed(server, figure, model):
 
 
 @pytest.mark.parametrize("model", ["clip_image", "clip_text", "clip_zero_shot"])
-def test_refusals_leave_nothing_behind(server, figure, model):
-    """A step of an ensemble that is refused has inputs and outputs that belong to nobody else."""
+def test_rejections_leak_no_memory(server, figure, model):
+    """The tensors of a rejected ensemble step must be freed, as nothing else owns them."""
     load = Load(server, model, "grpc")
 
     def flood():
         return sum(bool(a.status) for a in load.run(load.closed, 8 * MAX_QUEUE, LOAD_S / 2))
 
-    for _ in range(8):  # regions keep what the fullest moment took; what is left behind adds up
+    for _ in range(8):  # regions keep their peak size, whereas a leak grows each time
         flood()
         shared, resident = memory(server)
         refused = flood() + flood()
@@ -346,7 +349,7 @@ def test_refusals_leave_nothing_behind(server, figure, model):
 
 
 def memory(server):
-    """Bytes of shared memory, and of anonymous memory of all processes, of a server."""
+    """Shared memory of a server and anonymous memory of all its processes, in bytes."""
     regions = Path("/dev/shm").glob(f"{server.regions}*")
     shared = sum(region.stat().st_blocks * 512 for region in regions)
     resident = 0

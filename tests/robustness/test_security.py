@@ -1,4 +1,4 @@
-"""Who can reach the server and call what."""
+"""Tests of network exposure and of the key for administrative calls."""
 
 import http.client
 import importlib.util
@@ -29,18 +29,18 @@ from tests.support.requests import ANY, PROTOCOLS, ask_http, raw, tiny_repositor
 if importlib.util.find_spec("pytriton") is None:
     pytest.skip("no nvidia-pytriton: pip install 'clip-deploy[embedded]'", allow_module_level=True)
 
-SECOND_LOOPBACK = "127.0.0.2"  # what listens on 127.0.0.1 alone is not found there
+SECOND_LOOPBACK = "127.0.0.2"  # reaches sockets on 0.0.0.0, but not those on 127.0.0.1
 
 
 def listening(pid):
-    """`address:port` of every TCP socket that a process listens on."""
+    """`address:port` of every TCP socket on which a process listens."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
+        with suppress(FileNotFoundError):  # the descriptor was closed
             found = re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink()))
             inodes |= {found[1]} if found else set()
     addresses = set()
-    for kind in ("tcp", "tcp6"):  # gRPC listens on the IPv4 addresses of IPv6: ::ffff:127.0.0.1
+    for kind in ("tcp", "tcp6"):  # gRPC listens on IPv4-mapped IPv6 addresses
         for line in Path(f"/proc/{pid}/net/{kind}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
@@ -52,7 +52,7 @@ def listening(pid):
     return sorted(addresses)
 
 
-def test_by_default_everything_is_on_loopback(server, figure):
+def test_default_exposure_is_loopback_only(server, figure):
     sockets = listening(server.pid)
     assert len(sockets) == 3
     assert {socket.partition(":")[0] for socket in sockets} == {HOST}
@@ -60,7 +60,7 @@ def test_by_default_everything_is_on_loopback(server, figure):
     figure("loopback", f"3 of 3 listening sockets on {HOST}, also with AIP_MODE=PREDICTION")
 
 
-def test_up_with_another_host_says_what_is_exposed(tmp_path):
+def test_up_with_another_host_reports_what_is_exposed(tmp_path):
     command = [sys.executable, "-m", "serving", "up", str(tiny_repository(tmp_path / "r"))]
     command += ["--host", "0.0.0.0", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
     with subprocess.Popen(
@@ -100,15 +100,15 @@ def test_up_with_another_host_says_what_is_exposed(tmp_path):
     [
         ("localhost", r"expected an IPv4 address .* got 'localhost'"),
         ("::1", r"expected an IPv4 address"),
-        ("192.0.2.1", r"192\.0\.2\.1 is not an address of this machine"),  # RFC 5737: nobody's
+        ("192.0.2.1", r"192\.0\.2\.1 is not an address of this machine"),  # reserved by RFC 5737
     ],
 )
-def test_a_host_that_cannot_be(tmp_path, host, message):
+def test_invalid_host_is_rejected(tmp_path, host, message):
     with pytest.raises(InputError, match=message):
         TritonServer(tmp_path, **ANY, host=host).__enter__()
 
 
-def test_flags_by_release_and_exposure(tmp_path):
+def test_server_flags_depend_on_release_and_exposure(tmp_path):
     def flags(version, **exposure):
         made = server_flags(
             version,
@@ -197,7 +197,7 @@ BY_GRPC = {
 WRONG = ("", "0" * 32)
 
 
-def test_administration_needs_the_key_over_http(server, figure):
+def test_administration_requires_the_key_over_http(server, figure):
     assert set(BY_HTTP) == set(ADMIN_APIS)
     calls = [call for api in ADMIN_APIS for call in BY_HTTP[api]]
     for method, path in calls:
@@ -212,7 +212,7 @@ def test_administration_needs_the_key_over_http(server, figure):
     figure("administration", f"{3 * len(calls)} of {3 * len(calls)} HTTP calls without key refused")
 
 
-def test_administration_needs_the_key_over_grpc(server, figure):
+def test_administration_requires_the_key_over_grpc(server, figure):
     assert set(BY_GRPC) == set(ADMIN_APIS)
     calls = {call: given for api in ADMIN_APIS for call, given in BY_GRPC[api].items()}
     _, client = raw(server, "grpc")
@@ -238,10 +238,10 @@ SPELLINGS = (
     "/V2/repository/index",
     "/v2;x/repository/index",
 )
-"""Other ways to write one path; CVE-2026-24206 and -24207 are about such."""
+"""Alternative spellings of one path, as in CVE-2026-24206 and CVE-2026-24207."""
 
 
-def test_no_other_spelling_of_a_path_gets_around_the_key(server, figure):
+def test_path_spellings_do_not_bypass_the_key(server, figure):
     address = server.http_url.removeprefix("http://")
     for spelling in SPELLINGS:
         with closing(http.client.HTTPConnection(address, timeout=10)) as connection:
@@ -251,21 +251,21 @@ def test_no_other_spelling_of_a_path_gets_around_the_key(server, figure):
     figure("administration", f"{len(SPELLINGS)} other spellings of a path refused")
 
 
-def test_a_key_is_of_one_server_and_not_in_its_log(server):
+def test_admin_key_is_per_server_and_not_logged(server):
     assert re.fullmatch("[0-9a-f]{32}", server.admin_key)
     assert TritonServer(server.repository).admin_key != server.admin_key
     assert server.admin_key not in server.log.read_text()
 
 
 @pytest.mark.parametrize("key", ["short", "a" * 15, "with a space and more", "a,b=c:" * 5])
-def test_a_key_of_ones_own(tmp_path, key):
+def test_custom_admin_key_is_validated(tmp_path, key):
     with pytest.raises(InputError, match="at least 16 letters, digits"):
         TritonServer(tmp_path, admin_key=key)
     assert TritonServer(tmp_path, admin_key="my-own_key-of-16").admin_key == "my-own_key-of-16"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_statistics_say_that_they_want_the_key(server, protocol):
+def test_statistics_error_asks_for_the_key(server, protocol):
     url = getattr(server, f"{protocol}_url")
     for key in (None, *WRONG):
         with pytest.raises(ServerError, match=r"administrative key; give it as --admin-key"):

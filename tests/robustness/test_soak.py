@@ -1,4 +1,4 @@
-"""Mixed traffic for a while: memory, shared memory and file descriptors stay what they were."""
+"""Soak tests: mixed traffic leaks no memory, shared memory, file descriptors or processes."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from tests.support.soaking import Traffic, at_rest, growth, leaks, watched
 SECONDS = 1800.0 if os.environ.get("CLIP_SOAK") else 60.0
 WARM_UP_S = 60.0 if os.environ.get("CLIP_SOAK") else 8.0
 CONTROL_S = 20.0
-# The response cache is full during the warm-up: its 64 MiB would fill for half an hour.
+# A small response cache fills during the warm-up; 64 MiB would fill for half an hour.
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "cache_bytes": 1 << 20}
 LEAK = '''
 
@@ -33,11 +33,11 @@ def repository(tiny_bundle, tmp_path_factory):
     path = tmp_path_factory.mktemp("soak") / "repository"
     assemble(tiny_bundle, path, runner="onnxruntime:fp32", max_batch_size=16)
     config = path / "clip_zero_shot" / "config.pbtxt"
-    config.write_text(config.read_text().replace("67108864", "50000"))  # sets come and go
+    config.write_text(config.read_text().replace("67108864", "50000"))  # causes evictions
     return path
 
 
-def test_nothing_leaks(repository, tiny_bundle, figure):
+def test_mixed_traffic_leaks_nothing(repository, tiny_bundle, figure):
     for _ in range(2):
         with TritonServer(repository, **ANY) as server:
             Traffic(server, tiny_bundle, WARM_UP_S).run()
@@ -46,8 +46,8 @@ def test_nothing_leaks(repository, tiny_bundle, figure):
             with watched(server) as samples:
                 traffic.run()
             after = at_rest(server, before)
-        # Triton 2.51 crashes now and then as a gRPC client gives up a call, as one
-        # user does all the time: github.com/triton-inference-server/server/issues/8034.
+        # Triton 2.51 sometimes crashes when a gRPC client cancels a call, which one of the users
+        # does all the time: github.com/triton-inference-server/server/issues/8034.
         if "Signal (11) received" not in server.log.read_text():
             break
     grown, risen = growth(samples)
@@ -62,12 +62,12 @@ def test_nothing_leaks(repository, tiny_bundle, figure):
     assert min(traffic.answers.values()) > 0
     assert not leaks(samples)
     assert after.shared_memory == before.shared_memory > 0
-    assert after.files <= before.files + 2  # what Triton opens once, when it first needs it
+    assert after.files <= before.files + 2  # Triton opens some files on first use
     assert after.processes == before.processes
 
 
-def test_a_leak_is_caught(repository, tiny_bundle, tmp_path, figure):
-    """A preprocessing step that keeps 100 kB of every batch of requests."""
+def test_deliberate_leak_is_detected(repository, tiny_bundle, tmp_path, figure):
+    """A preprocessing model that keeps 100 kB per batch of requests is detected."""
     leaking = shutil.copytree(repository, tmp_path / "repository")
     with (leaking / "image_preprocess" / "1" / "model.py").open("a") as file:
         file.write(LEAK)

@@ -1,4 +1,4 @@
-"""No file that is read runs code."""
+"""Tests that no input file can run code when it is read."""
 
 import ast
 import importlib.util
@@ -47,18 +47,18 @@ NEVER = {
     "eval",
     "exec",
 }
-"""Run what a file says."""
+"""Functions that run code from their input."""
 
 
 def dotted(node):
-    """`a.b.c` of a call's function; "" of anything else."""
+    """Dotted name of a call's function, such as `a.b.c`; empty for other expressions."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def unsafe_loads(source):
-    """Lines of a module that may run what they read, each with why."""
+    """Calls and imports in a module that may run code from their input, as `line: name`."""
     found = []
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -97,11 +97,11 @@ def unsafe_loads(source):
         "eval(text)",
     ],
 )
-def test_the_search_below_finds(line):
+def test_unsafe_loads_finds_every_kind_of_call(line):
     assert unsafe_loads(line)
 
 
-def test_nothing_in_the_tree_unpickles(figure):
+def test_no_module_unpickles(figure):
     assert len(TREE) > 150
     found = {
         f"{path.relative_to(CHECKOUT)}:{problem}"
@@ -113,7 +113,7 @@ def test_nothing_in_the_tree_unpickles(figure):
 
 
 class Bomb:
-    """Unpickled the ordinary way, it makes a folder."""
+    """Object that creates a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -128,7 +128,7 @@ def malicious_npy(victim):
     return buffer.getvalue()
 
 
-def test_the_bomb_would_go_off(tmp_path):
+def test_bomb_works_with_allow_pickle(tmp_path):
     victim = tmp_path / "victim"
     load = "import sys, numpy; numpy.load(sys.argv[1], allow_pickle=True)"
     (tmp_path / "bomb.npy").write_bytes(malicious_npy(victim))
@@ -136,7 +136,7 @@ def test_the_bomb_would_go_off(tmp_path):
     assert victim.exists()
 
 
-def test_a_search_index_does_not_unpickle(tiny_bundle, pictures, tmp_path):
+def test_search_index_does_not_unpickle(tiny_bundle, pictures, tmp_path):
     from serving.clients.local import LocalClip
     from serving.util.files import sha256_of
 
@@ -147,7 +147,7 @@ def test_a_search_index_does_not_unpickle(tiny_bundle, pictures, tmp_path):
     manifest = json.loads((index / "manifest.json").read_text())
     file = manifest["embeddings"]
     (index / file["name"]).write_bytes(malicious_npy(victim))
-    # Whoever writes the file writes the manifest too: its sums do not protect from that.
+    # An attacker who writes the file can write the manifest too, so the checksums match.
     file |= {"sha256": sha256_of(index / file["name"])}
     file |= {"bytes": (index / file["name"]).stat().st_size}
     (index / "manifest.json").write_text(json.dumps(manifest))
@@ -156,7 +156,7 @@ def test_a_search_index_does_not_unpickle(tiny_bundle, pictures, tmp_path):
     assert not victim.exists()
 
 
-def test_a_saved_classifier_does_not_unpickle(tiny_bundle, tmp_path):
+def test_saved_classifier_does_not_unpickle(tiny_bundle, tmp_path):
     from serving.clients.local import LocalClip
 
     file, victim = tmp_path / "labels.npz", tmp_path / "victim"

@@ -1,4 +1,4 @@
-"""No code reads the wording of our errors: with other words, everything behaves as before."""
+"""Test that no code depends on the wording of error messages."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ import pytest
 from tests.support.paths import CHECKOUT
 
 COPIED = ("export", "serving", "model_repository", "benchmarks", "training", "tests", "assets")
-PLAIN = "    return sentence\n"
-CAPITALS = "    return sentence.upper()\n"
+PLAIN = '    return f"{reason}; {advice}" if advice else reason\n'
+CAPITALS = '    return (f"{reason}; {advice}" if advice else reason).upper()\n'
 BEHAVIOUR = (
     "tests/integration/test_clients.py",
     "tests/integration/test_limits.py",
@@ -26,7 +26,7 @@ BEHAVIOUR = (
 
 @pytest.fixture
 def reworded(tmp_path) -> Path:
-    """A copy of the project that words every error in capital letters, in every process."""
+    """Copy of the project whose error messages are all in capital letters."""
     for name in COPIED:
         ignore = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=ignore)

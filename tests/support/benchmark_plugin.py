@@ -1,4 +1,5 @@
-"""A pytest plugin for runs of the benchmarks: limits in a moment; with SLOWER, a slower runner."""
+"""A pytest plugin for benchmark runs: measures device limits quickly and, with SLOWER, slows down
+one runner."""
 
 import os
 import time

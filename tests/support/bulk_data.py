@@ -30,7 +30,7 @@ def embeddings_of(rows) -> np.ndarray:
 
 
 def assert_complete(out, root: Path, local) -> None:
-    """Each picture below `root` once, in the order of the names, embedded as in process."""
+    """Embed each image below `root` once, in the order of the names, in this process."""
     files = sorted(root.rglob("*.jpg"))
     rows = rows_of(out)
     assert [row["path"] for row in rows] == [file.relative_to(root).as_posix() for file in files]

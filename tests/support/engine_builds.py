@@ -27,7 +27,8 @@ SLOWEST_S = 60
 
 
 def write_int8(graph: Path, target: Path, manifest: Manifest) -> None:
-    """Quantise `graph` with the ranges of one small batch: that it builds is all that counts."""
+    """Quantize `graph` with the ranges of one small batch. Enough for a build; accuracy does not
+    matter."""
     model = onnx.load(graph)
     image = graph.name.startswith("image")
     batch = probe_images(manifest.image, 2) if image else probe_texts(manifest.text, 2, 16)
@@ -37,7 +38,7 @@ def write_int8(graph: Path, target: Path, manifest: Manifest) -> None:
 
 
 class Graph(NamedTuple):
-    """What a plan is built of."""
+    """Input of an engine build."""
 
     path: Path
     tower: Tower
@@ -56,7 +57,7 @@ def built(
 
 
 def after(calls: int, then: Callable[[], None]) -> Callable[..., None]:
-    """A progress that does something else once, `calls` steps from the start."""
+    """Return a progress callback that calls `then` once, `calls` steps after the start."""
     left = calls
 
     def progress(step: str, done: int = 0, total: int = 0) -> None:

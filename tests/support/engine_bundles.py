@@ -53,12 +53,13 @@ RTX_ENGINE = replace(
 
 
 def copied(bundle: Bundle, path: Path) -> Bundle:
-    """A copy to build into: its files are hard links, which nobody writes to."""
+    """Copy a bundle to build into. Its files are hard links, so they must not be written to."""
     return Bundle.open(Path(shutil.copytree(bundle.path, path, copy_function=os.link)))
 
 
 def with_plan(bundle: Bundle, path: Path, *engines: Engine, content=b"no plan at all") -> Bundle:
-    """A copy with fp16 plans of the image tower as the manifest would have them; nothing runs."""
+    """Copy a bundle and add fp16 engines of the image tower to its manifest. The engines cannot
+    run."""
     copy = copied(bundle, path)
     graph = copy.artifact("image", "fp16")
     artifacts = list(copy.manifest.artifacts)
@@ -74,6 +75,6 @@ def with_plan(bundle: Bundle, path: Path, *engines: Engine, content=b"no plan at
             Artifact(graph="image", kind="engine", precision="fp16", files=files, engine=engine)
         )
     manifest = replace(copy.manifest, artifacts=tuple(artifacts))
-    (copy.path / "manifest.json").unlink()  # and with it the link
+    (copy.path / "manifest.json").unlink()  # removes the hard link too
     (copy.path / "manifest.json").write_text(manifest.to_json())
     return Bundle(copy.path, manifest)

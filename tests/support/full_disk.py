@@ -1,11 +1,12 @@
-"""Fills a small disk while things are written to it; run by a test, in its own mount namespace.
+"""Fill a small disk while files are written to it. Tests run this in its own mount namespace.
 
     python full_disk.py assemble DISK BUNDLE
     python full_disk.py search DISK INDEX TABLE
     python full_disk.py export DISK CHECKPOINT BUNDLE
 
-DISK is an empty directory, on which a tmpfs is mounted. At any number of free bytes, what was there
-must stay whole, nothing else may be left, and the error must say what is the matter. Prints JSON.
+DISK is an empty directory, on which a tmpfs is mounted. For every number of free bytes that is
+tried, existing files must stay intact, no other files may be left, and the error must name the
+cause. Prints JSON.
 """
 
 import json
@@ -31,7 +32,7 @@ def mount(disk, size):
 
 
 def leave_free(disk, size):
-    """Fill the disk but for `size` bytes."""
+    """Fill the disk, leaving `size` bytes free."""
     ballast = disk / "ballast"
     ballast.unlink(missing_ok=True)
     free = os.statvfs(disk).f_bavail * PAGE
@@ -40,7 +41,7 @@ def leave_free(disk, size):
 
 
 def refusal(change, target):
-    """What a change says of the full disk; None if it found room."""
+    """Return the error that a change raises on the full disk, or None if there was room."""
     try:
         change()
     except StorageError as error:
@@ -53,7 +54,8 @@ def refusal(change, target):
 
 
 def refused(disk, target, change, sizes):
-    """At each of `sizes` free, `change` fails for want of space, and changes nothing."""
+    """Check that `change` fails for lack of space, and changes nothing, at each of `sizes` free
+    bytes."""
     before = contents(target)
     causes = set()
     for size in sizes:
@@ -70,7 +72,7 @@ def refused(disk, target, change, sizes):
 
 
 def searched(disk, index, table):
-    """Add pictures to an index with no page free, one, two, ... until there are enough."""
+    """Add images to an index with no, one, two, ... free pages until the change succeeds."""
     manifest, target = SearchIndex.open(index).manifest, disk / "index"
     embedder = Recorded(table, manifest.model)
     before = state(index, embedder)
@@ -115,7 +117,7 @@ def main(what, disk, *arguments):
         target = disk / "bundle"
         shutil.copytree(bundle, target)
         check_bundle(target)
-        # Enough for the tokenizer, which is written first, and not for the first graph.
+        # Enough for the tokenizer, which is written first, but not for the first graph.
         leave_free(disk, (target / "tokenizer.json").stat().st_size + (100 << 10))
         before = contents(target)
         command = [sys.executable, "-m", "export", checkpoint, "--output", str(target)]

@@ -1,7 +1,7 @@
-"""Bad input made from good: mutated picture files, odd texts, malformed KServe requests.
+"""Malformed input made from valid input: mutated images, unusual texts, invalid KServe requests.
 
 Every function takes a `random.Random`, so that Hypothesis can drive it (`st.randoms()`), or a seed
-that a failure names.
+that a failure reports.
 """
 
 import copy
@@ -17,7 +17,7 @@ NUMBERS = (0, 1, 2, 127, 128, 255, 256, 32767, 65535, 65536, 2**24, 2**31 - 1, 2
 MAGIC = (b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\1\0\0WEBPVP8 ")
 
 
-# ------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------ images
 
 
 def encoded(image, kind, **options):
@@ -27,7 +27,7 @@ def encoded(image, kind, **options):
 
 
 def bmp_rle(width=64, height=48):
-    """An 8-bit run-length encoded BMP, which Pillow reads and does not write."""
+    """An 8-bit run-length encoded BMP, which Pillow reads but does not write."""
     runs = (bytes((min(200, width - x), x % 251)) for x in range(0, width, 200))
     pixels = (b"".join(runs) + b"\0\0") * height + b"\0\1"
     palette = bytes(value for grey in range(256) for value in (grey, 255 - grey, 9, 0))
@@ -37,7 +37,7 @@ def bmp_rle(width=64, height=48):
 
 
 def image_files():
-    """Small files of every format, in the modes and with the metadata that real ones have."""
+    """Small files of every format, in the modes and with the metadata that occur in practice."""
     rng = np.random.default_rng(7)
     grid = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
     image = grid.resize((64, 48), Image.Resampling.BICUBIC)
@@ -71,7 +71,7 @@ def image_files():
 
 
 def mangled(rng, files):
-    """One of `files`, damaged once or a few times, or noise that begins like a picture."""
+    """One of `files`, damaged once or several times, or noise that begins like an image file."""
     if rng.random() < 0.05:
         return rng.choice(MAGIC) + rng.randbytes(rng.randrange(400))
     data = bytearray(rng.choice(files))
@@ -81,7 +81,7 @@ def mangled(rng, files):
 
 
 def _at(rng, data):
-    """A place, often in the header."""
+    """A random offset, often in the header."""
     return rng.randrange(min(len(data), rng.choice((32, 200, 1 << 30))) or 1)
 
 
@@ -122,7 +122,8 @@ def _cut(rng, data, files):
 
 
 def _chunk(rng, data, files):
-    """A PNG's chunk changed, doubled or moved, with a right checksum; of others nothing."""
+    """Change, duplicate or move a chunk of a PNG and correct its checksum. Other formats are
+    unchanged."""
     if not data.startswith(MAGIC[1]):
         return data
     chunks, at = [], 8
@@ -183,7 +184,8 @@ POISON = ("\0", "\ud800", "\udc00")
 
 
 def odd_text(rng):
-    """Pieces that mean something to ftfy, HTML, Unicode or the tokenizer, often repeated."""
+    """Text made of fragments that are special to ftfy, HTML, Unicode or the tokenizer, often
+    repeated."""
     parts = []
     for _ in range(rng.randint(1, 12)):
         part = rng.choice(PIECES) if rng.random() < 0.9 else chr(rng.randrange(0x110000))
@@ -193,7 +195,7 @@ def odd_text(rng):
 
 
 def odd_bytes(rng):
-    """What may arrive as a text: UTF-8 of an odd text, damaged or not, or noise."""
+    """Bytes that a client may send as a text: UTF-8, possibly damaged, or noise."""
     data = bytearray(odd_text(rng).encode("utf-8", "surrogatepass"))
     if rng.random() < 0.3:
         data = rng.choice((_flip, _truncate, _cut))(rng, data, [data])
@@ -204,7 +206,7 @@ def odd_bytes(rng):
 
 
 def strings(items):
-    """BYTES as KServe has them: each with its length in front."""
+    """KServe's encoding of BYTES: each item is preceded by its length."""
     return b"".join(struct.pack("<I", len(item)) + item for item in items)
 
 
@@ -213,7 +215,7 @@ def tensor(name, datatype, shape, raw):
 
 
 def requests(rng, files, size):
-    """A good request to one of the models, as a dictionary that both protocols are made from."""
+    """A valid request to one of the models, as a dictionary from which both protocols are built."""
     pictures, texts = rng.sample(files, 2), [b"a cat", "ein Hünd".encode()]
     ids = np.array([[49406, 320, 2368, 49407, 0, 0, 0, 0]], np.int32)
     models = {
@@ -265,7 +267,7 @@ VERSIONS = ("1", "2", "-1", "0", "abc", "18446744073709551616", "x" * 300)
 
 
 def spoilt(rng, request, files):
-    """The request with one to three things wrong with it."""
+    """The request with one to three faults."""
     request = copy.deepcopy(request)
     for _ in range(rng.randint(1, 3)):
         rng.choice(FAULTS)(rng, request, files)
@@ -299,7 +301,7 @@ def _number(rng, request, files):
 
 
 def _raw(rng, request, files):
-    """Bytes of another length than the shape says, or a string that says so of itself."""
+    """Bytes whose length contradicts the shape, or a string whose length prefix is wrong."""
     given = _some(rng, request)
     raw = bytearray(given.get("raw", b""))
     kind = rng.randrange(5)
@@ -317,7 +319,7 @@ def _raw(rng, request, files):
 
 
 def _content(rng, request, files):
-    """Well-formed, and yet nothing a model can use; sometimes far more than a batch."""
+    """Well-formed data that no model can use, sometimes far more than a batch."""
     for given in request["inputs"]:
         if given["datatype"] != "BYTES":
             given["raw"] = rng.randbytes(len(given["raw"]))
@@ -355,7 +357,7 @@ FAULTS = (
 
 
 def as_json(request):
-    """An HTTP body: the document, and what follows it."""
+    """An HTTP body: the JSON document, then the binary data."""
     document = {"inputs": [], "parameters": request["parameters"]}
     for given in request["inputs"]:
         parameters = {"binary_data_size": len(given["raw"])} | given["parameters"]
@@ -367,7 +369,7 @@ def as_json(request):
 
 
 def http_body(rng, request):
-    """Headers and body of an HTTP request, on which the way may have left its marks."""
+    """Headers and body of an HTTP request, possibly altered as by a proxy."""
     document, tail = as_json(request)
     if rng.random() < 0.15:
         _spoil_document(rng, document)
@@ -385,14 +387,14 @@ def http_body(rng, request):
         headers["Content-Encoding"] = rng.choice(("gzip", "deflate", "br", "x", "gzip, gzip"))
         body = rng.choice((body, zlib.compress(body), zlib.compress(body)[:-5]))
     if rng.random() < 0.05:
-        return headers, iter([body[:100], body[100:200], body[200:]])  # sent in chunks
+        return headers, iter([body[:100], body[100:200], body[200:]])  # chunked transfer encoding
     if rng.random() < 0.05:
         body = rng.choice((b"", b"{}", b"[]", b"null", b'"x"', body[: len(body) // 2]))
     return headers, body
 
 
 def _spoil_document(rng, document):
-    """A value of another kind somewhere, or data in JSON instead of behind it."""
+    """Replace a value with one of another type, or move data from the binary part into the JSON."""
     deep = json.loads("[" * 300 + "]" * 300)
     hostile = (None, [], {}, [[]], "x", -1, 2**70, 1e308, True, [None], {"a": {"b": []}}, deep)
     if rng.random() < 0.5 and document["inputs"]:
@@ -418,7 +420,8 @@ def _values(place):
 
 
 def grpc_message(rng, request):
-    """The request as protobuf, its contents in any of the places for them; as is without `rng`."""
+    """The request as protobuf, with its contents in a random one of the possible fields. Unchanged
+    without `rng`."""
     from tritonclient.grpc import service_pb2
 
     message = service_pb2.ModelInferRequest(
@@ -432,7 +435,7 @@ def grpc_message(rng, request):
         where = 0.0 if rng is None else rng.random()
         if where < 0.8:
             message.raw_input_contents.append(given["raw"])
-        if where > 0.7:  # between, both
+        if where > 0.7:
             field = rng.choice(("bytes_contents", "int_contents", "uint_contents", "fp32_contents"))
             contents = getattr(made.contents, field)
             contents.extend([b"a cat", b"\xff"] if field == "bytes_contents" else [1, 2, 3])

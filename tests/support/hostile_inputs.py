@@ -1,4 +1,4 @@
-"""Pictures and texts at the limits of `serving.limits`, made to take as long as they may."""
+"""Images and texts at the limits of `serving.limits` that take as long as possible to process."""
 
 import struct
 import zlib
@@ -20,14 +20,14 @@ def png_chunk(kind, content=b""):
 
 
 def png_with(chunks, image=None, after=False):
-    """A PNG with `chunks` before its data, or after."""
+    """A PNG with `chunks` before or after its data."""
     data = encoded(image or Image.new("L", (8, 8)), "PNG")
     at = data.index(b"IEND" if after else b"IDAT") - 4
     return data[:at] + b"".join(chunks) + data[at:]
 
 
 def chunks_of(data):
-    """How many chunks a PNG has."""
+    """Number of chunks of a PNG."""
     count, at = 0, 8
     while at < len(data):
         at += 12 + struct.unpack_from(">I", data, at)[0]
@@ -36,12 +36,12 @@ def chunks_of(data):
 
 
 def padded(data, size):
-    """`data` and zeros, `size` bytes."""
+    """`data` followed by zeros, `size` bytes in total."""
     return data + bytes(size - len(data))
 
 
 def jpeg_with(segments, image=None):
-    """A JPEG with `segments`, pairs of marker and content, in front."""
+    """A JPEG that starts with `segments`, pairs of marker and content."""
     data = encoded(image or Image.new("RGB", (16, 16), "red"), "JPEG")
     extra = b"".join(
         struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
@@ -51,7 +51,7 @@ def jpeg_with(segments, image=None):
 
 
 def markers_of(data):
-    """How many markers a JPEG without restarts has, to its end."""
+    """Number of markers of a JPEG without restarts."""
     count, at = 0, 0
     while True:
         at = data.index(b"\xff", at)
@@ -67,15 +67,14 @@ def markers_of(data):
 
 
 def jpeg_with_scans(scans, image=None):
-    """A progressive JPEG that repeats its last scan, which visits every pixel, until it has so
-    many."""
+    """A progressive JPEG with `scans` scans. The last one, over all pixels, is repeated."""
     data = encoded(image or Image.new("RGB", (16, 16), "red"), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * (scans - data.count(b"\xff\xda")) + data[-2:]
 
 
 def jpeg_tables(size):
-    """A JPEG with `size` bytes of tables before its first scan, as `serving` counts them."""
+    """A JPEG with `size` bytes of tables before its first scan, counted like `serving`."""
     plain = encoded(Image.new("RGB", (16, 16), "red"), "JPEG")
     missing = size - (plain.index(b"\xff\xda") - 2)
     table = struct.pack(">BBHB", 0xFF, 0xDB, 67, 3) + bytes(range(1, 65))
@@ -86,7 +85,7 @@ def jpeg_tables(size):
 
 
 def gif_with(blocks, size=255, image=None):
-    """A GIF with a comment of so many blocks before its frame."""
+    """A GIF with a comment of `blocks` blocks before its frame."""
     data = encoded(image or Image.new("P", (8, 8)), "GIF")
     at = 13 + (6 << (data[10] & 7))
     comment = (bytes([size]) + bytes(range(1, size + 1))) * blocks
@@ -102,7 +101,8 @@ def bmp_of_single_pixels(side):
 
 
 def small_bombs():
-    """Name -> picture: small when decoded, and slow to read for whoever reads all that it says."""
+    """Map names to images that are small when decoded, but slow for a reader that parses all
+    metadata."""
     zeros = zlib.compress(bytes((1 << 20) - 1), 9)
     profile = png_chunk(b"iCCP", b"x\0\0" + zeros)
     text = png_chunk(b"zTXt", b"x\0\0" + zeros)
@@ -132,7 +132,7 @@ def small_bombs():
 
 
 def large_bombs():
-    """Name -> what makes a picture of 64 megapixels."""
+    """Map names to functions that create an image of 64 megapixels."""
     side = 8192
 
     def image(mode):
@@ -165,11 +165,11 @@ def large_bombs():
 
 
 def slow_texts():
-    """Name -> text within the limits that is slow for somebody."""
+    """Map names to texts within the limits that are slow for some stage."""
     word = MAX_WORD - 1
 
     def fill(piece, width=word):
-        """Words of `piece`, as long as they may be, as many as there may be."""
+        """Repeat `piece` to words of maximum length, up to the maximum text size."""
         one = piece * max(1, width // len(piece))
         size = len(one.encode()) + 1
         return " ".join([one] * max(1, MAX_TEXT_BYTES // size))

@@ -1,4 +1,4 @@
-"""Small graphs, and runtimes to run them."""
+"""Small graphs, and functions that run them."""
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ METHODS = ("minmax", "percentile", "entropy")
 
 
 def nothing(*_: object) -> None:
-    """Shows no progress."""
+    """A progress callback that shows nothing."""
 
 
 def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -27,7 +27,7 @@ def arrays(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def two_layers(first: np.ndarray, second: np.ndarray) -> onnx.ModelProto:
-    """`x` float32 [n, k] -> MatMul -> Relu -> MatMul, the last being the projection."""
+    """`x` float32 [n, k] -> MatMul -> Relu -> MatMul, where the last MatMul is the projection."""
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "first"], ["y"], "first_product"),

@@ -1,8 +1,8 @@
-"""Ctrl-C during builds of TensorRT-RTX plans; run by test_build_progress.py.
+"""Press Ctrl-C during builds of TensorRT-RTX engines. Run by test_build_progress.py.
 
     python interrupted_builds.py BUNDLE
 
-In a process of its own: the signal, and what a native library makes of it, is no other test's.
+Runs in its own process, so that the signal and the native library's reaction affect no other test.
 """
 
 import os
@@ -23,7 +23,8 @@ def ctrl_c():
 
 
 def in_a_step(bundle):
-    """And is not taken for a fault of the graph; a second build does as if nothing had been."""
+    """Check that an interrupt is not reported as a fault of the graph, and that a second build
+    succeeds."""
     graph, handler = graph_of(bundle, "image", "fp16"), signal.getsignal(signal.SIGINT)
     for calls in (1, 20):
         with pytest.raises(KeyboardInterrupt):
@@ -33,20 +34,21 @@ def in_a_step(bundle):
 
 
 def between_two_steps(bundle):
-    """Where it would be raised as the library calls back, before any line of ours."""
+    """Send the signal from the library's callback, before any Python line of this project runs."""
     timer = threading.Timer(0.01, ctrl_c)
 
     def interrupted():
         built(graph_of(bundle, "text", "int8"), progress=after(1, timer.start))
         timer.join()
-        time.sleep(0.1)  # had the build been faster
+        time.sleep(0.1)  # if the build was faster
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    # A background job of a shell ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     opened = Bundle.open(Path(sys.argv[1]))
     in_a_step(opened)
     between_two_steps(opened)

@@ -1,10 +1,11 @@
-"""Kills changes of a search index, at every file operation and at random; run by test_build.py.
+"""Kill changes of a search index at every file operation and at random. Run by test_build.py.
 
     python killed_changes.py INDEX TABLE
 
-TABLE has the names and embeddings of the pictures of INDEX and of some from elsewhere, which are
-added. Each change happens in a fork of this process, to a copy of INDEX, and dies by SIGKILL; what
-is left must be the index before the change or after it, whole, and take the same change again.
+TABLE has the names and embeddings of the images of INDEX and of some other images, which are
+added. Each change happens in a fork of this process, on a copy of INDEX, and is killed by SIGKILL.
+The result must be the intact index of before or after the change, and the change must succeed when
+repeated.
 """
 
 import json
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import faiss  # noqa: F401  (before the forks, which need not load it again)
+import faiss  # noqa: F401  (imported before the forks, so that they do not load it again)
 import numpy as np
 
 from serving.search.build import add, remove
@@ -28,7 +29,7 @@ RANDOM_KILLS = 20
 
 
 class Recorded:
-    """Embeds pictures by looking them up."""
+    """An embedder that looks up the embeddings of images."""
 
     def __init__(self, table, identity):
         with np.load(table) as saved:
@@ -40,7 +41,7 @@ class Recorded:
 
 
 def state(path, embedder):
-    """The paths of an index, after a look at everything in it."""
+    """Return the paths of an index after checking all of its files."""
     index = SearchIndex.open(path)
     names = [str(index.file(entry.path)) for entry in index.entries]
     np.testing.assert_array_equal(index.embeddings, [embedder.known[name] for name in names])
@@ -62,7 +63,7 @@ def forked(action, *arguments):
 
 
 def die_at(number, change, path):
-    """Do `change`, killed when it is about to do its file operation `number`."""
+    """Run `change` and kill it just before file operation `number`."""
     left = number
 
     def hook(event, arguments):
@@ -77,7 +78,7 @@ def die_at(number, change, path):
 
 
 def at_every_operation(first, change, work, embedder):
-    """Kill `change` at its first file operation, its second, ... until it gets through."""
+    """Kill `change` at its first file operation, its second, ... until it completes."""
     done = Path(shutil.copytree(first, work / "done"))
     change(done)
     before, after = state(first, embedder), state(done, embedder)
@@ -93,7 +94,7 @@ def at_every_operation(first, change, work, embedder):
         assert seen[-1] in (before, after)
         if seen[-1] == before:
             change(path)
-        add(path, [], embedder)  # nothing but what tidies up
+        add(path, [], embedder)  # only cleanup operations
         assert state(path, embedder) == after
         left = {item.name for item in path.iterdir()}
         assert left == {"manifest.json", ".lock", "generation-2"}, left

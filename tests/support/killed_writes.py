@@ -1,11 +1,11 @@
-"""Kills what writes a directory over a good one, and looks at what is left; run by a test.
+"""Kill processes that overwrite a complete directory, and check the result. Run by a test.
 
     python killed_writes.py assemble BUNDLE WORK KILLS
     python killed_writes.py export CHECKPOINT BUNDLE WORK KILLS
 
-Each run happens in a fork of this process and dies by SIGKILL, after a random part of the time that
-a whole one takes; an assembly also at one of its file operations. What is left must be an output,
-whole; in the end a run must succeed, and leave nothing of all that behind. Prints, as JSON, how the
+Each run happens in a fork of this process and is killed by SIGKILL after a random fraction of the
+time of a whole run. Assemblies are also killed at each file operation. The directory must then hold
+a complete output. A final run must succeed and leave no temporary files. Prints as JSON how the
 runs ended.
 """
 
@@ -30,7 +30,7 @@ from tests.support.killed_changes import OPERATIONS, die_at, forked
 
 
 def contents(folder):
-    """What a directory holds: relative path -> sha256."""
+    """Map the relative path of each file of a directory to its SHA-256."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -58,7 +58,7 @@ def check_repository(path):
 
 
 def counted(change):
-    """How many file operations a whole run makes, and its seconds; in a fork."""
+    """Return the file operations and seconds of a whole run, measured in a fork."""
     reader, writer = os.pipe()
 
     def run():
@@ -78,7 +78,7 @@ def counted(change):
 
 
 def killed_after(seconds, change):
-    """Kill a run; one that was quicker than that ended well."""
+    """Kill a run. A run that finished before the kill must have succeeded."""
     child = forked(change)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
@@ -94,7 +94,7 @@ def killed_at(operation, change):
 
 
 def survived(work, kills, check, again):
-    """Do all `kills` over one output, looking at it after each; then a whole run."""
+    """Do all `kills` over one output and check it after each. Then do a whole run."""
     told = {"kills": 0, "changed": 0, "littered": 0}
     target = work / "target"
     for kill in kills:
@@ -121,7 +121,7 @@ def assembled(bundle, work, count):
         functools.partial(killed_at, operation, change)
         for operation in [
             *rng.sample(range(1, operations), min(operations - 1, count // 2)),
-            *range(operations - 2, operations + 1),  # when the new one has taken its place
+            *range(operations - 2, operations + 1),  # after the new directory is in place
         ]
     ]
     while len(kills) < count:

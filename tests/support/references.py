@@ -27,7 +27,7 @@ def openai_module(name: str) -> ModuleType:
 
 
 def openai_clip(kind: str, seed: int = 0) -> nn.Module:
-    """OpenAI's `CLIP`, tiny, with weights and BatchNorm statistics that all matter."""
+    """OpenAI's `CLIP`, tiny, with weights and BatchNorm statistics that all affect the output."""
     resnet = kind == "resnet"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,13 +64,13 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def normalised(pixels: np.ndarray) -> torch.Tensor:
-    """What the references take for uint8 `pixels`, by the textbook formula, in float64."""
+    """Input of the references for uint8 `pixels`, by the textbook formula, in float64."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     return ((torch.from_numpy(pixels).double() / 255 - mean) / std).float()
 
 
 def unit(x: torch.Tensor) -> np.ndarray:
-    """Rows of `x` at unit length."""
+    """Scale the rows of `x` to unit length."""
     return (x / x.norm(dim=-1, keepdim=True)).detach().numpy()
 
 
@@ -80,7 +80,8 @@ def some_pixels(count: int, size: int, seed: int = 0) -> np.ndarray:
 
 
 def some_ids(ends: list[int], length: int = 77, pad: int = 49407, seed: int = 0) -> np.ndarray:
-    """int32 [len(ends), length]: random texts whose end-of-text stands at `ends`, then `pad`."""
+    """int32 [len(ends), length]: random texts with the end-of-text token at `ends`, followed by
+    `pad`."""
     ids = np.random.default_rng(seed).integers(0, 49406, (len(ends), length)).astype(np.int32)
     for row, end in zip(ids, ends, strict=True):
         row[0], row[end], row[end + 1 :] = 49406, 49407, pad

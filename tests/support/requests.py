@@ -19,7 +19,7 @@ def raw(server, protocol):
 
 
 def tiny_repository(root):
-    """One model that answers nothing; it starts in a second."""
+    """Write a repository with one model that never answers. The server starts in a second."""
     (root / "idle" / "1").mkdir(parents=True)
     (root / "idle" / "config.pbtxt").write_text(
         'backend: "python"\ninput [{ name: "I" data_type: TYPE_FP32 dims: [1] }]\n'
@@ -32,7 +32,7 @@ def tiny_repository(root):
 
 
 def ask_http(server, method, path, headers):
-    """Status and body."""
+    """Return status and body."""
     body = b"{}" if method == "POST" else None
     request = urllib.request.Request(
         f"{server.http_url}/v2/{path}".rstrip("/"), method=method, headers=headers, data=body

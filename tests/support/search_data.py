@@ -13,7 +13,7 @@ from serving.search.index import Hit, SearchIndex
 BAD = {
     "animals/text.jpg": b"this is a text file, renamed .jpg",
     "empty.png": b"",
-    "zzz/cut.jpg": None,  # a picture's first half
+    "zzz/cut.jpg": None,  # the first half of an image
 }
 
 
@@ -39,7 +39,7 @@ def bundle_of(bundle: Bundle) -> tuple[str, str]:
 
 
 class Counting(LocalClip):
-    """Counts the pictures that it embedded."""
+    """An embedder that counts the images it embedded."""
 
     embedded = 0
 
@@ -58,7 +58,7 @@ def paths(path: Path) -> list[str]:
 
 
 def top(cosines, names, count) -> list[Hit]:
-    """Brute force, one pair at a time."""
+    """Brute-force search, one pair at a time."""
     pairs = sorted(zip(-np.asarray(cosines, np.float64), names, strict=True))
     return [Hit(name, -value) for value, name in pairs[:count]]
 

@@ -20,7 +20,7 @@ def encoded(index: int, form: str = "JPEG", size: tuple[int, int] = (64, 48)) ->
 
 
 def metric(server, name: str, model: str) -> float:
-    """A counter, once it rests: Triton counts an inference after it has answered it."""
+    """Read a counter once it stops changing: Triton counts an inference after answering it."""
     value, last = counted(server, name, model), -1.0
     while value != last:
         time.sleep(0.1)
@@ -41,7 +41,7 @@ def counted(server, name: str, model: str) -> float:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds nothing."""
+    """A PNG that declares a size and has no pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -87,7 +87,7 @@ def wait_until(condition, seconds=10.0):
 
 
 def processes(server):
-    """Ids of the processes that run the server's models."""
+    """Return the ids of the processes that run the server's models."""
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""Traffic of every kind on a server, and what its processes hold meanwhile."""
+"""Mixed traffic to a server, and measurements of its memory, files and processes meanwhile."""
 
 import itertools
 import os
@@ -20,9 +20,9 @@ from serving.errors import ImageError, ServerError, TextError
 from serving.triton.server import TritonServer
 
 GROWTH_BYTES = 100e6
-"""Most that memory may grow by, after a tenth of the time, in which it settles."""
+"""Maximum growth of memory after the first tenth of the time, during which it settles."""
 SLOPE_BYTES = 10e6
-"""Most that the line through the second half's samples may rise by in that half."""
+"""Maximum rise, over the second half, of a line fitted to that half's samples."""
 _EVERY_S = 0.5
 _SHARED_MEMORY = Path("/dev/shm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -30,22 +30,22 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the processes of a server hold."""
+    """Resources held by the processes of a server."""
 
     rss_bytes: int
     shared_memory: int
-    """Entries of /dev/shm."""
+    """Number of entries in /dev/shm."""
     files: int
-    """File descriptors."""
+    """Number of file descriptors."""
     processes: tuple[int, ...]
 
 
 def held(server: TritonServer) -> Held:
-    """Of tritonserver and the processes of its models, which are one process group."""
+    """Measure tritonserver and the processes of its models, which form one process group."""
     every = tuple(sorted(_group(server.pid)))
     rss = files = 0
     for pid in every:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process ended meanwhile
             rss += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
             files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
     return Held(rss, len(list(_SHARED_MEMORY.glob(f"{server.regions}*"))), files, every)
@@ -59,9 +59,9 @@ def _group(leader: int) -> Iterator[int]:
 
 
 def at_rest(server: TritonServer, expected: Held | None = None, within: float = 15.0) -> Held:
-    """What is held once it is `expected` but for memory, or does not change; after `within` s, now.
+    """Wait at most `within` s until files and shared memory equal `expected` or stop changing.
 
-    Triton closes a connection a moment after its client did.
+    Triton closes a connection shortly after its client did.
     """
     end, last = time.monotonic() + within, held(server)
     while time.monotonic() < end:
@@ -75,7 +75,7 @@ def at_rest(server: TritonServer, expected: Held | None = None, within: float = 
 
 @contextmanager
 def watched(server: TritonServer) -> Iterator[list[tuple[float, int]]]:
-    """Samples (seconds, bytes of memory) of the server, taken while the block runs."""
+    """Collect samples (seconds, bytes of memory) of the server while the block runs."""
     samples: list[tuple[float, int]] = []
     over = threading.Event()
 
@@ -94,7 +94,8 @@ def watched(server: TritonServer) -> Iterator[list[tuple[float, int]]]:
 
 
 def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
-    """Bytes by which memory grew after a tenth of the time, and by its slope in the second half."""
+    """Return memory growth in bytes: the maximum after the first tenth of the time, and the fitted
+    rise over the second half."""
     times, memory = np.array(samples, np.float64).T
     settled = memory[times >= times[-1] / 10]
     first = np.median(settled[: max(3, len(settled) // 20)])
@@ -104,13 +105,13 @@ def growth(samples: list[tuple[float, int]]) -> tuple[float, float]:
 
 
 def leaks(samples: list[tuple[float, int]]) -> bool:
-    """Whether memory grows for ever, as far as `samples` tell."""
+    """Return True if `samples` show that memory grows without bound."""
     grown, risen = growth(samples)
     return grown > GROWTH_BYTES or risen > SLOPE_BYTES
 
 
 class Traffic:
-    """Users of every kind, each a thread, for `seconds`; `answers` counts by kind of user."""
+    """Users of every kind, each a thread, for `seconds`. `answers` counts by kind of user."""
 
     def __init__(self, server: TritonServer, bundle: Bundle, seconds: float) -> None:
         self._server, self._end = server, time.monotonic() + seconds
@@ -120,7 +121,7 @@ class Traffic:
         self.unexpected: list[str] = []
 
     def run(self) -> None:
-        """All users until the time is over."""
+        """Run all users until the time is over."""
         users = (
             self._pictures_over_grpc,
             self._pictures_over_http,
@@ -176,7 +177,7 @@ class Traffic:
                 yield
 
     def _labels(self) -> Iterator[None]:
-        """Old label sets and new ones, more than are kept."""
+        """Send known and new label sets, more than the cache keeps."""
         with ClipClient(self._server.grpc_url) as client:
             for place in itertools.count():
                 labels = [f"thing {place // 3} {index}" for index in range(40)]
@@ -201,7 +202,7 @@ class Traffic:
                 yield
 
     def _impatient(self) -> Iterator[None]:
-        """Who hang up before the answer comes."""
+        """Disconnect before the answer arrives."""
         with ClipClient(self._server.grpc_url, timeout=0.005) as client:
             for _ in itertools.count():
                 with suppress(ServerError):
@@ -210,7 +211,7 @@ class Traffic:
                 time.sleep(0.2)
 
     def _strangers(self) -> Iterator[None]:
-        """Who come, ask for what is not there, and go."""
+        """Connect, request a model that does not exist, and disconnect."""
         address = self._server.grpc_url.partition("://")[2]
         while True:
             with tritonclient.grpc.InferenceServerClient(address) as client:

@@ -1,9 +1,9 @@
-"""Reads every use of TensorRT in a source, and holds it against a module.
+"""Read every use of TensorRT from source code and check it against a module.
 
     python -m tests.support.tensorrt_uses MODULE < USES.json
 
-The uses are read from the source, so no list of them can go stale; what cannot be followed there
-has to be annotated, or is reported as a problem.
+The uses are read from the source, so no list of them can become outdated. Expressions whose type
+cannot be inferred must be annotated, or are reported as problems.
 """
 
 import ast
@@ -21,31 +21,31 @@ from typing import Any, NamedTuple
 
 @dataclass
 class Use:
-    """One thing that our source takes from TensorRT, or from CUDA."""
+    """One use of TensorRT or CUDA in our source."""
 
     where: str
     how: str
-    """get, set, call, override, compare or int."""
+    """One of get, set, call, override, compare and int."""
     owner: str
-    """Class of the variable it was used on; nothing for the module itself."""
+    """Class of the variable it is used on. Empty for the module itself."""
     name: str
     positional: list[str | None] = field(default_factory=list)
-    """Arguments, or what it is set to: `type X`, `value A.B`, None for what is not TensorRT's."""
+    """Arguments, or the assigned value: `type X`, `value A.B`, or None if not of TensorRT."""
     keywords: list[str] = field(default_factory=list)
     returns: str | None = None
-    """The class that our annotation says it returns."""
+    """The class that our annotation declares as the result."""
 
 
 class Kind(NamedTuple):
-    """What an expression is, as far as TensorRT is concerned."""
+    """Inferred type of an expression with respect to TensorRT."""
 
     sort: str
-    """library, cuda: a path from the module; typed, own: an instance of a class, TensorRT's or
-    ours; member: an attribute of a typed one; unclear: something of TensorRT's with no type."""
+    """One of: library, cuda (a path from the module); typed (an instance of a TensorRT class); own
+    (of a class of ours); member (an attribute of a typed one); unclear (of TensorRT, no type)."""
     name: str = ""
     owner: str = ""
     use: Use | None = None
-    """The call or attribute it comes from."""
+    """The call or attribute that it comes from."""
 
 
 LIBRARY, UNCLEAR = Kind("library"), Kind("unclear")
@@ -53,20 +53,20 @@ Kinds = dict[str, Kind | None]
 
 
 class Reader(ast.NodeVisitor):
-    """Walks one module; visiting an expression returns its `Kind`, or None."""
+    """Visitor of one module. Visiting an expression returns its `Kind`, or None."""
 
     def __init__(self, path: str, functions: dict[str, ast.expr | None]) -> None:
         self.file = Path(path).name
         self.functions = functions
-        """What each function of ours returns, methods as `Class.method`."""
+        """Return annotation of each of our functions, methods as `Class.method`."""
         self.uses: list[Use] = []
         self.cuda: list[Use] = []
         self.problems: list[str] = []
         self.scopes: list[Kinds] = [{}]
         self.fields: dict[str, Kinds] = {}
-        """Of our classes."""
+        """Fields of our classes."""
         self.bases: dict[str, str] = {}
-        """Our classes that extend one of TensorRT's."""
+        """Our classes that extend a class of TensorRT."""
         self.classes: list[str] = []
 
     def where(self, node: ast.AST) -> str:
@@ -109,8 +109,6 @@ class Reader(ast.NodeVisitor):
                 self.bind(part, kind and UNCLEAR)
         else:
             self.visit(target)
-
-    # Statements.
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         for alias in node.names:
@@ -183,8 +181,6 @@ class Reader(ast.NodeVisitor):
         kind = self.visit(node.context_expr)
         if node.optional_vars:
             self.bind(node.optional_vars, kind and UNCLEAR)
-
-    # Expressions.
 
     def visit_Name(self, node: ast.Name) -> Kind | None:
         if node.id == "library":
@@ -272,7 +268,7 @@ class Reader(ast.NodeVisitor):
         return self.visit(node.value)
 
     def display(self, node: ast.expr) -> Kind | None:
-        """Of a collection: unclear if one of its parts is TensorRT's."""
+        """Return unclear for a collection if one of its parts is TensorRT's."""
         children = sorted(ast.iter_child_nodes(node), key=_generators_first)
         return UNCLEAR if any(list(map(self.visit, children))) else None
 
@@ -291,7 +287,7 @@ def _argument(kind: Kind | None) -> str | None:
 
 
 def read(sources: dict[str, str]) -> tuple[list[Use], list[Use], list[str]]:
-    """Uses of TensorRT and of CUDA, and what cannot be followed."""
+    """Return uses of TensorRT, uses of CUDA, and problems."""
     trees = {path: ast.parse(text) for path, text in sources.items()}
     functions = {name: f.returns for tree in trees.values() for name, f in _functions(tree)}
     uses, cuda, problems = [], [], []
@@ -312,11 +308,12 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
                 yield f"{prefix}{child.name}", child
 
 
-# In the process that has the bindings.
+# The code below runs in the process that has the bindings.
 
 
 def signatures(function: Any) -> list[tuple[list[tuple[str, str, bool]], str]]:
-    """Of pybind's docstring: for each overload name, type and default of parameters; result."""
+    """Parse pybind's docstring: for each overload, name, type and default of parameters, and the
+    result."""
     found = []
     for line in (function.__doc__ or "").splitlines():
         match = re.fullmatch(rf"(?:\d+\. )?{function.__name__}\((.*)\) -> (.*)", line)
@@ -328,7 +325,7 @@ def signatures(function: Any) -> list[tuple[list[tuple[str, str, bool]], str]]:
 
 
 def last(name: str) -> str:
-    """`nvonnxparser::IParserError` is what Python calls ParserError."""
+    """Map a C++ name to Python: `nvonnxparser::IParserError` becomes `ParserError`."""
     return re.split(r"\.|::I?", name)[-1]
 
 
@@ -349,7 +346,7 @@ def fits(module: Any, argument: str | None, wanted: str) -> bool:
 
 
 def takes(module: Any, use: Use, target: Any) -> list[str]:
-    """What is wrong with a call."""
+    """Return the problems of a call."""
     bound = bool(use.owner)
     if isinstance(target, type):
         target, bound = target.__init__, True
@@ -386,7 +383,7 @@ def cannot_be_set(module: Any, use: Use, target: Any) -> list[str]:
 
 
 def wrong(module: Any, use: Use) -> list[str]:
-    """Why `module` does not have it."""
+    """Return the reasons why `module` does not support the use."""
     target = resolved(module, use)
     if use.how == "set":
         return cannot_be_set(module, use, target)

@@ -1,11 +1,12 @@
-"""The documents: their commands and options exist, their links resolve, their examples run.
+"""The documents: commands and options exist, links resolve, and examples run.
 
-`<!-- not run: reason -->` above a shell block excludes the block from the run. Records of the past
+`<!-- not run: reason -->` above a shell block excludes the block from the run. Historical records
 (CHANGELOG.md, docs/decisions/) may name commands and options that were removed.
 """
 
 import ast
 import functools
+import importlib
 import json
 import os
 import re
@@ -125,7 +126,7 @@ def arguments_of(script: str) -> Iterator[list[str]]:
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]] | None:
-    """Return one of PROGRAMS and its arguments, if that is what a command calls."""
+    """Return the program of PROGRAMS that a command calls, and its arguments."""
     if not words:
         return None
     first = re.sub(r"^python3?(\.\d+)?$", "python", Path(words[0]).name)
@@ -156,7 +157,7 @@ def options_of(command: Any) -> dict[str, Any]:
 
 
 def choices_of(annotation: Any) -> list[str]:
-    """Return the values that the type of an option lists; nothing for other types."""
+    """Return the values that the type of an option lists, or nothing for other types."""
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return [str(member.value) for member in annotation]
     if get_origin(annotation) is Literal:
@@ -165,7 +166,7 @@ def choices_of(annotation: Any) -> list[str]:
 
 
 def faults_of(program: str, words: list[str]) -> list[str]:
-    """Return what the arguments of one of PROGRAMS name that the program does not have."""
+    """Return the commands and options in the arguments that the program does not have."""
     command, path, left, faults = command_of(program), program, list(words), []
     while left:
         word = left.pop(0)
@@ -240,7 +241,7 @@ def shell_lines(prose: str) -> Iterator[str]:
             yield line
 
 
-def test_a_document_is_taken_apart():
+def test_document_is_split_into_blocks_and_prose():
     text = (
         "a `b --c`\n\n<!-- not run: why -->\n```sh\nX=1 clip-deploy up --port 1 | cat  # d\n```\n"
     )
@@ -275,7 +276,7 @@ def test_faults_of_command_lines_are_found(code, faults):
     assert code_faults(code) == faults
 
 
-def test_a_choice_that_does_not_exist_is_found():
+def test_invalid_choice_is_found():
     (fault,) = code_faults("clip-deploy assemble B --backend openvino")
     assert "--backend is none of" in fault
 
@@ -317,8 +318,17 @@ def test_relative_links_resolve(document):
     assert not faults, "\n".join(faults)
 
 
-def test_the_readme_fits_one_reading():
+def test_readme_is_short():
     assert len((CHECKOUT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> None:
+    """Import what a statement of a document imports."""
+    for alias in node.names:
+        if isinstance(node, ast.Import):
+            importlib.import_module(alias.name)
+        else:
+            getattr(importlib.import_module(node.module), alias.name)
 
 
 @each_document
@@ -332,15 +342,14 @@ def test_python_blocks_import(document):
             if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         for node in imports:
-            source = ast.unparse(node)
             try:
-                exec(source, {})
-            except ImportError as error:
-                pytest.fail(f"line {block.line}: {source}: {error}")
+                imported(node)
+            except (ImportError, AttributeError) as error:
+                pytest.fail(f"line {block.line}: {ast.unparse(node)}: {error}")
 
 
 @each_current_document
-def test_a_block_that_is_not_run_says_why(document):
+def test_excluded_block_gives_a_reason(document):
     text = document.read_text()
     reasons = [b.comment for b in divided(text)[0] if b.language in SHELL and not b.runs]
     comments = [line.strip() for line in text.splitlines() if line.startswith("<!-- not run")]
@@ -348,17 +357,17 @@ def test_a_block_that_is_not_run_says_why(document):
 
 
 @pytest.mark.parametrize("document", RUN, ids=name_of)
-def test_every_block_of_a_document_that_is_run_has_a_language(document):
+def test_every_block_of_a_run_document_has_a_language(document):
     blocks, prose = divided(document.read_text())
     assert [b.line for b in blocks if b.language not in SHELL | {"python", "text"}] == []
     assert list(shell_lines(prose)) == [], "expected a fenced block"
 
 
 class Reader:
-    """Follows a document: runs its blocks in order, in a directory with the files that they name.
+    """Follow a document: run its blocks in order, in a directory with the files that they name.
 
-    The server of `clip-deploy up` runs in the background on free ports until the end; they replace
-    the ports that the document names.
+    The server of `clip-deploy up` runs in the background on free ports until the end. These ports
+    replace the ports that the document names.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -429,7 +438,7 @@ class Reader:
             timeout=300,
         )
         assert done.returncode == 0, f"line {block.line}: {script}\n{done.stdout}{done.stderr}"
-        # Values depend on the checkpoint; titles and column names do not.
+        # Values depend on the checkpoint, but titles and column names do not.
         words = re.findall(r"[a-z]{3,}", "\n".join(output.splitlines()[:2]))
         missing = [word for word in words if word not in done.stdout + done.stderr]
         assert not missing, f"line {block.line}: {script}\nprinted no {missing}:\n{done.stdout}"
@@ -437,8 +446,8 @@ class Reader:
 
 @pytest.fixture
 def reader(tmp_path, tiny_checkpoint, tiny_bundle, pictures):
-    """A `Reader` in a directory with the files that the documents name, made of tiny ones."""
-    (tmp_path / ".curlrc").write_text("fail\n")  # an HTTP error is an error
+    """A `Reader` in a directory with tiny versions of the files that the documents name."""
+    (tmp_path / ".curlrc").write_text("fail\n")  # makes curl fail on HTTP errors
     shutil.copytree(tiny_checkpoint, tmp_path / "my-clip")
     shutil.copytree(tiny_bundle.path, tmp_path / "artifacts" / "shapes-clip")
     shutil.copytree(pictures, tmp_path / "photos")

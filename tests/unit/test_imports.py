@@ -1,4 +1,4 @@
-"""What is imported, and when: beyond the contracts of import-linter, which `make check` runs."""
+"""Imports that the contracts of import-linter, which `make check` runs, do not cover."""
 
 import ast
 import subprocess
@@ -17,14 +17,14 @@ MODULES = [
 ]
 WITH_TENSORRT = {"export/engines/builder.py", "serving/runners/tensor_rt.py"}
 WITH_TRANSFORMERS = {"benchmarks/latency/peers.py"}  # a peer in benchmarks, a reference in tests
-IN_TRITON_ONLY = {  # they need the module that the stub of Triton's Python backend brings
+IN_TRITON_ONLY = {  # they import a module that only Triton's Python backend provides
     f"serving.triton_models.{name}"
     for name in ("image_preprocess", "text_tokenize", "tower", "zero_shot")
 }
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of everything a module imports, anywhere in it."""
+    """Top-level names of all modules that a module imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -35,17 +35,17 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_the_modules_are_found():
+def test_imports_of_modules_are_found():
     assert "torch" in imported(Path("export/towers/clip.py"))
     assert "serving" in imported(Path("model_repository/image_preprocess/1/model.py"))
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "model_repository"], ids=str)
-def test_the_model_repository_imports_serving_alone(path):
+def test_model_repository_imports_only_serving(path):
     assert imported(path) == {"serving"}
 
 
-def test_tensorrt_and_transformers_are_imported_where_they_belong():
+def test_tensorrt_and_transformers_are_imported_only_in_listed_modules():
     for path in MODULES:
         found = imported(path)
         if path.as_posix() not in WITH_TENSORRT:
@@ -54,7 +54,7 @@ def test_tensorrt_and_transformers_are_imported_where_they_belong():
             assert "transformers" not in found, path
 
 
-def test_tensorrt_is_imported_only_when_it_is_needed():
+def test_tensorrt_is_not_imported_at_module_level():
     for path in MODULES:
         for node in ast.parse((CHECKOUT / path).read_text(encoding="utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -62,7 +62,7 @@ def test_tensorrt_is_imported_only_when_it_is_needed():
             assert not any(name.startswith("tensorrt") for name in names), path
 
 
-def test_no_module_is_named_after_another():
+def test_no_module_shadows_a_library():
     taken = sys.stdlib_module_names | {
         *("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tokenizers", "numpy", "PIL"),
         *("typer", "rich", "ftfy", "tritonclient", "safetensors", "transformers", "matplotlib"),
@@ -72,7 +72,7 @@ def test_no_module_is_named_after_another():
 
 def loaded_after(modules: list[str]) -> set[str]:
     """Top-level names in `sys.modules` of a fresh interpreter that imported `modules`."""
-    # A list: a library's thread may import meanwhile.
+    # Copied to a list, because a library's thread may import meanwhile.
     told = "print(*{n.partition('.')[0] for n in list(sys.modules)})"
     code = f"import sys, {', '.join(modules)}\n{told}"
     done = subprocess.run(
@@ -83,7 +83,7 @@ def loaded_after(modules: list[str]) -> set[str]:
 
 
 def test_serving_never_loads_torch():
-    """Also not by way of a library."""
+    """The check includes imports by libraries."""
     left_out = set(IN_TRITON_ONLY)
     if find_spec("openvino") is None:
         left_out.add("serving.runners.open_vino")
@@ -98,7 +98,7 @@ def test_serving_never_loads_torch():
 
 
 def test_a_client_loads_no_runtime():
-    """It installs the dependencies of the project and none of its extras."""
+    """A client installs the project's dependencies without any extra."""
     loaded = loaded_after(
         ["serving.clients.triton", "export.cli.clip_deploy", "serving.tasks.zero_shot"]
     )
@@ -107,12 +107,12 @@ def test_a_client_loads_no_runtime():
 
 
 def test_help_of_export_loads_no_torch():
-    """`clip-deploy --help` and tab completion answer at once."""
+    """`clip-deploy --help` and tab completion must answer quickly."""
     assert "torch" not in loaded_after(["export.cli.clip_deploy"])
 
 
 def test_engines_are_built_without_torch():
-    """In the container that serves them there is neither torch nor onnx."""
+    """The container that serves engines has neither torch nor onnx."""
     loaded = loaded_after(["export.engines.bundle_engines", "export.__main__"])
     assert "export" in loaded
     assert not loaded & {"torch", "onnx", "onnxscript", "huggingface_hub", "tensorrt"}

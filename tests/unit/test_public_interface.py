@@ -1,4 +1,4 @@
-"""The names that `serving` offers."""
+"""The public names of `serving`."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from tests.support.paths import CHECKOUT
 OTHERS = {"ClipClient", "Credentials", "LocalClip", "ZeroShotClassifier"}
 
 
-def test_every_name_is_there_and_lazy():
+def test_public_names_exist_and_are_lazy():
     code = "import sys, serving; print('tritonclient' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True
@@ -26,7 +26,7 @@ def test_every_name_is_there_and_lazy():
         _ = serving.Nothing
 
 
-def test_every_error_is_offered():
+def test_every_error_is_public():
     raised = {
         name
         for name, value in vars(errors).items()

@@ -1,4 +1,4 @@
-"""A real run of the latency benchmark on a tiny model."""
+"""Fixtures: a real run of the latency benchmark on a tiny model."""
 
 import os
 import subprocess
@@ -14,14 +14,14 @@ RUNNERS = ("eager:fp32", "onnxruntime:fp32", "transformers*", "onnxruntime-plain
 
 @pytest.fixture(scope="session")
 def run_benchmarks():
-    """`run_benchmarks("latency", bundle, SLOWER="29")`: a command, in a process of its own."""
+    """`run_benchmarks("latency", bundle, SLOWER="29")`: run a command in its own process."""
 
     def run(*arguments, module="benchmarks", **variables):
-        # pytest-benchmark measures nothing below pytest-xdist.
+        # pytest-benchmark measures nothing in processes of pytest-xdist.
         outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
         environment = outside | {"PYTEST_PLUGINS": "tests.support.benchmark_plugin"} | variables
         environment["PYTHONPATH"] = str(CHECKOUT)
-        # On a loaded machine, threads of PyTorch that spin made 3 ms of eager float32 600.
+        # On a loaded machine, spinning PyTorch threads increased 3 ms of eager float32 to 600 ms.
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         command = [sys.executable, "-m", module, *map(str, arguments)]
         return subprocess.run(
@@ -33,7 +33,7 @@ def run_benchmarks():
 
 @pytest.fixture(scope="session")
 def measured(run_benchmarks, tiny_bundle, once) -> Path:
-    """A directory with the `results.json` of a latency run of a few runners; do not change it."""
+    """A directory with the `results.json` of a latency run of a few runners. Do not change it."""
     with once("measured") as path:
         if not path.exists():
             runners = [f"--runner={pattern}" for pattern in RUNNERS]

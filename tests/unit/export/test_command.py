@@ -1,4 +1,4 @@
-"""`python -m export` as a user sees it: what it prints, where, and how it ends."""
+"""The export commands as a user sees them: output, location of files, and exit codes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.support.paths import CHECKOUT
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run the command line in this process; returns exit code, standard output and error."""
+    """Run the command line in this process. Return exit code, standard output and error."""
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
@@ -46,8 +46,9 @@ def process(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_checkpoint_becomes_a_bundle(tiny_checkpoint, tmp_path):
-    """As a process of its own: the default place, and standard output is one JSON document."""
+def test_command_exports_a_bundle_and_prints_json(tiny_checkpoint, tmp_path):
+    """Runs in its own process: default output directory, and one JSON document on standard
+    output."""
     done = process(tiny_checkpoint, "--precision", "fp32", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -61,7 +62,7 @@ def test_a_checkpoint_becomes_a_bundle(tiny_checkpoint, tmp_path):
     assert [p.name for p in (tmp_path / "artifacts").iterdir()] == ["tiny-clip"]
 
 
-def test_a_table_of_verdicts(command, fp32_bundle):
+def test_verify_prints_a_table_of_verdicts(command, fp32_bundle):
     code, out, _ = command("verify", fp32_bundle.path)
     assert code == 0
     assert "image.fp32.onnx" in out
@@ -70,7 +71,7 @@ def test_a_table_of_verdicts(command, fp32_bundle):
     assert "failed" not in out
 
 
-def test_verify_as_json(command, fp32_bundle):
+def test_verify_prints_json(command, fp32_bundle):
     code, out, _ = command("verify", fp32_bundle.path, "--json")
     assert code == 0
     document = json.loads(out)
@@ -80,7 +81,7 @@ def test_verify_as_json(command, fp32_bundle):
     assert all(a["verdicts"] for a in artifacts)
 
 
-def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
+def test_verify_rejects_a_tampered_bundle(command, fp32_bundle, tmp_path):
     path = Path(shutil.copytree(fp32_bundle.path, tmp_path / "bundle"))
     with (path / "text.fp32.onnx").open("r+b") as file:
         file.seek(3000)
@@ -92,8 +93,8 @@ def test_verify_of_a_tampered_bundle(command, fp32_bundle, tmp_path):
     assert "Traceback" not in err
 
 
-def test_verify_when_the_gate_fails_a_graph(command, fp32_bundle, monkeypatch):
-    """The numbers are shown all the same, and scripts see exit code 1."""
+def test_verify_exits_with_1_if_a_graph_fails_the_gate(command, fp32_bundle, monkeypatch):
+    """The numbers are shown, and scripts see exit code 1."""
     from serving.bundles import manifest
 
     for precision, tolerance in manifest.TOLERANCES.items():
@@ -106,13 +107,13 @@ def test_verify_when_the_gate_fails_a_graph(command, fp32_bundle, monkeypatch):
     assert "failed the parity gate: image.fp32.onnx by onnxruntime:fp32" in err
 
 
-def test_verify_of_something_else(command, tmp_path):
+def test_verify_rejects_a_directory_that_is_not_a_bundle(command, tmp_path):
     code, _, err = command("verify", tmp_path)
     assert code == 2
     assert "is not a bundle: it has no manifest.json" in re.sub(r"\s+", " ", err)
 
 
-def test_list(command):
+def test_list_names_models_and_architectures(command):
     code, out, _ = command("list")
     assert code == 0
     for model in KNOWN_MODELS:
@@ -123,7 +124,7 @@ def test_list(command):
         assert f"random:{name}" in re.sub(r"\s", "", out)
 
 
-def test_list_as_json(command):
+def test_list_prints_json(command):
     code, out, _ = command("list", "--json")
     assert code == 0
     document = json.loads(out)
@@ -132,8 +133,8 @@ def test_list_as_json(command):
     assert document["architectures"]["ViT-B-32"]["image"]["patch_size"] == 32
 
 
-def test_an_unknown_checkpoint_is_one_message(tmp_path):
-    """As a process of its own: no traceback of any kind, exit code 2, nothing written."""
+def test_unknown_checkpoint_is_reported_without_traceback(tmp_path):
+    """Runs in its own process: no traceback, exit code 2, and no files written."""
     done = process("ViT-B-33", "--json", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: unknown checkpoint 'ViT-B-33'" in done.stderr
@@ -143,13 +144,13 @@ def test_an_unknown_checkpoint_is_one_message(tmp_path):
 
 
 def test_brackets_in_an_error_are_shown(command, tmp_path):
-    """rich would take them for markup."""
+    """rich would interpret them as markup."""
     code, _, err = command("bundle", tmp_path / "[bold]x[/bold].pt")
     assert code == 2
     assert "[bold]x[/bold].pt" in err
 
 
-def test_a_directory_of_somebody_else_is_not_overwritten(command, tiny_checkpoint, tmp_path):
+def test_directory_with_other_files_is_not_overwritten(command, tiny_checkpoint, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     code, _, err = command(tiny_checkpoint, "--output", tmp_path, "--precision", "fp32")
     assert code == 2
@@ -166,7 +167,7 @@ def test_a_directory_of_somebody_else_is_not_overwritten(command, tiny_checkpoin
         (["verify"], "Missing argument"),
     ],
 )
-def test_usage_errors(command, args, shown):
+def test_usage_errors_are_reported(command, args, shown):
     code, _, err = command(*args)
     assert code == 2
     assert shown in re.sub(r"[\s│]+", " ", err)

@@ -1,4 +1,4 @@
-"""Errors carry their parts as fields, through batches, requests and processes."""
+"""Errors keep their parts as fields across batches, requests and processes."""
 
 import copy
 import inspect
@@ -15,8 +15,8 @@ def classes() -> list[type[ClipDeployError]]:
     return [value for value in found if issubclass(value, ClipDeployError)]
 
 
-def test_the_tree_at_the_top_of_the_module_is_complete():
-    """Every class stands there once, below the class that it is derived from."""
+def test_error_tree_in_the_docstring_is_complete():
+    """Every class occurs once, below its base class."""
     drawing = [line for line in inspect.getdoc(serving.errors).splitlines() if "Error" in line]
     drawn: list[tuple[int, str]] = []
     parents = {}
@@ -34,7 +34,7 @@ def test_the_tree_at_the_top_of_the_module_is_complete():
 
 
 @pytest.mark.parametrize("kind", classes(), ids=lambda kind: kind.__name__)
-def test_an_error_survives_copies_and_processes(kind):
+def test_error_survives_copy_and_pickle(kind):
     """Processes send errors to each other."""
     error = kind("what arrived", advice="what to do")
     if isinstance(error, InputError):
@@ -47,8 +47,9 @@ def test_an_error_survives_copies_and_processes(kind):
         assert str(other) == str(error)
 
 
-def test_an_index_survives_nesting():
-    """A bad image of a request, in a batch, in a folder: the index counts from outside."""
+def test_index_is_relative_to_the_outermost_collection():
+    """For a bad image of a request in a batch of a directory, the index counts from the
+    outermost level."""
     inner = ImageError("the image is truncated", kind="images", index=2)
     assert inner.shifted(8).index == 10
     assert inner.shifted(8).at("images", 32).index == 42
@@ -59,10 +60,10 @@ def test_an_index_survives_nesting():
     assert InputError("no index").shifted(8).index is None
 
 
-def test_the_text_has_the_place_the_reason_and_the_advice():
+def test_error_text_has_location_reason_and_advice():
     error = TextTooLongError("102 tokens", kind="texts", index=3, advice="shorten it")
     assert str(error) == "texts[3]: 102 tokens; shorten it"
     assert str(error.within("cat")) == "texts[3] (cat): 102 tokens; shorten it"
     assert str(ImageError("is truncated", name="cat.jpg")) == "cat.jpg: is truncated"
-    assert str(error.advised("pass truncate=True").at("labels", 0)).endswith("pass truncate=True")
+    assert str(error.advised("cut it").at("labels", 0)).endswith("; cut it")
     assert str(ClipDeployError("the disk is full")) == "the disk is full"

@@ -1,4 +1,4 @@
-"""The drawn data set: deterministic, true to its captions, and free of held-out pairs."""
+"""The data set of drawings: deterministic, with true captions, and without held-out pairs."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def scenes(kind: str, count: int, seed: int = 0) -> list[Scene]:
     return [scene for _ in range(count) for scene in KINDS[kind].scenes(rng)]
 
 
-def test_held_out_pairs_are_few_enough_to_learn_every_word() -> None:
+def test_held_out_pairs_leave_every_word_in_training() -> None:
     assert 10 <= len(shapes.HELD_OUT) <= 15
     assert set(shapes.HELD_OUT) < set(shapes.PAIRS)
     assert set(shapes.SEEN) == set(shapes.PAIRS) - set(shapes.HELD_OUT)
@@ -41,7 +41,7 @@ def test_held_out_pairs_are_neither_drawn_nor_described(kind: str) -> None:
     assert drawn == set(shapes.SEEN)
 
 
-def test_couples_come_with_their_colours_swapped() -> None:
+def test_couples_are_followed_by_their_colors_swapped() -> None:
     pairs = scenes("couple", 50)
     for one, other in zip(pairs[::2], pairs[1::2], strict=True):
         assert [t.shape for t in one.things] == [t.shape for t in other.things]
@@ -77,7 +77,7 @@ def test_drawing_is_deterministic_and_the_same_at_every_size() -> None:
             assert difference.mean() < 8
 
 
-def test_a_thing_has_the_colour_of_its_name() -> None:
+def test_shape_has_its_named_color() -> None:
     rng = np.random.default_rng(3)
     for pair in shapes.PAIRS:
         (scene,) = portraits(rng, [(pair[0], "circle")])
@@ -95,7 +95,7 @@ def test_the_pool_does_not_depend_on_the_number_of_processes() -> None:
     assert one.captions == two.captions
 
 
-def test_labelled_pictures_go_through_all_pairs() -> None:
+def test_labeled_drawings_cover_all_pairs() -> None:
     drawn = list(shapes.draw_labelled(seed=1, count=200, size=32))
     assert Counter(text for _, text in drawn) == {shapes.label(p): 2 for p in shapes.PAIRS}
     again = list(shapes.draw_labelled(seed=1, count=200, size=32))
@@ -104,7 +104,7 @@ def test_labelled_pictures_go_through_all_pairs() -> None:
     assert other.tobytes() != drawn[0][0].tobytes()
 
 
-def test_a_written_folder_holds_what_its_listing_says(tmp_path) -> None:
+def test_written_directory_matches_its_listing(tmp_path) -> None:
     written = shapes.write_folder(tmp_path / "new", count=12, seed=3, size=48)
     lines = (tmp_path / "new" / "captions.txt").read_text().splitlines()
     assert lines == [f"{path.name}, {text}" for path, text in written]
@@ -116,7 +116,7 @@ def test_a_written_folder_holds_what_its_listing_says(tmp_path) -> None:
         shapes.write_folder(tmp_path / "new", count=1, seed=3, size=48)
 
 
-def test_two_things_never_hide_each_other() -> None:
+def test_two_shapes_do_not_hide_each_other() -> None:
     rng = np.random.default_rng(4)
     for _ in range(200):
         one, other = couple(rng, (("red", "square"), ("blue", "ring"))).things
@@ -124,7 +124,7 @@ def test_two_things_never_hide_each_other() -> None:
         assert distance > 0.9 * max(one.radius, other.radius)
 
 
-def test_places_lie_inside_the_picture() -> None:
+def test_shapes_lie_inside_the_image() -> None:
     rng = np.random.default_rng(5)
     for _ in range(200):
         (thing,) = single(rng, ("red", "square")).things
@@ -132,6 +132,6 @@ def test_places_lie_inside_the_picture() -> None:
         assert 0.9 * thing.radius <= thing.y <= 1 - 0.9 * thing.radius
 
 
-def test_drawing_needs_no_torch() -> None:
+def test_drawing_does_not_load_torch() -> None:
     code = "import sys, training.pool; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

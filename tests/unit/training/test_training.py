@@ -1,4 +1,4 @@
-"""Training: the loss, the loop, folders of pairs, and the checkpoint that is shipped."""
+"""Training: the loss, the loop, directories of pairs, and the shipped checkpoint."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def same(one: Clip, other: Clip) -> bool:
     )
 
 
-def test_the_loss_and_its_gradients_are_those_of_transformers() -> None:
+def test_loss_and_gradients_equal_transformers() -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (
         [torch.randn(7, 5, generator=g).requires_grad_() for _ in range(2)]
@@ -122,7 +122,7 @@ def test_the_temperature_is_clamped_at_100(tmp_path) -> None:
     assert clip.logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_the_learning_rate_warms_up_and_falls_to_nought() -> None:
+def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     rates = [contrastive.learning_rate(step, settings(steps=100)) for step in range(101)]
     assert rates[0] == pytest.approx(5e-4)
     assert max(rates) == rates[1] == rates[2] == pytest.approx(1e-3)
@@ -130,7 +130,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nought() -> None:
     assert rates[100] == pytest.approx(0, abs=1e-12)
 
 
-def test_norms_biases_embeddings_and_temperature_do_not_decay() -> None:
+def test_norms_biases_embeddings_and_temperature_have_no_weight_decay() -> None:
     clip = tiny_clip()
     decayed, free = contrastive.make_optimizer(clip, settings()).param_groups
     names = {id(parameter): name for name, parameter in clip.named_parameters()}
@@ -142,7 +142,7 @@ def test_norms_biases_embeddings_and_temperature_do_not_decay() -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(list(clip.parameters()))
 
 
-def test_batches_mix_kinds_and_visit_every_pair_once_an_epoch() -> None:
+def test_batches_mix_kinds_and_visit_every_pair_once_per_epoch() -> None:
     kinds = tiny_pairs().kinds
     batches = MixedBatches(kinds, 8, seed=3)
     epoch = [batches(step) for step in range(5)]
@@ -161,7 +161,7 @@ def test_batches_mix_kinds_and_visit_every_pair_once_an_epoch() -> None:
 
 
 @pytest.mark.parametrize("resnet", [False, True])
-def test_a_resumed_run_ends_bit_for_bit_as_an_unstopped_one(tmp_path, monkeypatch, resnet) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path, monkeypatch, resnet) -> None:
     whole, stopped, resumed = (tiny_clip(seed, resnet) for seed in (0, 0, 1))
     losses = contrastive.train(whole, tiny_pairs(), settings(), tmp_path / "whole")
     step = contrastive._step
@@ -181,7 +181,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unstopped_one(tmp_path, monkeypatc
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_resuming_needs_a_run_with_the_same_settings(tmp_path) -> None:
+def test_resuming_requires_a_run_with_the_same_settings(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no run to resume"):
         contrastive.train(tiny_clip(), tiny_pairs(), settings(), tmp_path / "s", resume=True)
     contrastive.train(tiny_clip(), tiny_pairs(), settings(), tmp_path / "s")
@@ -222,7 +222,7 @@ def test_frozen_towers_stay_bit_identical(tmp_path, resnet) -> None:
     }
 
 
-def test_the_patch_embedding_starts_as_a_whitening() -> None:
+def test_patch_embedding_is_initialized_as_whitening() -> None:
     clip = tiny_clip()
     pixels = tiny_pairs(400).pixels
     initialise(clip.image, pixels)
@@ -238,7 +238,7 @@ def captions() -> list[str]:
     return [f"{shapes.label(pair)}, number {rng.integers(1000)}" for pair in pairs]
 
 
-def test_the_tokenizer_is_transformers_clip_tokenizer(tmp_path) -> None:
+def test_tokenizer_equals_transformers_clip_tokenizer(tmp_path) -> None:
     tokenizer = dataset.train_tokenizer(captions(), 600)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
@@ -264,7 +264,7 @@ def write_pairs(folder: Path, header: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("sizes", [TINY, TINY_RESNET], ids=["vit", "resnet"])
-def test_a_folder_becomes_a_checkpoint(tmp_path, sizes) -> None:
+def test_training_on_a_directory_writes_a_checkpoint(tmp_path, sizes) -> None:
     folder = write_pairs(tmp_path / "pairs", header=True)
     report = train_folder(folder, tmp_path / "out", tmp_path / "s", settings(steps=8), sizes)
     assert (report.images, report.captions) == (12, 12)
@@ -289,7 +289,7 @@ def test_a_folder_becomes_a_checkpoint(tmp_path, sizes) -> None:
     assert not torch.equal(tuned.clip.text.projection.weight, loaded.clip.text.projection.weight)
 
 
-def test_both_listings_are_read(tmp_path) -> None:
+def test_both_listing_formats_are_read(tmp_path) -> None:
     write_pairs(tmp_path)
     pairs = dataset.read_folder(tmp_path)
     assert len(pairs) == 12
@@ -315,13 +315,13 @@ def test_both_listings_are_read(tmp_path) -> None:
         ("dataset.json", b'[{"image": "a.jpg"}]', r'item 0: expected \{"image_path"'),
     ],
 )
-def test_bad_listings_say_what_was_expected(tmp_path, name, content, message) -> None:
+def test_invalid_listings_are_rejected(tmp_path, name, content, message) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         dataset.read_folder(tmp_path)
 
 
-def test_a_corrupt_picture_is_named(tmp_path) -> None:
+def test_corrupt_image_is_named(tmp_path) -> None:
     folder = write_pairs(tmp_path / "pairs")
     (folder / "0003.png").write_text("no picture")
     with pytest.raises(ImageError, match=r"0003\.png"):
@@ -337,7 +337,7 @@ def test_a_corrupt_picture_is_named(tmp_path) -> None:
         ({"tower": "resnet", "width": 5}, "an even width, got 5"),
     ],
 )
-def test_sizes_have_to_fit(tmp_path, changes, message) -> None:
+def test_incompatible_sizes_are_rejected(tmp_path, changes, message) -> None:
     folder = write_pairs(tmp_path / "pairs")
     sizes = Sizes(**{"layers": 1, **changes})
     with pytest.raises(InputError, match=message):
@@ -361,7 +361,7 @@ def test_the_command_prints_one_json_document(tmp_path) -> None:
     assert "found neither" in ended.stderr
 
 
-def test_the_demo_checkpoint_comes_with_a_card_of_its_numbers(tmp_path, monkeypatch) -> None:
+def test_demo_checkpoint_has_a_model_card_with_its_numbers(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(demo, "TEST_SIZE", 64)
     monkeypatch.setattr(demo, "TEST_PICTURES", (87, 13, 10))
     short = demo.default_settings(steps=2, seed=3)
@@ -375,7 +375,7 @@ def test_the_demo_checkpoint_comes_with_a_card_of_its_numbers(tmp_path, monkeypa
     assert load_checkpoint(str(output)).templates == TEMPLATES
 
 
-def test_a_folder_of_pictures_is_drawn_with_its_labels(tmp_path) -> None:
+def test_command_draws_a_directory_of_labeled_images(tmp_path) -> None:
     drawn = typer.testing.CliRunner().invoke(
         app, ["pictures", str(tmp_path / "drawn"), "--count", "5", "--size", "32", "--json"]
     )
@@ -419,5 +419,5 @@ def test_the_shipped_checkpoint_equals_transformers(shipped) -> None:
 @pytest.mark.parametrize(
     ("pairs", "count", "bar"), [(shapes.SEEN, 348, 0.95), (shapes.HELD_OUT, 156, 0.75)]
 )
-def test_the_shipped_checkpoint_names_fresh_pictures(shipped, pairs, count, bar) -> None:
+def test_shipped_checkpoint_classifies_new_drawings(shipped, pairs, count, bar) -> None:
     assert zero_shot_accuracy(shipped, TEMPLATES, pairs, seed=77, count=count, size=192) >= bar

@@ -1,4 +1,5 @@
-"""Accuracy against transformers' own predictions; intervals against published tables; folders."""
+"""Accuracy compared with transformers' own predictions, intervals with published tables, and
+directories."""
 
 import json
 import math
@@ -36,7 +37,7 @@ def draw(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def theirs(tiny_checkpoint):
-    """transformers' scores, float [COUNT, LABELS], of the pictures that are drawn here."""
+    """transformers' scores, float [COUNT, LABELS], of the drawings."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
     model = CLIPModel.from_pretrained(tiny_checkpoint).eval()
@@ -56,14 +57,15 @@ def theirs(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def truth(theirs):
-    """Labels that a model is right about three times of four: its own choice, some moved on."""
+    """Labels for which the model is right three times out of four: its own choice, some of them
+    shifted."""
     chosen = theirs.argmax(axis=1)
     return np.where(np.arange(COUNT) % 4 == 3, (chosen + 1) % len(LABELS), chosen)
 
 
 @pytest.fixture(scope="module")
 def folder(truth, tmp_path_factory) -> Path:
-    """ImageFolder's layout, folders named otherwise than labels, one label without a picture."""
+    """An ImageFolder directory: names differ from labels, and one label has no image."""
     path = tmp_path_factory.mktemp("labelled") / "numbers"
     path.mkdir()
     lines = [f"n{n:04d}, {label}\n" for n, label in enumerate(LABELS)]
@@ -71,7 +73,7 @@ def folder(truth, tmp_path_factory) -> Path:
     for n, label in enumerate(truth):
         inside = path / f"n{label:04d}" / "deeper"
         inside.mkdir(parents=True, exist_ok=True)
-        draw(n).save(inside / f"{n:03d}.PNG")  # lossless: as transformers sees them
+        draw(n).save(inside / f"{n:03d}.PNG")  # lossless: transformers reads the same pixels
     return path
 
 
@@ -84,15 +86,15 @@ def row(result, name):
     return next(row for row in result.rows if row.runner == name)
 
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ accuracy
 
 
 def test_float32_predicts_what_transformers_predicts(measured, theirs, truth):
     order = np.argsort(-theirs, axis=1, kind="stable")
-    # A model that says the same of all, or nearly, would prove little.
+    # The test would prove little if the model predicted nearly the same label for all images.
     assert np.sort(np.bincount(order[:, 0]))[-2] > COUNT / 8
     gaps = -np.diff(-np.sort(-theirs, axis=1), axis=1)
-    assert gaps[:, 0].min() > 1e-6  # no picture on the edge
+    assert gaps[:, 0].min() > 1e-6  # no image near a decision boundary
     for name in ("eager:fp32", "onnxruntime:fp32", "openvino:fp32"):
         got = row(measured, name)
         assert got.top1 == (order[:, 0] == truth).mean() == 0.75
@@ -108,7 +110,7 @@ def test_every_runner_of_the_bundle_has_a_row(measured):
     assert "openvino:bf16" in {
         *names,
         *(one.what for one in measured.left_out),
-    }  # not every CPU has it
+    }  # not every CPU supports it
     assert (measured.images, measured.labels) == (COUNT, 12)
     assert measured.templates == tuple(TEMPLATES)
     assert (measured.image_batch, measured.text_batch) == (32, 32)
@@ -120,7 +122,7 @@ def test_every_runner_of_the_bundle_has_a_row(measured):
         assert got.difference == pytest.approx(got.top1 - measured.rows[0].top1)
 
 
-def test_the_gates_verdict_is_that_of_both_towers(tiny_bundle, folder):
+def test_gate_verdict_requires_both_towers(tiny_bundle, folder):
     def refused(artifact):
         if artifact.tower != "text":
             return artifact
@@ -139,7 +141,7 @@ def test_the_gates_verdict_is_that_of_both_towers(tiny_bundle, folder):
     assert "passed" in shown
 
 
-def test_the_projects_own_layout(fp32_bundle, folder, truth, theirs, tmp_path):
+def test_captions_and_labels_files_are_read(fp32_bundle, folder, truth, theirs, tmp_path):
     lines = []
     for file in sorted(folder.rglob("*.PNG")):
         shutil.copy(file, tmp_path / file.name)
@@ -155,7 +157,7 @@ def test_the_projects_own_layout(fp32_bundle, folder, truth, theirs, tmp_path):
     assert "left out 1 images whose caption is not a label" in got.notes
 
 
-def test_unreadable_pictures_are_named_and_left_out(fp32_bundle, folder, truth, tmp_path):
+def test_unreadable_images_are_named_and_left_out(fp32_bundle, folder, truth, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     first = sorted((tmp_path / "data").rglob("*.PNG"))[0]
     (first.parent / "000.jpg").write_bytes(b"no picture")
@@ -164,25 +166,25 @@ def test_unreadable_pictures_are_named_and_left_out(fp32_bundle, folder, truth, 
         fp32_bundle, tmp_path / "data", silent, templates=TEMPLATES, patterns=["onnxruntime:fp32"]
     )
     assert got.images == COUNT
-    assert got.rows[0].top1 == 0.75  # the others keep their labels
+    assert got.rows[0].top1 == 0.75  # the other images keep their labels
     for reason, name in zip(got.skipped, ("000.jpg", "zzz.jpg"), strict=True):
         assert reason.startswith(str(first.parent / name))
     assert list(accuracy_remarks(got))[-1] == "skipped 2 images that cannot be read"
 
 
-def test_a_limit_takes_pictures_of_all_labels(fp32_bundle, tmp_path):
+def test_limit_takes_images_of_all_labels(fp32_bundle, tmp_path):
     for label in range(4):
         (tmp_path / f"label {label}").mkdir()
         for n in range(6):
             draw(10 * label + n).save(tmp_path / f"label {label}" / f"{n}.png")
     got = accuracy(fp32_bundle, tmp_path, silent, patterns=["onnxruntime:fp32"], limit=4)
     assert got.images == got.image_batch == 4
-    assert got.rows[0].top5 is None  # of four labels it says nothing
+    assert got.rows[0].top5 is None  # top-5 of four labels is meaningless
     assert "│      - │" in render(got)
 
 
-def test_the_same_name_twice_is_chosen_first(fp32_bundle, tmp_path):
-    """OpenAI's ImageNet names hold `missile` and `sunglasses` twice."""
+def test_earlier_of_two_equal_names_is_predicted(fp32_bundle, tmp_path):
+    """OpenAI's ImageNet names contain `missile` and `sunglasses` twice."""
     names = [f"thing {n}" for n in range(10)]
     names[7] = names[2]
     (tmp_path / "classnames.txt").write_text("".join(f"{n}, {x}\n" for n, x in enumerate(names)))
@@ -191,15 +193,15 @@ def test_the_same_name_twice_is_chosen_first(fp32_bundle, tmp_path):
         draw(n).save(tmp_path / str(n % 10) / f"{n}.png")
     got = accuracy(fp32_bundle, tmp_path, silent)
     assert "1 labels repeat the name of an earlier label; the earlier one is predicted" in got.notes
-    assert {row.agreement for row in got.rows} == {1}  # a tie that noise breaks would show here
+    assert {row.agreement for row in got.rows} == {
+        1
+    }  # a tie that is broken by noise would show here
 
 
-def test_numbers_that_are_not_finite_are_never_right(
-    fp32_bundle, folder, truth, tmp_path, monkeypatch
-):
+def test_non_finite_scores_are_never_correct(fp32_bundle, folder, truth, tmp_path, monkeypatch):
     from serving.runners.onnx_runtime import OnnxRuntimeRunner
 
-    # The commonest labels come first: where nothing can be compared, sorting gives those.
+    # The most common labels come first: sorting returns those when values cannot be compared.
     shutil.copytree(folder, tmp_path / "data")
     order = np.argsort(-np.bincount(truth, minlength=len(LABELS)))
     lines = [f"n{n:04d}, {LABELS[n]}\n" for n in order]
@@ -230,7 +232,7 @@ def test_a_runner_that_fails_is_left_out_and_named(fp32_bundle, folder, monkeypa
     assert any(one.startswith("left out: onnxruntime:fp32: ") for one in accuracy_remarks(got))
 
 
-def test_random_weights_are_said_to_be_chance(fp32_bundle, folder):
+def test_random_weights_are_reported_as_chance(fp32_bundle, folder):
     provenance = replace(fp32_bundle.manifest.provenance, weights="random")
     bundle = Bundle(fp32_bundle.path, replace(fp32_bundle.manifest, provenance=provenance))
     got = accuracy(bundle, folder, silent, patterns=["eager:fp32"], limit=8)
@@ -249,7 +251,7 @@ def test_random_weights_are_said_to_be_chance(fp32_bundle, folder):
         (1, 29, 0.0061, 0.1718),
     ],
 )
-def test_wilsons_interval_is_the_published_one(right, count, low, high):
+def test_wilson_interval_equals_published_table(right, count, low, high):
     assert wilson(right, count) == pytest.approx((low, high), abs=5.1e-5)
     assert wilson(count - right, count) == pytest.approx((1 - high, 1 - low), abs=5.1e-5)
 
@@ -261,22 +263,23 @@ def test_wilsons_interval_is_the_published_one(right, count, low, high):
         (1, 7, 21, -0.517, -0.026),
     ],
 )
-def test_tangos_interval_is_the_published_one(gained, lost, count, low, high):
+def test_tango_interval_equals_published_table(gained, lost, count, low, high):
     places = 5.1e-5 if count == 161 else 5.1e-4
     assert paired_difference(gained, lost, count) == pytest.approx((low, high), abs=places)
     turned = paired_difference(lost, gained, count)
     assert turned == pytest.approx((-high, -low), abs=places)
 
 
-def test_no_difference_seen_is_not_no_difference():
+def test_interval_of_zero_observed_difference_is_not_empty():
     z2 = 1.959964**2
     low, high = paired_difference(0, 0, 1000)
     assert (low, high) == pytest.approx((-z2 / (1000 + z2), z2 / (1000 + z2)), rel=1e-4)
 
 
 @pytest.mark.parametrize("pair", [(0, 5), (5, 0), (5, 5), (3, 1), (0, 1)])
-def test_limits_are_where_the_likelihood_puts_them(pair):
-    """The score statistic with the nuisance parameter found by search, not by Tango's formula."""
+def test_interval_limits_satisfy_the_score_statistic(pair):
+    """Compute the score statistic with a numeric search for the nuisance parameter, not Tango's
+    formula."""
     gained, lost, count = *pair, 5 if pair == (0, 5) else 12
     for delta in paired_difference(gained, lost, count):
         if abs(delta) > 1 - 1e-9:
@@ -295,10 +298,10 @@ def test_limits_are_where_the_likelihood_puts_them(pair):
         assert z == pytest.approx(1.959964, rel=1e-3)
 
 
-# ------------------------------------------------------------------ folders
+# ------------------------------------------------------------------ directories
 
 
-def test_folders_are_read_as_torchvision_reads_them(tmp_path):
+def test_directories_are_read_as_torchvision_reads_them(tmp_path):
     for name in ("b cat/one.jpg", "a dog/two.jpeg", "a dog/three.png", ".cache/four.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         draw(1).save(tmp_path / name)
@@ -338,7 +341,7 @@ def test_classnames_give_names_and_order(tmp_path):
         ("0, hen\n1, owl\n0, ant\n", "directory '0' is listed more than once"),
     ],
 )
-def test_class_names_that_cannot_be_used(tmp_path, classnames, shown):
+def test_invalid_class_names_are_rejected(tmp_path, classnames, shown):
     for name in ("0", "1"):
         (tmp_path / name).mkdir()
         draw(1).save(tmp_path / name / "x.jpg")
@@ -362,7 +365,7 @@ def test_class_names_that_cannot_be_used(tmp_path, classnames, shown):
         ),
     ],
 )
-def test_folders_that_cannot_be_used(tmp_path, files, shown):
+def test_invalid_directories_are_rejected(tmp_path, files, shown):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if content is None:
@@ -373,7 +376,7 @@ def test_folders_that_cannot_be_used(tmp_path, files, shown):
         read_folder(tmp_path)
 
 
-def test_a_folder_of_unreadable_pictures(fp32_bundle, tmp_path):
+def test_directory_of_unreadable_images_is_rejected(fp32_bundle, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "x.jpg").write_bytes(b"no picture")
     with pytest.raises(
@@ -394,7 +397,7 @@ def test_a_folder_of_unreadable_pictures(fp32_bundle, tmp_path):
         ({"patterns": ["openvino:fp7"]}, RunnerError, "no runner of .* matches 'openvino:fp7'; "),
     ],
 )
-def test_options_that_cannot_be_used(fp32_bundle, folder, options, error, shown):
+def test_invalid_options_are_rejected(fp32_bundle, folder, options, error, shown):
     with pytest.raises(error, match=shown):
         accuracy(fp32_bundle, folder, silent, **options)
 

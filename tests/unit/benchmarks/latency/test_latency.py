@@ -1,4 +1,4 @@
-"""`python -m benchmarks latency` on a tiny model, by real runs."""
+"""`python -m benchmarks latency` on a tiny model, in real runs."""
 
 import json
 import re
@@ -44,14 +44,14 @@ def test_every_runner_is_timed_in_turns_with_eager(run):
             low, high = one.timing.quartiles
             assert 0 < low <= one.timing.milliseconds <= high
             assert one.device_timing is None
-            assert one.cosine > 0.9999  # all of them compute the same thing
+            assert one.cosine > 0.9999  # all of them compute the same embeddings
             medians = one.reference_ms / one.timing.milliseconds
             assert medians / 3 < one.ratio < 3 * medians
             padded = one.runner not in ("onnxruntime:fp32", "transformers-longest:fp32")
             assert one.length_run == (77 if work[2] and padded else work[2])
 
 
-def test_the_record_has_the_machine_and_the_model(run, tiny_bundle):
+def test_record_names_the_machine_and_the_model(run, tiny_bundle):
     where = run.environment
     assert where.cpu.usable >= 1
     assert where.cpu.flags
@@ -74,12 +74,14 @@ def test_stages_and_footprints_are_measured(run):
     for one in found.values():
         assert 0 < one.before_bytes < one.loaded_bytes <= one.peak_bytes
         assert 0 < one.load_s < one.total_s
-    # PyTorch alone is larger than this model and ONNX Runtime.
+    # PyTorch alone needs more memory than this model with ONNX Runtime.
     assert found["eager:fp32"].peak_bytes > found["onnxruntime:fp32"].peak_bytes
 
 
-def test_a_checkpoint_that_was_not_exported(run_benchmarks, tiny_checkpoint, tmp_path):
-    """By PyTorch's runners; the rest is left out with the reason, and the old section is kept."""
+def test_checkpoint_without_export_is_timed_by_pytorch_runners(
+    run_benchmarks, tiny_checkpoint, tmp_path
+):
+    """Other runners are left out with the reason, and the old section is kept."""
     patterns = ("--runner=eager:*", "--runner=onnxruntime:fp32")
     done = run_benchmarks(
         *("latency", tiny_checkpoint, "--budget=0.05", "--output", tmp_path, "--json"), *patterns
@@ -94,7 +96,7 @@ def test_a_checkpoint_that_was_not_exported(run_benchmarks, tiny_checkpoint, tmp
     assert not (tmp_path / PARTIAL).exists()
 
 
-def test_a_run_whose_time_is_spent_keeps_what_was_measured(
+def test_run_that_is_out_of_time_before_a_result_writes_nothing(
     run_benchmarks, tiny_checkpoint, tmp_path
 ):
     options = ("--budget=0.05", "--runner=eager:fp32", "--stop-after=0.001")
@@ -109,7 +111,7 @@ def test_a_failed_run_leaves_the_old_results(run_benchmarks, tmp_path):
     done = run_benchmarks("latency", tmp_path, "--output", tmp_path)
     assert done.returncode == 2
     assert "nothing was measured" in done.stderr
-    assert "config.json" in done.stderr  # what a checkpoint would have
+    assert "config.json" in done.stderr  # a file that a checkpoint would have
     assert (tmp_path / "results.json").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -142,7 +144,7 @@ def test_rows_have_both_times_on_a_gpu(run_benchmarks, tiny_checkpoint, tmp_path
     assert set(run.limits.matmul_tflops) >= {"fp32", "tf32", "fp16"}
 
 
-def test_short_and_padded_texts_are_the_same_texts(tiny_checkpoint):
+def test_short_and_padded_batches_hold_the_same_texts(tiny_checkpoint):
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     work = Work(tower="text", batch=4, length=9)
     cut, full = batch_of(checkpoint, work), batch_of(checkpoint, work, padded=True)
@@ -154,12 +156,12 @@ def test_short_and_padded_texts_are_the_same_texts(tiny_checkpoint):
 
 
 @pytest.mark.parametrize(("context_length", "longest"), [(8, 7), (32, 10), (77, 10)])
-def test_captions_are_cut_for_the_model(tiny_bundle, context_length, longest):
+def test_captions_are_truncated_to_the_context_length(tiny_bundle, context_length, longest):
     spec = replace(tiny_bundle.manifest.text, context_length=context_length)
     tokenizer = Tokenizer(tiny_bundle.tokenizer, spec)
     captions = [caption(tokenizer, context_length, number) for number in range(8)]
     assert max(map(len, tokenizer.encode(captions))) == longest
 
 
-def test_the_partial_file_is_whole(measured):
+def test_no_partial_file_is_left(measured):
     assert [path.name for path in Path(measured).iterdir()] == ["results.json"]

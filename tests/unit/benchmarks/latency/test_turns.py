@@ -1,4 +1,4 @@
-"""Turns of a call and a reference, and the ratio of the two."""
+"""Alternating rounds of a call and a reference, and the ratio of the two."""
 
 import time
 from functools import partial
@@ -9,7 +9,7 @@ from benchmarks.latency.turns import Turns
 from benchmarks.machine.timing import timing_of
 
 
-def test_turns_alternate():
+def test_rounds_of_call_and_reference_alternate():
     calls = []
     turns = Turns(lambda: calls.append("reference"), lambda: calls.append("mine"))
     assert turns.rounds(1e-9) == 5 * 16  # half of 31 runs are timed
@@ -28,7 +28,7 @@ def test_turns_alternate():
     assert list(map(len, turns.reference_seconds)) == [16, 16]
 
 
-def test_slow_calls_need_no_untimed_runs():
+def test_slow_calls_have_no_warm_up_runs():
     calls = []
     slow = partial(time.sleep, 0.2)
     turns = Turns(
@@ -41,8 +41,8 @@ def test_slow_calls_need_no_untimed_runs():
     assert calls == ["reference"] * 2
 
 
-def test_a_ratio_is_of_adjacent_turns():
-    """The machine is half as fast in the second turn; one run of the third was interrupted."""
+def test_ratio_compares_adjacent_rounds():
+    """The machine is half as fast in the second round, and one run of the third was interrupted."""
     turns = Turns(lambda: time.sleep(0.2), lambda: time.sleep(0.2))
     turns.reference_seconds = [[3.0, 3.0], [6.0, 6.0], [3.0, 3.0]]
     seconds = (1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 1.0, 9.0, 1.0)

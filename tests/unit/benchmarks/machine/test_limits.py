@@ -1,4 +1,4 @@
-"""Limits of a device, and the operations that a tower asks of it."""
+"""Measured limits of a device, and the operations that a tower needs."""
 
 import time
 from statistics import median
@@ -30,8 +30,9 @@ def _short_rounds():
         yield
 
 
-def test_counted_operations_are_those_by_hand(clip):
-    """Two an element of every product: the last block computes its queries for one token."""
+def test_operation_count_equals_manual_count(clip):
+    """Two operations for each element of a product. The last block computes queries for one token
+    only."""
     width, mlp, dim, patch, patches = 64, 256, 32, 3 * 8 * 8, 16
 
     def blocks(tokens):
@@ -47,7 +48,7 @@ def test_counted_operations_are_those_by_hand(clip):
         assert count_flops(clip.config, "text", 3, length) == 6 * text
 
 
-def test_times_are_of_one_call_and_warmed_up():
+def test_times_are_per_call_and_exclude_warm_up():
     calls = []
 
     def call():
@@ -60,7 +61,7 @@ def test_times_are_of_one_call_and_warmed_up():
     assert len(calls) > 10, "a round did not repeat what is short"
 
 
-def test_limits_are_of_the_device():
+def test_limits_of_the_cpu_are_measured():
     limits = measure_limits("cpu", 3, size=64, copy_bytes=1 << 16)
     assert all(rate > 0 for rate in limits.matmul_tflops.values())
     assert set(limits.matmul_tflops) | set(limits.without) == {"fp32", "fp16", "bf16", "int8"}
@@ -68,7 +69,7 @@ def test_limits_are_of_the_device():
     assert limits.copy_gb_per_s > 0
 
 
-def test_a_precision_without_a_product_is_named(monkeypatch):
+def test_unsupported_precision_is_reported(monkeypatch):
     monkeypatch.delattr(torch, "_int_mm")
     limits = measure_limits("cpu", 3, size=64, copy_bytes=1 << 10)
     assert "int8" not in limits.matmul_tflops
@@ -76,7 +77,7 @@ def test_a_precision_without_a_product_is_named(monkeypatch):
 
 
 @without_gpu
-def test_a_torch_that_cannot_use_the_gpu_is_told_so(monkeypatch):
+def test_torch_without_gpu_support_is_rejected(monkeypatch):
     here = Gpu(name="NVIDIA H200", compute_capability="9.0", memory_bytes=1, cuda="13.0")
     monkeypatch.setattr(benchmarks.machine.limits, "gpu", lambda: here)
     with pytest.raises(RunnerError, match=r"a torch that can use the NVIDIA H200 .* CUDA 13\.0"):

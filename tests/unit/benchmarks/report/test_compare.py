@@ -1,4 +1,4 @@
-"""`python -m benchmarks compare`: a change counts beyond a threshold and the noise."""
+"""`python -m benchmarks compare`: changes beyond the threshold and the noise are reported."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ SHORT = WORKS["cpu", "short"]
 
 @pytest.fixture(scope="module")
 def slower(run_benchmarks, tiny_bundle, tmp_path_factory):
-    """Results of one runner's towers alone, which take thirty times as long."""
+    """Results of the towers of one runner only, slowed down thirty times."""
     path = tmp_path_factory.mktemp("slower")
     options = ("--budget=0.05", "--runner=onnxruntime:fp32", "--output", path)
     done = run_benchmarks("latency", tiny_bundle.path, *options, SLOWER="29")
@@ -23,25 +23,25 @@ def slower(run_benchmarks, tiny_bundle, tmp_path_factory):
     return path
 
 
-def test_a_slower_runner_is_caught(run_benchmarks, measured, slower):
+def test_slower_runner_is_reported(run_benchmarks, measured, slower):
     done = run_benchmarks("compare", measured, slower, "--threshold", "0.5", "--json")
     assert done.returncode == 1, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     verdicts = {c["name"]: c["verdict"] for c in document["changes"]}
     towers = {name: v for name, v in verdicts.items() if "onnxruntime:fp32" in name}
     assert len(towers) == len(SHORT)
-    assert list(towers.values()).count("slower") >= len(SHORT) - 2  # rounds are few and short
+    assert list(towers.values()).count("slower") >= len(SHORT) - 2  # the rounds are few and short
     assert any("transformers" in name for name in document["only_old"])
 
 
-def test_results_are_as_fast_as_themselves(run_benchmarks, measured):
+def test_results_equal_themselves(run_benchmarks, measured):
     done = run_benchmarks("compare", measured, measured)
     assert done.returncode == 0
     assert "0 of" in done.stdout
 
 
 def altered(directory, target, factor, spread=0.0):
-    """The results with onnxruntime:fp32 slower by `factor`, in turns that differ."""
+    """The results with onnxruntime:fp32 slowed down by `factor`, with varying rounds."""
     results = Results.read(directory)
     (run,) = results.latency
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_a_change_counts_beyond_threshold_and_noise(measured, tmp_path, factor, 
         assert found.change == pytest.approx(1 / factor, rel=0.05)
 
 
-def test_other_machines_and_weights_are_warned_of(measured, tmp_path):
+def test_other_machine_and_weights_cause_warnings(measured, tmp_path):
     results = Results.read(measured)
     (run,) = results.latency
     run = replace(
@@ -84,7 +84,7 @@ def test_other_machines_and_weights_are_warned_of(measured, tmp_path):
     assert any("different weights of tiny-clip" in warning for warning in warnings)
 
 
-def test_results_of_something_else_are_refused(run_benchmarks, measured, tmp_path):
+def test_invalid_results_are_rejected(run_benchmarks, measured, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
     done = run_benchmarks("compare", measured, other)

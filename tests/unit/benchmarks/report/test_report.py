@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: `RESULTS.md`, plots, and the README's table."""
+"""`python -m benchmarks report`: `RESULTS.md`, plots, and the table of the README."""
 
 import re
 from dataclasses import replace
@@ -30,7 +30,7 @@ def directory(measured, tmp_path):
     return tmp_path
 
 
-def test_a_report_is_made_of_entries(directory):
+def test_report_writes_results_plots_and_readme(directory):
     readme = directory / "README.md"
     readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\ntail\n")
     written = write_report(directory, readme)
@@ -56,8 +56,8 @@ def test_a_report_is_made_of_entries(directory):
 
 
 @pytest.mark.parametrize(("slower", "warned"), [(1.4, False), (1.6, True)])
-def test_a_machine_that_was_not_quiet_is_reported(directory, slower, warned):
-    """One row's reference took so many times as long as the others' of the same work."""
+def test_busy_machine_is_reported(directory, slower, warned):
+    """The reference of one row took `slower` times as long as in other rows of the same work."""
     results = Results.read(directory)
     (run,) = results.latency
     towers = tuple(
@@ -77,7 +77,7 @@ def test_a_machine_that_was_not_quiet_is_reported(directory, slower, warned):
     assert any(warning in one for one in compare(directory, directory).warnings) == warned
 
 
-def test_a_readme_without_a_place_is_left_alone(directory):
+def test_readme_without_markers_is_unchanged(directory):
     readme = directory / "README.md"
     readme.write_text("# Title\n")
     with pytest.raises(InputError, match="lacks the lines"):
@@ -102,8 +102,8 @@ def test_the_committed_readme_shows_the_committed_results():
 @pytest.mark.parametrize(
     "folder", sorted((CHECKOUT / "benchmarks" / "results").iterdir()), ids=lambda path: path.name
 )
-def test_committed_reports_are_those_of_their_results(folder):
-    """And every committed machine has the one layout."""
+def test_committed_reports_equal_their_results(folder):
+    """Every committed machine also has the same layout of files."""
     results = Results.read(folder)
     assert (folder / "RESULTS.md").read_text() == markdown(results)
     plots = re.findall(r"\]\(\./([\w.-]+\.png)\)", markdown(results))
@@ -111,7 +111,7 @@ def test_committed_reports_are_those_of_their_results(folder):
 
 
 def test_a_gpu_run_has_both_times(directory):
-    """Made from a CPU's run, since this machine may have no GPU."""
+    """The results are made from a CPU run, since this machine may have no GPU."""
     (run,) = Results.read(directory).latency
     towers = tuple(
         replace(

@@ -1,4 +1,4 @@
-"""Checkpoints, and what other libraries compute from them."""
+"""Fixtures: checkpoints, and embeddings that other libraries compute from them."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def expected(transformers_model):
 
 @pytest.fixture(scope="module", params=["vit", "resnet"])
 def openai(request):
-    """A model of OpenAI's, tiny, and what it makes of our inputs."""
+    """A tiny model of OpenAI's code, and its embeddings of our inputs."""
     model = openai_clip(request.param)
     pixels = some_pixels(3, model.visual.input_resolution)
     with torch.inference_mode():

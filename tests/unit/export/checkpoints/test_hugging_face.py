@@ -1,4 +1,4 @@
-"""Hugging Face directories, right and wrong."""
+"""Valid and invalid Hugging Face directories."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from tests.support.references import (
 
 @pytest.fixture
 def copy(tiny_checkpoint, tmp_path) -> Path:
-    """A copy of the tiny checkpoint, to be spoiled."""
+    """A copy of the tiny checkpoint that tests may damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "spoiled"))
 
 
@@ -35,7 +35,7 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(document))
 
 
-def test_hugging_face_directory(tiny_checkpoint, expected):
+def test_hugging_face_directory_is_loaded(tiny_checkpoint, expected):
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     assert_same(checkpoint, expected)
     assert checkpoint.name == "tiny-clip"
@@ -56,8 +56,8 @@ def test_hugging_face_directory(tiny_checkpoint, expected):
     assert not checkpoint.clip.training
 
 
-def test_a_directory_is_named_even_when_it_is_given_as_a_dot(tiny_checkpoint, monkeypatch):
-    """The name is a directory below artifacts/: "." would be artifacts/ itself."""
+def test_relative_path_gets_the_name_of_the_directory(tiny_checkpoint, monkeypatch):
+    """The name becomes a directory below artifacts/, so "." would mean artifacts/ itself."""
     monkeypatch.chdir(tiny_checkpoint)
     assert load_checkpoint(".").name == "tiny-clip"
     assert load_checkpoint(f"{tiny_checkpoint}/").name == "tiny-clip"
@@ -66,7 +66,7 @@ def test_a_directory_is_named_even_when_it_is_given_as_a_dot(tiny_checkpoint, mo
     assert load_checkpoint("../tiny-clip/.").name == "tiny-clip"
 
 
-def test_sharded_safetensors(transformers_model, tiny_checkpoint, tmp_path, expected):
+def test_sharded_safetensors_are_loaded(transformers_model, tiny_checkpoint, tmp_path, expected):
     transformers_model.save_pretrained(tmp_path, max_shard_size="5MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     for name in ("preprocessor_config.json", "tokenizer.json"):
@@ -74,7 +74,7 @@ def test_sharded_safetensors(transformers_model, tiny_checkpoint, tmp_path, expe
     assert_same(load_checkpoint(str(tmp_path)), expected)
 
 
-def test_a_missing_shard(transformers_model, tiny_checkpoint, tmp_path):
+def test_missing_shard_is_rejected(transformers_model, tiny_checkpoint, tmp_path):
     transformers_model.save_pretrained(tmp_path, max_shard_size="5MB")
     for name in ("preprocessor_config.json", "tokenizer.json"):
         shutil.copy(tiny_checkpoint / name, tmp_path)
@@ -83,7 +83,7 @@ def test_a_missing_shard(transformers_model, tiny_checkpoint, tmp_path):
     assert f"{shard}: a weights file is missing" in refused(tmp_path)
 
 
-def test_an_index_without_a_map(copy):
+def test_index_without_weight_map_is_rejected(copy):
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors.index.json").write_text('{"metadata": {}}')
     message = refused(copy)
@@ -91,9 +91,9 @@ def test_an_index_without_a_map(copy):
     assert "weight_map" in message
 
 
-def test_pickled_weights(copy, expected):
+def test_pickled_weights_are_loaded(copy, expected):
     state = load_file(copy / "model.safetensors")
-    # As older files have them: a constant buffer beside the weights, and old-style half precision.
+    # Older files have a constant buffer beside the weights.
     state["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     torch.save(state, copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
@@ -108,7 +108,7 @@ def test_half_precision_weights_become_float32(copy, expected):
     assert_same(checkpoint, expected, tolerance=1e-2)
 
 
-def test_vocabulary_and_merges_instead_of_a_tokenizer_file(copy, vocabulary):
+def test_vocabulary_and_merges_replace_a_tokenizer_file(copy, vocabulary):
     vocab = json.loads((copy / "tokenizer.json").read_text())["model"]
     (copy / "vocab.json").write_text(json.dumps(vocab["vocab"]))
     pairs = (" ".join(pair) if isinstance(pair, list) else pair for pair in vocab["merges"])
@@ -122,19 +122,19 @@ def test_vocabulary_and_merges_instead_of_a_tokenizer_file(copy, vocabulary):
         assert ids == theirs(text)["input_ids"] == [49406, *openai.encode(text), 49407]
 
 
-def test_processor_config_instead_of_preprocessor_config(copy, tiny_checkpoint):
+def test_processor_config_replaces_preprocessor_config(copy, tiny_checkpoint):
     document = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").unlink()
     (copy / "processor_config.json").write_text(json.dumps({"image_processor": document}))
     assert load_checkpoint(str(copy)).image == load_checkpoint(str(tiny_checkpoint)).image
 
 
-def test_prompt_templates_of_the_config(copy):
+def test_prompt_templates_are_read_from_the_config(copy):
     edit(copy / "config.json", lambda d: d.update(prompt_templates=["a {}", "one {}"]))
     assert load_checkpoint(str(copy)).templates == ("a {}", "one {}")
 
 
-def test_a_vocabulary_given_beside_the_directory(copy, vocabulary):
+def test_vocabulary_option_replaces_the_tokenizer(copy, vocabulary):
     byte_tokenizer(514).save(str(copy / "tokenizer.json"))
     assert load_checkpoint(str(copy), vocabulary=vocabulary).text.end_id == 49407
 
@@ -148,17 +148,17 @@ def test_a_vocabulary_given_beside_the_directory(copy, vocabulary):
         ("config.json", "no config.json (Hugging Face) and no open_clip_config.json (OpenCLIP)"),
     ],
 )
-def test_half_a_checkpoint(copy, file, shown):
+def test_incomplete_checkpoint_is_rejected(copy, file, shown):
     (copy / file).unlink()
     assert f"{copy}: {shown}" in refused(copy)
 
 
-def test_half_a_vocabulary(copy):
+def test_vocabulary_without_merges_is_rejected(copy):
     (copy / "tokenizer.json").rename(copy / "vocab.json")
     assert "incomplete checkpoint: missing tokenizer.json" in refused(copy)
 
 
-def test_wrong_shapes_name_both(copy):
+def test_mismatched_shapes_are_both_named(copy):
     edit(copy / "config.json", lambda d: d["text_config"].update(intermediate_size=128))
     message = refused(copy)
     assert "fc1" in message or "fc2" in message
@@ -167,7 +167,7 @@ def test_wrong_shapes_name_both(copy):
     assert "configuration and weights may be of different models" in message
 
 
-def test_missing_and_superfluous_weights_are_named(copy):
+def test_missing_and_unknown_weights_are_named(copy):
     state = load_file(copy / "model.safetensors")
     del state["visual_projection.weight"]
     state["text_model.adapter.weight"] = torch.zeros(1)
@@ -177,7 +177,7 @@ def test_missing_and_superfluous_weights_are_named(copy):
     assert "1 unknown (text_model.adapter.weight)" in message
 
 
-def test_a_truncated_safetensors_file(copy):
+def test_truncated_safetensors_file_is_rejected(copy):
     file = copy / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     message = refused(copy)
@@ -186,12 +186,12 @@ def test_a_truncated_safetensors_file(copy):
     assert "download it again" in message
 
 
-def test_another_model_type(copy):
+def test_other_model_type_is_rejected(copy):
     edit(copy / "config.json", lambda d: d.update(model_type="siglip"))
     assert "config.json has model_type 'siglip'; expected 'clip'" in refused(copy)
 
 
-def test_an_activation_that_is_not_supported(copy):
+def test_unsupported_activation_is_rejected(copy):
     edit(copy / "config.json", lambda d: d["vision_config"].update(hidden_act="swish"))
     assert "activation 'swish' is not supported; expected quick_gelu or gelu" in refused(copy)
 
@@ -202,24 +202,24 @@ def test_an_activation_that_is_not_supported(copy):
     [{"hidden_size": "wide"}, {"num_attention_heads": 3}, {"num_attention_heads": 0}],
     ids=str,
 )
-def test_sizes_that_make_no_sense(copy, section, change):
+def test_invalid_sizes_are_rejected(copy, section, change):
     edit(copy / "config.json", lambda d: d[section].update(change))
     assert "config.json" in refused(copy)
 
 
-def test_a_patch_size_of_zero(copy):
+def test_zero_patch_size_is_rejected(copy):
     edit(copy / "config.json", lambda d: d["vision_config"].update(patch_size=0))
     assert "config.json" in refused(copy)
 
 
-def test_broken_json(copy):
+def test_invalid_json_is_rejected(copy):
     (copy / "config.json").write_text('{"model_type": "clip",')
     assert f"{copy / 'config.json'}: not readable as JSON" in refused(copy)
     (copy / "config.json").write_text("[]")
     assert "expected a JSON object, found list" in refused(copy)
 
 
-def test_pictures_of_another_size_than_the_tower(copy):
+def test_crop_size_unlike_the_tower_is_rejected(copy):
     side = {"height": 64, "width": 64}
     edit(copy / "preprocessor_config.json", lambda d: d.update(crop_size=side))
     assert "images are cropped to 64 px, but the image tower takes 32 px" in refused(copy)
@@ -236,20 +236,20 @@ def test_pictures_of_another_size_than_the_tower(copy):
     ],
     ids=str,
 )
-def test_a_processor_that_we_have_not(copy, change):
+def test_unsupported_processor_is_rejected(copy, change):
     edit(copy / "preprocessor_config.json", lambda d: d.update(change))
     message = refused(copy)
     assert "preprocessor_config.json" in message
     assert "expected a CLIPImageProcessor" in message
 
 
-def test_a_tokenizer_of_another_vocabulary(copy):
+def test_tokenizer_of_another_vocabulary_is_rejected(copy):
     byte_tokenizer(514).save(str(copy / "tokenizer.json"))
     message = refused(copy)
     assert "the tokenizer's <|endoftext|> is 513" in message
     assert "the text tower pools at 49407" in message
 
 
-def test_a_tokenizer_that_is_none(copy):
+def test_unreadable_tokenizer_is_rejected(copy):
     (copy / "tokenizer.json").write_text("{}")
     assert f"{copy / 'tokenizer.json'}: not a readable tokenizer" in refused(copy)

@@ -1,4 +1,4 @@
-"""Names of checkpoints, random weights, saving."""
+"""Names of checkpoints, random weights, and saving."""
 
 import shutil
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.support.references import (
 )
 
 
-def test_hub_id_from_the_local_cache(tiny_checkpoint, tmp_path, monkeypatch, expected):
+def test_hub_id_is_loaded_from_the_local_cache(tiny_checkpoint, tmp_path, monkeypatch, expected):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     repository, commit = tmp_path / "models--someone--their-clip", "c" * 40
     (repository / "refs").mkdir(parents=True)
@@ -32,7 +32,7 @@ def test_hub_id_from_the_local_cache(tiny_checkpoint, tmp_path, monkeypatch, exp
     assert (checkpoint.name, checkpoint.source) == ("their-clip", "someone/their-clip")
 
 
-def test_hub_id_offline_and_not_in_the_cache(tmp_path, monkeypatch):
+def test_uncached_hub_id_is_rejected_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refused("openai/clip-vit-base-patch32")
     assert "'openai/clip-vit-base-patch32' could not be downloaded from the Hugging Face hub" in (
@@ -41,7 +41,7 @@ def test_hub_id_offline_and_not_in_the_cache(tmp_path, monkeypatch):
     assert "give a local directory" in message
 
 
-def test_hub_repository_without_weights(tiny_checkpoint, tmp_path, monkeypatch):
+def test_hub_repository_without_weights_is_rejected(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--someone--empty"
     (repository / "refs").mkdir(parents=True)
@@ -56,7 +56,7 @@ def test_hub_repository_without_weights(tiny_checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "close"), [("ViT-B-33", "ViT-B/32"), ("RN51", "RN50"), ("random-ViT-L-14", "random:")]
 )
-def test_an_unknown_name_suggests_others(name, close):
+def test_unknown_name_suggests_similar_names(name, close):
     message = refused(name)
     assert f"unknown checkpoint {name!r}" in message
     assert "did you mean" in message
@@ -64,22 +64,23 @@ def test_an_unknown_name_suggests_others(name, close):
     assert "`clip-deploy list`" in message
 
 
-def test_an_unknown_name_with_a_slash_suggests_others(tmp_path, monkeypatch):
-    """It looks like a hub id, so it is looked up; the likely mistake is still told."""
+def test_unknown_name_with_a_slash_suggests_similar_names(tmp_path, monkeypatch):
+    """The name looks like a hub id, so it is looked up. The error still suggests the likely
+    name."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = refused("ViT-B/33")
     assert "could not be downloaded" in message
     assert "did you mean ViT-B/32" in message
 
 
-def test_an_unknown_name_like_nothing():
+def test_unknown_path_gets_no_suggestion():
     message = refused("/no/such/path.pt")
     assert "unknown checkpoint '/no/such/path.pt'" in message
     assert "did you mean" not in message
 
 
 @pytest.mark.parametrize("name", ["random:ViT-B-33", "random:", "random:RN50@x", "random:RN50@-1"])
-def test_an_unknown_random_architecture(name):
+def test_unknown_random_architecture_is_rejected(name):
     message = refused(name)
     assert repr(name) in message
     assert "ViT-B-32" in message
@@ -109,7 +110,7 @@ def test_random_weights_are_seeded(tiny_architecture):
     assert (first.text.start_id, first.text.end_id) == (598, 599)
 
 
-def test_random_weights_with_a_real_vocabulary(monkeypatch, tiny_checkpoint, vocabulary):
+def test_random_weights_accept_a_real_vocabulary(monkeypatch, tiny_checkpoint, vocabulary):
     config = load_checkpoint(str(tiny_checkpoint)).clip.config
     monkeypatch.setitem(ARCHITECTURES, "ViT-T-8", config)
     checkpoint = load_checkpoint("random:ViT-T-8", vocabulary=vocabulary)
@@ -118,7 +119,7 @@ def test_random_weights_with_a_real_vocabulary(monkeypatch, tiny_checkpoint, voc
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    # Radford et al. do not print totals; these are those of the published files.
+    # Radford et al. do not print totals. These are the totals of the published files.
     [
         ("ViT-B-32", 151.28),
         ("ViT-B-16", 149.62),
@@ -186,7 +187,7 @@ def test_a_saved_resnet_loads_again_and_in_openais_code(tmp_path, vocabulary):
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_openais_layout_written_is_openais_layout_read(kind, tmp_path, vocabulary):
+def test_openai_layout_round_trip_keeps_the_weights(kind, tmp_path, vocabulary):
     state = openai_clip(kind).state_dict()
     torch.save(state, tmp_path / "mine.pt")
     checkpoint = load_checkpoint(

@@ -19,7 +19,7 @@ from tests.support.references import (
 
 
 def open_clip_document(model: torch.nn.Module, **vision) -> dict:
-    """As OpenCLIP's `push_to_hf_hub` writes it."""
+    """Save a directory as OpenCLIP's `push_to_hf_hub` writes it."""
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
     size = model.visual.input_resolution
     return {
@@ -49,7 +49,7 @@ def save_open_clip(path: Path, model: torch.nn.Module, document: dict, *, prefix
 
 
 @pytest.mark.parametrize("prefix", ["", "text."], ids=["CLIP", "CustomTextCLIP"])
-def test_open_clip_directory(openai, prefix, tmp_path, vocabulary):
+def test_open_clip_directory_is_loaded(openai, prefix, tmp_path, vocabulary):
     model, (_, texts) = openai
     path = tmp_path / "open"
     save_open_clip(path, model, open_clip_document(model), prefix=prefix)
@@ -60,7 +60,7 @@ def test_open_clip_directory(openai, prefix, tmp_path, vocabulary):
     assert checkpoint.image.std == (0.2, 0.25, 0.3)
     assert checkpoint.image.interpolation == "bilinear"
     assert checkpoint.image.pipeline == "openai"
-    # Mean and std of the file are those the tower applies.
+    # The tower normalizes with the mean and std of the file.
     pixels = some_pixels(3, checkpoint.image.size)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3)))
     with torch.inference_mode():
@@ -68,7 +68,7 @@ def test_open_clip_directory(openai, prefix, tmp_path, vocabulary):
     np.testing.assert_allclose(embeddings(checkpoint)[0], images, atol=1e-5)
 
 
-def test_open_clip_weights_given_as_a_file(tmp_path, vocabulary):
+def test_open_clip_weights_file_finds_its_config(tmp_path, vocabulary):
     model = openai_clip("vit")
     save_open_clip(tmp_path / "open", model, open_clip_document(model))
     shutil.copy(vocabulary, tmp_path)
@@ -79,7 +79,7 @@ def test_open_clip_weights_given_as_a_file(tmp_path, vocabulary):
     assert checkpoint.image.interpolation == "bilinear"
 
 
-def test_open_clip_activation_and_head_width_come_from_the_file(tmp_path, vocabulary):
+def test_open_clip_activation_and_head_width_come_from_the_config(tmp_path, vocabulary):
     model = openai_clip("vit")
     document = open_clip_document(model, head_width=32)
     del document["model_cfg"]["quick_gelu"]  # OpenCLIP's default is GELU
@@ -89,7 +89,7 @@ def test_open_clip_activation_and_head_width_come_from_the_file(tmp_path, vocabu
     assert config.image.heads == 4
 
 
-def test_open_clip_tower_of_timm(tmp_path, vocabulary):
+def test_open_clip_timm_tower_is_rejected(tmp_path, vocabulary):
     model = openai_clip("vit")
     document = open_clip_document(model, timm_model_name="vit_base_patch16_siglip_224")
     save_open_clip(tmp_path / "open", model, document)
@@ -98,7 +98,7 @@ def test_open_clip_tower_of_timm(tmp_path, vocabulary):
     assert "only ViT and ModifiedResNet towers" in message
 
 
-def test_open_clip_resize_mode_that_we_have_not(tmp_path, vocabulary):
+def test_unsupported_open_clip_resize_mode_is_rejected(tmp_path, vocabulary):
     model = openai_clip("vit")
     document = open_clip_document(model)
     document["preprocess_cfg"]["resize_mode"] = "squash"
@@ -107,7 +107,7 @@ def test_open_clip_resize_mode_that_we_have_not(tmp_path, vocabulary):
     assert "resize_mode is 'squash'; expected 'shortest'" in message
 
 
-def test_open_clip_without_weights(tmp_path):
+def test_open_clip_directory_without_weights_is_rejected(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
     missing = "incomplete checkpoint: missing weights (open_clip_model.safetensors)"
     assert missing in refused(tmp_path)

@@ -1,4 +1,4 @@
-"""OpenAI's files, and weights files that are something else."""
+"""OpenAI's files, and weights files with other contents."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from tests.support.references import (
 
 
 def save_torchscript(model: torch.nn.Module, path: Path) -> None:
-    """As OpenAI's files are: a traced module that carries its sizes as buffers."""
+    """Save a traced module that holds its sizes as buffers, like OpenAI's files."""
     for name, value in (
         ("input_resolution", model.visual.input_resolution),
         ("context_length", 77),
@@ -41,7 +41,7 @@ def save_torchscript(model: torch.nn.Module, path: Path) -> None:
         torch.jit.save(traced, path)
 
 
-def test_openai_torchscript_archive(tmp_path, vocabulary):
+def test_openai_torchscript_archive_is_loaded(tmp_path, vocabulary):
     model = openai_clip("vit", seed=5)
     with torch.inference_mode():
         images = unit(model.encode_image(normalised(some_pixels(3, 32))))
@@ -55,7 +55,7 @@ def test_openai_torchscript_archive(tmp_path, vocabulary):
     assert checkpoint.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_openai_state_dict(openai, tmp_path, vocabulary):
+def test_openai_state_dict_is_loaded(openai, tmp_path, vocabulary):
     model, wanted = openai
     torch.save(model.state_dict(), tmp_path / "mine.pt")
     checkpoint = load_checkpoint(
@@ -65,8 +65,8 @@ def test_openai_state_dict(openai, tmp_path, vocabulary):
     assert checkpoint.image.size == checkpoint.image.resize == model.visual.input_resolution
 
 
-def test_wrapped_state_dict(openai, tmp_path, vocabulary):
-    """What training loops save: under a key, each name prefixed by DataParallel."""
+def test_wrapped_state_dict_is_loaded(openai, tmp_path, vocabulary):
+    """Training loops save the state dict under a key, and DataParallel prefixes each name."""
     model, wanted = openai
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "epoch_3.pt")
@@ -74,14 +74,14 @@ def test_wrapped_state_dict(openai, tmp_path, vocabulary):
     assert_same(load_checkpoint(name, vocabulary=vocabulary, activation="quick_gelu"), wanted)
 
 
-def test_bare_weights_do_not_say_their_activation(openai, tmp_path, vocabulary):
+def test_bare_weights_require_the_activation_option(openai, tmp_path, vocabulary):
     torch.save(openai[0].state_dict(), tmp_path / "mine.pt")
     message = refused(tmp_path / "mine.pt", vocabulary=vocabulary)
     assert "the weights do not tell the activation function" in message
     assert "--activation quick_gelu" in message
 
 
-def test_bare_weights_without_a_vocabulary_offline(tmp_path, monkeypatch):
+def test_bare_weights_require_the_vocabulary_option_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     torch.save(openai_clip("vit").state_dict(), tmp_path / "mine.pt")
     message = refused(tmp_path / "mine.pt", activation="gelu")
@@ -89,7 +89,7 @@ def test_bare_weights_without_a_vocabulary_offline(tmp_path, monkeypatch):
     assert "--vocabulary FILE" in message
 
 
-def test_a_file_named_like_openais_with_other_contents(tmp_path, vocabulary):
+def test_other_contents_under_an_openai_file_name_are_rejected(tmp_path, vocabulary):
     torch.save(openai_clip("vit").state_dict(), tmp_path / "ViT-B-32.pt")
     message = refused(tmp_path / "ViT-B-32.pt", vocabulary=vocabulary, activation="quick_gelu")
     assert "has the name of OpenAI's ViT-B/32" in message
@@ -98,7 +98,7 @@ def test_a_file_named_like_openais_with_other_contents(tmp_path, vocabulary):
 
 
 def publish(monkeypatch, tmp_path: Path, *, contents: bytes | None = None) -> Path:
-    """Make a tiny "ViT-T/8" a known model, and put its file into the cache."""
+    """Register a tiny "ViT-T/8" as a known model, and put its file into the cache."""
     made = tmp_path / "made.pt"
     torch.save(openai_clip("vit").state_dict(), made)
     sha256 = hashlib.sha256(made.read_bytes()).hexdigest()
@@ -117,25 +117,25 @@ def publish(monkeypatch, tmp_path: Path, *, contents: bytes | None = None) -> Pa
     return cached
 
 
-def test_a_known_name_from_the_cache(tmp_path, monkeypatch, vocabulary):
+def test_known_name_is_loaded_from_the_cache(tmp_path, monkeypatch, vocabulary):
     cached = publish(monkeypatch, tmp_path)
     checkpoint = load_checkpoint("ViT-T/8", vocabulary=vocabulary)
     assert checkpoint.clip.config.text.activation == "quick_gelu"
     assert (checkpoint.name, checkpoint.source) == ("ViT-T-8", "ViT-T/8")
-    # The same file by its path is recognised by its contents.
+    # The path of the same file is recognized by its contents.
     assert load_checkpoint(str(cached), vocabulary=vocabulary).weights_sha256 == (
         checkpoint.weights_sha256
     )
 
 
-def test_a_known_name_with_a_damaged_file_in_the_cache(tmp_path, monkeypatch, vocabulary):
+def test_damaged_cached_file_is_rejected(tmp_path, monkeypatch, vocabulary):
     cached = publish(monkeypatch, tmp_path, contents=b"half of it")
     message = refused("ViT-T/8", vocabulary=vocabulary)
     assert f"{cached} has sha256 {hashlib.sha256(b'half of it').hexdigest()}" in message
     assert "delete it and try again" in message
 
 
-def test_a_known_name_offline_and_not_in_the_cache(tmp_path, monkeypatch, vocabulary):
+def test_uncached_known_name_is_rejected_offline(tmp_path, monkeypatch, vocabulary):
     publish(monkeypatch, tmp_path).unlink()
     message = refused("ViT-T/8", vocabulary=vocabulary)
     assert "https://example.invalid/" in message
@@ -143,7 +143,7 @@ def test_a_known_name_offline_and_not_in_the_cache(tmp_path, monkeypatch, vocabu
 
 
 class Attack:
-    """Unpickled the ordinary way, this runs code of the file's author."""
+    """An object that runs the file author's code when it is unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -153,7 +153,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("form", ["zip", "plain"])
-def test_a_pickle_that_needs_code_is_refused_and_does_not_run(form, tmp_path, vocabulary):
+def test_pickle_with_code_is_rejected_and_does_not_run(form, tmp_path, vocabulary):
     path, marker = tmp_path / "trap.pt", tmp_path / "ran"
     content = {"state_dict": {"logit_scale": torch.ones(())}, "extra": Attack(marker)}
     if form == "zip":
@@ -168,14 +168,14 @@ def test_a_pickle_that_needs_code_is_refused_and_does_not_run(form, tmp_path, vo
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".pth"])
-def test_a_text_file_as_weights(suffix, tmp_path, vocabulary):
+def test_text_file_as_weights_is_rejected(suffix, tmp_path, vocabulary):
     path = (tmp_path / "weights").with_suffix(suffix)
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
     message = refused(path, vocabulary=vocabulary, activation="gelu")
     assert f"{path}: not a PyTorch file (neither a zip archive nor a pickle)" in message
 
 
-def test_an_empty_file_as_weights(tmp_path, vocabulary):
+def test_empty_weights_file_is_rejected(tmp_path, vocabulary):
     for name in ("weights.pt", "weights.safetensors"):
         (tmp_path / name).touch()
         assert str(tmp_path / name) in refused(
@@ -183,7 +183,7 @@ def test_an_empty_file_as_weights(tmp_path, vocabulary):
         )
 
 
-def test_a_damaged_torchscript_archive(tmp_path, vocabulary):
+def test_damaged_torchscript_archive_is_rejected(tmp_path, vocabulary):
     import zipfile
 
     path = tmp_path / "broken.pt"
@@ -195,13 +195,13 @@ def test_a_damaged_torchscript_archive(tmp_path, vocabulary):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"step": 3}, {"state_dict": None}], ids=str)
-def test_a_pickle_of_something_else(content, tmp_path, vocabulary):
+def test_pickle_without_tensors_is_rejected(content, tmp_path, vocabulary):
     torch.save(content, tmp_path / "other.pt")
     message = refused(tmp_path / "other.pt", vocabulary=vocabulary, activation="gelu")
     assert "expected a dictionary of tensors (a state dict)" in message
 
 
-def test_tensors_of_something_else(tmp_path, vocabulary):
+def test_tensors_of_another_model_are_rejected(tmp_path, vocabulary):
     save_file({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     message = refused(tmp_path / "other.safetensors", vocabulary=vocabulary, activation="gelu")
     assert "not" in message

@@ -1,4 +1,5 @@
-"""`python -m export doctor` against what other tools say of this machine, and in poorer ones."""
+"""`python -m export doctor` compared with other sources about this machine, and in reduced
+environments."""
 
 import importlib.metadata
 import json
@@ -31,7 +32,7 @@ NEEDS_GPU = "needs an NVIDIA GPU and its driver"
 FLAGS = set(
     re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split()
 )
-# What a client's environment does not hold, and neither does the system's Python.
+# Packages that a client's environment lacks, and so does the system's Python.
 EXTRA = (
     *("torch", "functorch", "onnx", "openvino", "tensorrt", "cuda", "safetensors", "nvidia"),
     *("huggingface_hub", "pytriton", "transformers", "clip", "__editable__"),
@@ -39,7 +40,8 @@ EXTRA = (
 
 
 def run_doctor(*options: str, python: str = sys.executable, path: tuple[Path, ...] = ()) -> str:
-    """What the command prints, in a process of its own, with `path` before everything else."""
+    """Return the output of the command, run in its own process with `path` first on the module
+    path."""
     done = subprocess.run(
         [python, "-m", "export", "doctor", *options],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, CHECKOUT)))},
@@ -57,13 +59,13 @@ def by_name(rows: list[dict]) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    """Of this machine and this environment."""
+    """The report on this machine and this environment."""
     return json.loads(run_doctor("--json"))
 
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory) -> str:
-    """A virtual environment with what a client installs, and no extra."""
+    """A virtual environment with the dependencies of a client and no extra."""
     home = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
     site = next(home.glob("lib/python*/site-packages"))
@@ -78,7 +80,7 @@ def bare(bare_python) -> dict:
     return json.loads(run_doctor("--json", python=bare_python))
 
 
-def test_the_machine(report):
+def test_machine_facts_equal_those_of_the_system(report):
     machine = report["machine"]
     assert machine["bf16"] == bool(FLAGS & {"avx512_bf16", "amx_bf16"})
     vnni = "VNNI" if FLAGS & {"avx512_vnni", "avx_vnni"} else "none"
@@ -102,7 +104,7 @@ def test_versions_are_those_of_the_distributions(report):
     assert {"torch", "onnx", "onnxscript", "onnxruntime"} <= names
 
 
-def test_what_packages_say_of_themselves(report):
+def test_package_facts_equal_those_of_the_packages(report):
     import onnxruntime
     import torch
 
@@ -124,8 +126,8 @@ def test_export_is_possible_where_the_tests_run(report):
         assert abilities[name] == {"name": name, "possible": True, "why": [], "mend": []}
 
 
-def test_runners(report):
-    """All of them; those that the other tests run on this machine are possible."""
+def test_all_runners_are_reported(report):
+    """Runners that other tests use on this machine are reported as possible."""
     runners = by_name(report["runners"])
     assert list(runners) == list(map(str, RUNNERS))
     assert runners["onnxruntime:fp32"]["possible"]
@@ -134,7 +136,7 @@ def test_runners(report):
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has an NVIDIA GPU")
-def test_without_a_gpu(report):
+def test_missing_gpu_is_reported(report):
     assert report["machine"]["gpu"] is None
     abilities, runners = by_name(report["abilities"]), by_name(report["runners"])
     for name in ("TensorRT engines (build)", "TensorRT engines (run)"):
@@ -148,16 +150,16 @@ def test_without_a_gpu(report):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no nvidia-smi")
-def test_with_a_gpu(report):
+def test_gpu_is_reported(report):
     query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     name, driver, capability = subprocess.check_output(query, text=True).splitlines()[0].split(", ")
     machine = report["machine"]
     assert (machine["gpu"]["name"], machine["gpu"]["compute_capability"]) == (name, capability)
-    assert machine["nvidia_driver"] in (driver, None)  # not every sandbox shows it
+    assert machine["nvidia_driver"] in (driver, None)  # some sandboxes hide the driver version
     assert not any(NEEDS_GPU in row["mend"] for row in (*report["abilities"], *report["runners"]))
 
 
-def test_an_environment_without_extras(bare):
+def test_missing_extras_are_reported_with_install_commands(bare):
     software, abilities = by_name(bare["software"]), by_name(bare["abilities"])
     for name, mend in (
         *((name, EXPORT) for name in ("torch", "onnx", "onnxscript", "safetensors")),
@@ -185,8 +187,8 @@ def test_an_environment_without_extras(bare):
             assert runner["mend"] == [CPU]
 
 
-def test_tables(bare_python):
-    """As wide as a report in a file is; brackets are not taken for markup."""
+def test_tables_fit_a_file_and_show_brackets(bare_python):
+    """Tables have the width of a report in a file, and brackets are not interpreted as markup."""
     started = time.monotonic()
     printed = run_doctor(python=bare_python)
     assert time.monotonic() - started < 10
@@ -199,7 +201,7 @@ def test_tables(bare_python):
         assert len(re.findall(rf"^│ {runtime}: ", printed, re.MULTILINE)) == 1
 
 
-def test_a_library_that_kills_the_interpreter(tmp_path, report):
+def test_library_that_aborts_the_interpreter_is_reported(tmp_path, report):
     (tmp_path / "tensorrt").mkdir()
     fake = "import os\nprint('hello', flush=True)\nos.write(1, b'{')\nos.abort()"
     (tmp_path / "tensorrt" / "__init__.py").write_text(fake)
@@ -231,8 +233,8 @@ def test_a_library_that_kills_the_interpreter(tmp_path, report):
         ("raise SystemExit('bye')", "SystemExit: bye"),
     ],
 )
-def test_what_importing_comes_to(tmp_path, monkeypatch, source, error):
-    """Of the broken one it is told, of the one after it too that it works."""
+def test_failed_import_is_reported(tmp_path, monkeypatch, source, error):
+    """The package after the broken one is still reported as working."""
     (tmp_path / "tensorrt.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     few = {name: installed._PACKAGES[name] for name in ("onnx", "tensorrt")}
@@ -245,13 +247,13 @@ def test_what_importing_comes_to(tmp_path, monkeypatch, source, error):
 
 
 def distribution(folder: Path, name: str, version: str) -> None:
-    """What pip leaves of a package, without the package."""
+    """Write the metadata that pip leaves for a package, without the package."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def test_a_distribution_without_its_module(tmp_path, monkeypatch):
+def test_distribution_without_its_module_is_broken(tmp_path, monkeypatch):
     distribution(tmp_path, "tensorrt", "10.99")
     monkeypatch.syspath_prepend(tmp_path)
     found = installed._package("tensorrt", {"error": ""})
@@ -260,8 +262,8 @@ def test_a_distribution_without_its_module(tmp_path, monkeypatch):
     assert found.mend == f"pip uninstall --yes tensorrt; {GPU}"
 
 
-def test_both_distributions_of_onnxruntime(tmp_path, monkeypatch):
-    """pip does not see that they bring the same files."""
+def test_both_distributions_of_onnxruntime_are_reported(tmp_path, monkeypatch):
+    """pip does not detect that both install the same files."""
     distribution(tmp_path, "onnxruntime-gpu", "1.99")
     monkeypatch.syspath_prepend(tmp_path)
     found = installed._package("onnxruntime", {"version": "1.99", "facts": {}})
@@ -269,7 +271,7 @@ def test_both_distributions_of_onnxruntime(tmp_path, monkeypatch):
     assert "overwrite each other" in doctor_table._state(found)
 
 
-def test_embedded_triton_without_libpython(monkeypatch):
+def test_embedded_triton_requires_libpython(monkeypatch):
     pytest.importorskip("pytriton")
     monkeypatch.setattr(embedded, "libpython_directories", list)
     found = installed.embedded()
@@ -292,7 +294,9 @@ def test_embedded_triton_without_libpython(monkeypatch):
         ("exec sleep 60", "broken", None, "docker version: no answer within 1 s"),
     ],
 )
-def test_programs(tmp_path, monkeypatch, script, state, version, error):
+def test_program_versions_and_errors_are_reported(
+    tmp_path, monkeypatch, script, state, version, error
+):
     (tmp_path / "docker").write_text(f"#!/bin/bash\nexport PATH=/usr/bin:/bin\n{script}\n")
     (tmp_path / "docker").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -307,7 +311,7 @@ def test_programs(tmp_path, monkeypatch, script, state, version, error):
     assert bool(lacking) == (state == "broken")
 
 
-def test_a_program_of_another_machine(tmp_path, monkeypatch):
+def test_program_for_another_architecture_is_broken(tmp_path, monkeypatch):
     (tmp_path / "trtexec").write_bytes(b"\x7fELF nothing that runs")
     (tmp_path / "trtexec").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -331,7 +335,7 @@ def test_a_program_of_another_machine(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_memory_limit(tmp_path, files, own, limit):
+def test_memory_limit_is_read_from_cgroups(tmp_path, files, own, limit):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -364,7 +368,7 @@ MACHINE = Machine(
     ],
     ids=["nothing", "a driver", "an old driver", "a GPU"],
 )
-def test_what_keeps_a_library_from_the_gpu(machine, why, mend):
+def test_obstacles_to_gpu_use_are_named(machine, why, mend):
     facts = {"distributions": ["tensorrt-rtx-cu13-bindings"]}
     rtx = Software(name="tensorrt-rtx", purpose="", state="works", facts=facts)
     obstacles = list(doctor._no_gpu(machine, rtx).items())
@@ -375,7 +379,7 @@ def test_what_keeps_a_library_from_the_gpu(machine, why, mend):
         assert mend in obstacles[0][1]
 
 
-def test_bfloat16_by_a_cpu_without_it():
+def test_cpu_without_bfloat16_cannot_run_bf16():
     cpu = Software(name="openvino", purpose="", state="works", facts={"cpu": ["FP32", "INT8"]})
     bf16, int8 = (
         doctor._obstacles_of(RunnerSpec("openvino", precision), MACHINE, {"openvino": cpu})

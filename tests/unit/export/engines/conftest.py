@@ -1,4 +1,4 @@
-"""Bundles with engines, and bundles to build engines of."""
+"""Fixtures: bundles with engines, and bundles to build engines from."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from tests.support.engine_builds import (
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """Run `python -m export engine` in this process; returns exit code, output and error."""
+    """Run `clip-deploy engine` in this process. Return exit code, output and error."""
 
     def call(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["export", "engine", *map(str, args)])
@@ -35,7 +35,7 @@ def command(monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def every_bundle(tiny_bundle, tmp_path_factory) -> Bundle:
-    """The tiny bundle with int8-fp16 graphs as well; do not change it."""
+    """The tiny bundle with int8-fp16 graphs as well. Do not change it."""
     path = tmp_path_factory.mktemp("every") / "tiny-clip"
     shutil.copytree(tiny_bundle.path, path, copy_function=os.link)
     manifest, more = tiny_bundle.manifest, []
@@ -45,14 +45,15 @@ def every_bundle(tiny_bundle, tmp_path_factory) -> Bundle:
         files = (describe_file(target),)
         more.append(Artifact(graph=tower, kind="onnx", precision="int8-fp16", files=files))
     manifest = replace(manifest, artifacts=(*manifest.artifacts, *more))
-    (path / "manifest.json").unlink()  # and with it the link
+    (path / "manifest.json").unlink()  # removes the hard link too
     (path / "manifest.json").write_text(manifest.to_json())
     return Bundle.open(path)
 
 
 @pytest.fixture
 def config() -> Any:
-    """Of a builder: TensorRT-RTX has the timing caches of TensorRT, and puts nothing into them."""
+    """A builder's config. TensorRT-RTX accepts TensorRT's timing caches, but adds no entries to
+    them."""
     rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="no TensorRT-RTX: make setup")
     builder = rtx.Builder(rtx.Logger(rtx.Logger.INTERNAL_ERROR))
     return builder.create_builder_config()

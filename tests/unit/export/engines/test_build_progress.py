@@ -1,4 +1,4 @@
-"""Builds that report progress, are interrupted, and keep a timing cache."""
+"""Builds that report progress, are interrupted, or keep a timing cache."""
 
 import itertools
 import subprocess
@@ -21,7 +21,7 @@ from tests.support.paths import CHECKOUT
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="no TensorRT-RTX: make setup")
 
 
-def test_progress_progresses(tiny_bundle):
+def test_progress_advances(tiny_bundle):
     steps: list[tuple[str, int, int]] = []
 
     def progress(step: str, done: int = 0, total: int = 0) -> None:
@@ -37,9 +37,9 @@ def test_progress_progresses(tiny_bundle):
         done = [d for step, d, _ in steps if step == phase]
         (total,) = {t for step, _, t in steps if step == phase}
         assert 1 <= done[0] <= done[-1] <= total
-        # A phase that was finished may come again; else it only goes on.
+        # A finished phase may start again. Otherwise the count only increases.
         assert all(late > early or late == 1 for early, late in itertools.pairwise(done))
-    assert max(total for _, _, total in steps) > 50  # more than a light going on and off
+    assert max(total for _, _, total in steps) > 50  # more than start and end
 
 
 def test_ctrl_c_ends_a_build(tiny_bundle):
@@ -49,7 +49,7 @@ def test_ctrl_c_ends_a_build(tiny_bundle):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_error_of_the_progress_is_raised(tiny_bundle):
+def test_error_in_the_progress_callback_is_raised(tiny_bundle):
     def fail() -> None:
         raise BrokenPipeError("nobody reads this")
 
@@ -57,8 +57,8 @@ def test_an_error_of_the_progress_is_raised(tiny_bundle):
         built(graph_of(tiny_bundle, "image", "fp16"), progress=after(3, fail))
 
 
-def test_a_build_in_another_thread(tiny_bundle):
-    """Where no signal handler may be set."""
+def test_build_runs_in_another_thread(tiny_bundle):
+    """No signal handler can be set in another thread."""
     made: list[bytes] = []
     graph = graph_of(tiny_bundle, "image", "fp16")
     thread = threading.Thread(target=lambda: made.append(built(graph)[0]))
@@ -72,8 +72,8 @@ no_ops = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX:Depre
 
 @no_ops
 @pytest.mark.parametrize("content", [None, b"", b"of something else entirely" * 10])
-def test_a_timing_cache_is_written(config, tmp_path, content):
-    """Whatever was in the file."""
+def test_timing_cache_is_written(config, tmp_path, content):
+    """The cache is written whatever the file contained before."""
     file = tmp_path / "new" / "kernels.timing"
     if content is not None:
         file.parent.mkdir()
@@ -87,14 +87,14 @@ def test_a_timing_cache_is_written(config, tmp_path, content):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_no_timing_cache(config):
+def test_no_timing_cache_is_written_without_a_file(config):
     assert _read_cache(config, None) is None
     _write_cache(None, None, silent)
 
 
 @no_ops
-def test_a_timing_cache_that_cannot_be_written(config, tmp_path):
-    """The plan is kept: it took longer."""
+def test_unwritable_timing_cache_is_reported(config, tmp_path):
+    """The build does not fail, because its engine is complete."""
     (tmp_path / "file").write_text("no folder")
     file, said = tmp_path / "file" / "kernels.timing", list[str]()
 
@@ -105,6 +105,6 @@ def test_a_timing_cache_that_cannot_be_written(config, tmp_path):
     assert said == [f"the timing cache was not written: {file}: File exists"]
 
 
-def test_a_timing_cache_that_cannot_be_read(config, tmp_path):
+def test_unreadable_timing_cache_is_rejected(config, tmp_path):
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); name another file"):
         _read_cache(config, tmp_path)

@@ -1,4 +1,4 @@
-"""Engines in a bundle: built by command, recorded, replaced, killed."""
+"""Engines in a bundle: built by command, recorded, replaced, and interrupted by kills."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def files_in(path: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def planned(tiny_bundle, tmp_path_factory) -> Bundle:
-    """The tiny bundle with RTX plans of its fp16 graphs; do not change it."""
+    """The tiny bundle with RTX engines of its fp16 graphs. Do not change it."""
     if RTX is None:
         pytest.skip("no TensorRT-RTX: make setup")
     copy = copied(tiny_bundle, tmp_path_factory.mktemp("planned") / "bundle")
@@ -51,8 +51,8 @@ def planned(tiny_bundle, tmp_path_factory) -> Bundle:
 
 
 @needs_rtx
-def test_plans_by_command(command, tiny_bundle, tmp_path):
-    """As a user does it: fp16 and INT8 of both towers, in the manifest, each with its sidecar."""
+def test_command_builds_engines(command, tiny_bundle, tmp_path):
+    """The command builds fp16 and INT8 engines of both towers and records each with its sidecar."""
     before = copied(tiny_bundle, tmp_path / "bundle")
     options = ("--engine", "tensorrt-rtx", "--max-batch-size", 8)
     code, out, err = command(before.path, *options, "--json")
@@ -101,17 +101,18 @@ def test_plans_by_command(command, tiny_bundle, tmp_path):
 
 
 @needs_rtx
-def test_a_table_of_plans(command, planned, tmp_path):
+def test_command_prints_a_table_of_engines(command, planned, tmp_path):
     bundle = copied(planned, tmp_path / "bundle")
     code, out, _ = command(bundle.path, "--engine", "tensorrt-rtx", "--precision", "fp16")
-    assert code == 0  # plans without a verdict are no failure
+    assert code == 0  # engines without a verdict are no failure
     assert out.count("not run here") == (0 if gpu() else 2)
     assert out.count("tensorrt-rtx:fp16") == (2 if gpu() else 0)
 
 
 @needs_rtx
-def test_a_plan_gives_way_to_a_new_one(planned, tmp_path):
-    """Again and again: there is one of each at any time, and no file that is not vouched for."""
+def test_new_engine_replaces_the_old_one(planned, tmp_path):
+    """After each build there is one engine of each tower, and no file that is not in the
+    manifest."""
     bundle = copied(planned, tmp_path / "bundle")
     graphs = files_in(planned.path) - {f.name for plan in plans_of(planned) for f in plan.files}
     for max_batch in (2, 4, 6):
@@ -130,8 +131,8 @@ def test_a_plan_gives_way_to_a_new_one(planned, tmp_path):
 
 @needs_rtx
 @pytest.mark.parametrize("number", [0, 1])
-def test_verifying_notices_a_changed_plan_or_sidecar(planned, tmp_path, number):
-    """Also on a machine that cannot run it."""
+def test_verify_detects_a_changed_engine_or_sidecar(planned, tmp_path, number):
+    """The check also works on a machine that cannot run the engine."""
     bundle = copied(planned, tmp_path / "bundle")
     plan = plans_of(bundle)[0]
     nothing = Expected(probes=[], labelled=None)
@@ -139,14 +140,14 @@ def test_verifying_notices_a_changed_plan_or_sidecar(planned, tmp_path, number):
         assert judged(bundle, plan, nothing).verdicts == ()
     path = bundle.path / plan.files[number].name
     content = path.read_bytes()
-    path.unlink()  # it may be a link to what others use
+    path.unlink()  # it may be a hard link to a shared file
     path.write_bytes(content + b" ")
     with pytest.raises(BundleError, match=f"{path.name} is not the file that was exported"):
         judged(bundle, plan, nothing)
 
 
 @needs_rtx
-def test_plans_of_other_machines_and_versions_stay(tiny_bundle, tmp_path):
+def test_engines_of_other_machines_and_versions_are_kept(tiny_bundle, tmp_path):
     others = (ENGINE, replace(RTX_ENGINE, version="1.6.0.1"))
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", *others)
     old = plans_of(bundle)
@@ -157,8 +158,8 @@ def test_plans_of_other_machines_and_versions_stay(tiny_bundle, tmp_path):
         made.verified(plan)
 
 
-def test_a_file_elsewhere_is_not_deleted(planned, tmp_path):
-    """A manifest that says so of a plan that gives way can be anybody's."""
+def test_file_outside_the_bundle_is_not_deleted(planned, tmp_path):
+    """An untrusted manifest may name such a file as part of an engine that is replaced."""
     bundle = copied(planned, tmp_path / "bundle")
     precious = tmp_path / "precious"
     precious.write_text("mine")
@@ -207,7 +208,7 @@ for moment in range(most):  # before that many files were renamed or deleted
 
 @pytest.fixture(scope="module")
 def killed(planned, tiny_bundle, tmp_path_factory) -> dict[str, list[Bundle]]:
-    """Bundles whose build was killed before its first, second, ... change of a file."""
+    """Bundles whose build was killed before its first, second, ... file operation."""
     found = {}
     for name, source, most in (("new", tiny_bundle, 4), ("again", planned, 7)):
         target = tmp_path_factory.mktemp(name)
@@ -224,12 +225,13 @@ def killed(planned, tiny_bundle, tmp_path_factory) -> dict[str, list[Bundle]]:
     return found
 
 
-def test_a_kill_leaves_a_whole_bundle(killed, planned):
-    """The manifest vouches for all that it names: the old plans until the new ones are finished."""
+def test_killed_build_leaves_an_intact_bundle(killed, planned):
+    """The manifest names the old engines until the new ones are finished, and all its files
+    verify."""
     for bundle in (*killed["new"], *killed["again"]):
         for artifact in bundle.manifest.artifacts:
             bundle.verified(artifact)
-    # Files of a plan are two, and after them comes the manifest.
+    # An engine has two files, which are written before the manifest.
     assert [len(plans_of(bundle)) for bundle in killed["new"]] == [0, 0, 0, 1]
     for moment, bundle in enumerate(killed["again"]):
         image, text = sorted(plans_of(bundle), key=lambda plan: plan.tower)
@@ -238,8 +240,8 @@ def test_a_kill_leaves_a_whole_bundle(killed, planned):
 
 
 @pytest.mark.parametrize(("kind", "moment"), [("new", 1), ("again", 3), ("again", 6)])
-def test_after_a_kill_it_is_built_again(killed, planned, tmp_path, kind, moment):
-    """And what the kill left lying there goes."""
+def test_build_succeeds_after_a_kill(killed, planned, tmp_path, kind, moment):
+    """The files that the killed build left are removed."""
     bundle = copied(killed[kind][moment], tmp_path / "bundle")
     left_over = files_in(bundle.path) - files_in(planned.path)
     assert left_over
@@ -296,7 +298,7 @@ def test_after_a_kill_it_is_built_again(killed, planned, tmp_path, kind, moment)
         ),
     ],
 )
-def test_what_cannot_be_built(command, tiny_bundle, tmp_path, options, said):
+def test_invalid_build_requests_are_rejected(command, tiny_bundle, tmp_path, options, said):
     bundle = copied(tiny_bundle, tmp_path / "bundle")
     code, out, err = command(bundle.path, *options, "--json")
     assert (code, out) == (2, "")
@@ -309,7 +311,7 @@ def test_what_cannot_be_built(command, tiny_bundle, tmp_path, options, said):
 
 
 @needs_rtx
-def test_a_graph_that_was_tampered_with_is_not_built(tiny_bundle, tmp_path):
+def test_tampered_graph_is_not_built(tiny_bundle, tmp_path):
     bundle = copied(tiny_bundle, tmp_path / "bundle")
     graph = bundle.path / "text.fp16.onnx"
     content = graph.read_bytes()
@@ -317,5 +319,5 @@ def test_a_graph_that_was_tampered_with_is_not_built(tiny_bundle, tmp_path):
     graph.write_bytes(content + b" ")
     with pytest.raises(BundleError, match=r"text\.fp16\.onnx is not the file that was exported"):
         add_engines(bundle, ["fp16"], EngineOptions(library="tensorrt-rtx"), silent)
-    # What was finished before is kept.
+    # Engines that were finished before the error are kept.
     assert [plan.tower for plan in plans_of(Bundle.open(bundle.path))] == ["image"]

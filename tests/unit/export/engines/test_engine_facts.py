@@ -1,4 +1,4 @@
-"""Engines that fit a machine, and the reasons why others do not."""
+"""Engines that fit a machine, and the reasons why others do not fit."""
 
 import json
 from dataclasses import replace
@@ -98,7 +98,7 @@ RTX_FP16 = RunnerSpec("tensorrt-rtx", "fp16")
             COMPATIBLE,
             GRAPH,
             H200,
-            "10.9.0.34",  # as text it would be later
+            "10.9.0.34",  # a later version when compared as text
             ["version: built by tensorrt 10.13.3.9, this machine has 10.9.0.34"],
             id="compatible, earlier minor",
         ),
@@ -159,11 +159,11 @@ RTX_FP16 = RunnerSpec("tensorrt-rtx", "fp16")
         ),
     ],
 )
-def test_why_a_plan_does_not_fit(engine, graph, device, version, reasons):
+def test_mismatch_of_an_engine_is_explained(engine, graph, device, version, reasons):
     assert mismatches(engine, graph, device, version) == reasons
 
 
-def test_every_reason_is_given_at_once():
+def test_all_mismatches_are_reported_at_once():
     reasons = mismatches(ENGINE, "b" * 64, V100, "11.4.0.106")
     assert [reason.partition(":")[0] for reason in reasons] == ["graph", "version", "device"]
 
@@ -171,7 +171,7 @@ def test_every_reason_is_given_at_once():
 @pytest.mark.parametrize(
     ("max_batch", "optimum"), [(64, 16), (16, 16), (8, 8), (1, 1)], ids="batch {}".format
 )
-def test_image_profile(tiny_bundle, max_batch, optimum):
+def test_image_profile_covers_batches_up_to_the_maximum(tiny_bundle, max_batch, optimum):
     (profile,) = profiles_of("image", tiny_bundle.manifest, max_batch)
     assert profile.minimum == (1, 3, 32, 32)
     assert profile.optimum == (optimum, 3, 32, 32)
@@ -188,8 +188,8 @@ def test_image_profile(tiny_bundle, max_batch, optimum):
         (8, [(2, 8, 8)]),
     ],
 )
-def test_text_profiles(tiny_bundle, context, lengths):
-    """Every length belongs to exactly one of them."""
+def test_text_profiles_do_not_overlap(tiny_bundle, context, lengths):
+    """Every length belongs to exactly one profile."""
     manifest = tiny_bundle.manifest
     manifest = replace(manifest, text=replace(manifest.text, context_length=context))
     profiles = profiles_of("text", manifest, 64)
@@ -202,21 +202,21 @@ def test_text_profiles(tiny_bundle, context, lengths):
         assert not any(p.takes(shape) for p in profiles)
 
 
-def test_a_manifest_with_plans_comes_back_equal(tiny_bundle, tmp_path):
+def test_manifest_with_engines_round_trip(tiny_bundle, tmp_path):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", ENGINE, RTX_ENGINE)
     again = Bundle.open(bundle.path)
     assert again.manifest == bundle.manifest
     (plan,) = again.plans("image", "fp16", "tensorrt")
     assert plan.engine == replace(ENGINE, onnx_sha256=plan.engine.onnx_sha256)
-    assert plan.engine.profiles == (PROFILE,)  # tuples again, not lists
-    assert again.artifact("image", "fp16").kind == "onnx"  # a plan is not taken for a graph
+    assert plan.engine.profiles == (PROFILE,)  # tuples, not lists
+    assert again.artifact("image", "fp16").kind == "onnx"  # an engine is not returned as a graph
     assert again.verified(plan) == bundle.path / "engines" / "0" / "image.fp16.plan"
 
 
 @pytest.mark.parametrize(
     ("fact", "value"), [("library", "cudnn"), ("profiles", None), ("version", 10)]
 )
-def test_a_manifest_with_broken_facts_of_a_plan(tiny_bundle, tmp_path, fact, value):
+def test_invalid_engine_facts_in_the_manifest_are_rejected(tiny_bundle, tmp_path, fact, value):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", ENGINE)
     document = json.loads(bundle.manifest.to_json())
     document["artifacts"][-1]["engine"][fact] = value
@@ -226,7 +226,7 @@ def test_a_manifest_with_broken_facts_of_a_plan(tiny_bundle, tmp_path, fact, val
 
 
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
-def test_a_bundle_without_plans_says_what_builds_them(tiny_bundle, library):
+def test_missing_engine_error_names_the_build_command(tiny_bundle, library):
     with pytest.raises(BundleError) as refused:
         tiny_bundle.plans("text", "int8", library)
     command = f"clip-deploy engine {tiny_bundle.path} --engine {library} --precision int8"
@@ -236,7 +236,7 @@ def test_a_bundle_without_plans_says_what_builds_them(tiny_bundle, library):
     )
 
 
-def test_plans_of_one_library_are_not_plans_of_another(tiny_bundle, tmp_path):
+def test_engines_of_another_library_are_not_used(tiny_bundle, tmp_path):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", ENGINE)
     assert len(bundle.plans("image", "fp16", "tensorrt")) == 1
     for asked in (("image", "fp16", "tensorrt-rtx"), ("text", "fp16", "tensorrt")):
@@ -244,7 +244,7 @@ def test_plans_of_one_library_are_not_plans_of_another(tiny_bundle, tmp_path):
             bundle.plans(*asked)
 
 
-def test_int8_beside_fp16_is_chosen_where_there_is_one(tiny_bundle):
+def test_int8_fp16_is_built_instead_of_int8_if_available(tiny_bundle):
     assert buildable(tiny_bundle) == ["fp16", "int8"]
     manifest = tiny_bundle.manifest
     both = [replace(a, precision="int8-fp16") for a in manifest.artifacts if a.precision == "int8"]
@@ -259,7 +259,7 @@ def test_int8_beside_fp16_is_chosen_where_there_is_one(tiny_bundle):
 @without_gpu
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", ["tf32", "fp16", "int8", "int8-fp16"])
-def test_no_runner_without_a_gpu(tiny_bundle, tower, precision):
+def test_runner_requires_a_gpu(tiny_bundle, tower, precision):
     if RTX is not None:
         reason = f"tensorrt-rtx:{precision}: this machine has no NVIDIA GPU, or no driver for it"
         with pytest.raises(RunnerError, match=reason):
@@ -269,7 +269,7 @@ def test_no_runner_without_a_gpu(tiny_bundle, tower, precision):
 
 
 @without_tensorrt
-def test_no_runner_without_the_library(tiny_bundle):
+def test_runner_requires_the_library(tiny_bundle):
     with pytest.raises(RunnerError) as refused:
         open_runner(tiny_bundle, "image", "tensorrt:fp16")
     assert str(refused.value) == (
@@ -285,8 +285,8 @@ def test_no_runner_without_the_library(tiny_bundle):
 
 
 @needs_rtx
-def test_no_plan_fits(tiny_bundle, tmp_path):
-    """Every plan is named with what is wrong with it, then the command that builds a right one."""
+def test_error_lists_why_no_engine_fits(tiny_bundle, tmp_path):
+    """Every engine is listed with its mismatches, then the command that builds a fitting one."""
     old = replace(RTX_ENGINE, version="1.6.0.1")
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", old, replace(old, version="2.0.0.1"))
     with pytest.raises(RunnerError) as refused:
@@ -305,12 +305,13 @@ def test_no_plan_fits(tiny_bundle, tmp_path):
 
 @pytest.fixture
 def h200(monkeypatch):
-    """What the preflight sees; the driver and the libraries see what there is."""
+    """Device as the preflight check sees it. The driver and the libraries still see the real
+    machine."""
     monkeypatch.setattr("serving.runners.tensor_rt.gpu", lambda: H200)
 
 
 @needs_rtx
-def test_the_fitting_one_of_several(tiny_bundle, tmp_path, h200):
+def test_fitting_engine_is_selected(tiny_bundle, tmp_path, h200):
     here = replace(RTX_ENGINE, version=RTX)
     others = [replace(here, version="1.6.0.1"), here, replace(here, version="2.0.0.1")]
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", *others)
@@ -318,7 +319,7 @@ def test_the_fitting_one_of_several(tiny_bundle, tmp_path, h200):
 
 
 @needs_rtx
-def test_a_graph_that_was_exported_again(tiny_bundle, tmp_path, h200):
+def test_engine_of_an_older_graph_does_not_fit(tiny_bundle, tmp_path, h200):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", replace(RTX_ENGINE, version=RTX))
     artifacts = tuple(
         replace(a, files=(replace(a.files[0], sha256="f" * 64),)) if a.kind == "onnx" else a
@@ -331,9 +332,7 @@ def test_a_graph_that_was_exported_again(tiny_bundle, tmp_path, h200):
 
 @needs_rtx
 @pytest.mark.parametrize("damage", ["plan", "sidecar", "no plan", "no sidecar"])
-def test_what_was_tampered_with_is_never_deserialised(
-    tiny_bundle, tmp_path, h200, monkeypatch, damage
-):
+def test_tampered_engine_is_never_deserialized(tiny_bundle, tmp_path, h200, monkeypatch, damage):
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", replace(RTX_ENGINE, version=RTX))
     file = bundle.path / "engines" / "0" / f"image.fp16.plan{'.json' * ('sidecar' in damage)}"
     if damage.startswith("no "):
@@ -347,8 +346,8 @@ def test_what_was_tampered_with_is_never_deserialised(
 
 
 @needs_rtx
-def test_a_plan_that_the_library_refuses(tiny_bundle, tmp_path, h200):
-    """With its reason: on a machine without a GPU that one, else that this is no plan."""
+def test_engine_that_the_library_rejects_is_reported(tiny_bundle, tmp_path, h200):
+    """The error has the library's reason: a missing GPU, or that the file is not an engine."""
     bundle = with_plan(tiny_bundle, tmp_path / "bundle", replace(RTX_ENGINE, version=RTX))
     with pytest.raises(RunnerError) as refused:
         TensorRtRunner(bundle, "image", RTX_FP16).__enter__()

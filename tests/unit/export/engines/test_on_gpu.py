@@ -1,4 +1,4 @@
-"""Plans of both libraries run on a GPU, where there is one."""
+"""Engines of both libraries, run on a GPU if the machine has one."""
 
 import os
 import random
@@ -41,7 +41,8 @@ BATCHES = {
         some_ids(list(range(1, 12)), 48),
     ],
 }
-"""Some larger than MAX_BATCH, lengths on both sides of what the two profiles meet at."""
+"""Some batches exceed MAX_BATCH, and lengths lie on both sides of the limit between the two
+profiles."""
 
 
 def with_plans(bundle: Bundle, path: Path, precisions: tuple[str, ...], **options: Any) -> Bundle:
@@ -64,7 +65,7 @@ def with_plans(bundle: Bundle, path: Path, precisions: tuple[str, ...], **option
 
 @pytest.fixture(scope="session", params=["tensorrt", "tensorrt-rtx"])
 def gpu_bundle(request, every_bundle, tmp_path_factory) -> tuple[str, Bundle]:
-    """A library, and the tiny bundle with a plan of every graph."""
+    """A library, and the tiny bundle with an engine of every graph."""
     if reason := missing(f"{request.param}:fp16"):
         pytest.skip(f"{request.param}: {reason}")
     path = tmp_path_factory.mktemp(request.param) / "bundle"
@@ -73,7 +74,7 @@ def gpu_bundle(request, every_bundle, tmp_path_factory) -> tuple[str, Bundle]:
 
 @pytest.fixture(scope="session")
 def expected(tiny_checkpoint) -> dict[str, Expected]:
-    """Eager float32's embeddings, of the gate's probes and of BATCHES."""
+    """Embeddings of eager float32 for the gate's probes and for BATCHES."""
     checkpoint = load_checkpoint(str(tiny_checkpoint))
     found = {}
     for tower, module in (("image", checkpoint.clip.image), ("text", checkpoint.clip.text)):
@@ -84,27 +85,27 @@ def expected(tiny_checkpoint) -> dict[str, Expected]:
 
 
 def precision_of(name: str) -> str:
-    """`fp32` graphs run in TF32."""
+    """Precision of the runner. `fp32` graphs run in TF32."""
     return "tf32" if name == "fp32" else name
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_parity(gpu_bundle, expected, tower, precision):
+def test_engines_pass_the_parity_gate(gpu_bundle, expected, tower, precision):
     library, bundle = gpu_bundle
     name = f"{library}:{precision_of(precision)}"
     with open_runner(bundle, tower, name) as runner:
         verdict = judge(runner, expected[tower], tower)
     print(f"{tower} {name}: cosine {verdict.min_cosine:.6f}")
     assert verdict.passed, verdict
-    # The verdict that was recorded when the plan was built says the same.
+    # The verdict recorded when the engine was built agrees.
     (plan,) = bundle.plans(tower, precision, library)
     assert plan.passed(name)
 
 
 def other_contents(batch: np.ndarray, turn: int) -> np.ndarray:
-    """Of the same shape; the embeddings are 0.15 and more away."""
+    """A different batch of the same shape. The embeddings differ by at least 0.15."""
     if batch.dtype == np.uint8:
         return np.roll(batch, 7 * turn, axis=3)
     return np.where(batch < 49406, (batch + 997 * turn) % 49406, batch).astype(np.int32)
@@ -113,8 +114,8 @@ def other_contents(batch: np.ndarray, turn: int) -> np.ndarray:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_replayed_graph_equals_plain_execution(gpu_bundle, tower, precision):
-    """Each shape several times, so that it is run, captured and replayed, others in between."""
+def test_cuda_graph_replay_equals_plain_execution(gpu_bundle, tower, precision):
+    """Each shape occurs several times, between others, so that it is run, captured and replayed."""
     library, bundle = gpu_bundle
     order = [*range(len(BATCHES[tower]))] * 5
     random.Random(0).shuffle(order)
@@ -138,7 +139,7 @@ def test_a_replayed_graph_equals_plain_execution(gpu_bundle, tower, precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tower", TOWERS)
-def test_shapes_that_were_dropped_come_back(gpu_bundle, tower, monkeypatch):
+def test_evicted_shapes_are_captured_again(gpu_bundle, tower, monkeypatch):
     library, bundle = gpu_bundle
     with TensorRtRunner(bundle, tower, RunnerSpec(library, "fp16")) as runner:
         want = [runner.run(batch) for batch in BATCHES[tower]]
@@ -150,7 +151,7 @@ def test_shapes_that_were_dropped_come_back(gpu_bundle, tower, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_results_memory_is_its_own(gpu_bundle):
+def test_result_is_not_overwritten_by_the_next_run(gpu_bundle):
     library, bundle = gpu_bundle
     with TensorRtRunner(bundle, "text", RunnerSpec(library, "fp16")) as runner:
         batch = BATCHES["text"][3]
@@ -163,7 +164,7 @@ def test_a_results_memory_is_its_own(gpu_bundle):
 
 
 @pytest.mark.gpu
-def test_a_batch_that_the_plan_does_not_take(gpu_bundle):
+def test_batch_outside_the_profiles_is_rejected(gpu_bundle):
     library, bundle = gpu_bundle
     with TensorRtRunner(bundle, "text", RunnerSpec(library, "fp16")) as runner:
         with pytest.raises(RunnerError, match=r"cannot run int32 \[1, 78\]: the engine accepts"):
@@ -176,7 +177,7 @@ def test_a_batch_that_the_plan_does_not_take(gpu_bundle):
 
 
 @pytest.mark.gpu
-def test_a_closed_runner_holds_no_memory(gpu_bundle):
+def test_closed_runner_frees_gpu_memory(gpu_bundle):
     from cuda.bindings import runtime as cudart
 
     library, bundle = gpu_bundle
@@ -187,12 +188,12 @@ def test_a_closed_runner_holds_no_memory(gpu_bundle):
                 for _ in range(3):
                     runner.run(batch)
         free.append(cudart.cudaMemGetInfo()[1])
-    assert free[0] - free[-1] < 32 << 20  # the first one also loads the library's own code
+    assert free[0] - free[-1] < 32 << 20  # the first runner also loads the library's own code
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fact", ["device", "compute_capability", "version", "onnx_sha256"])
-def test_a_plan_from_elsewhere_is_refused(gpu_bundle, fact):
+def test_engine_of_another_machine_is_rejected(gpu_bundle, fact):
     library, bundle = gpu_bundle
     if library == "tensorrt-rtx" and fact in ("device", "compute_capability"):
         pytest.skip("plans of TensorRT-RTX belong to no device")
@@ -214,7 +215,7 @@ def test_a_plan_from_elsewhere_is_refused(gpu_bundle, fact):
 @pytest.mark.gpu
 @pytest.mark.skipif(missing("tensorrt:fp16") is not None, reason=str(missing("tensorrt:fp16")))
 @pytest.mark.parametrize("option", ["strip_weights", "version_compatible", "hardware_compatible"])
-def test_plans_of_other_kinds_compute_the_same(every_bundle, expected, tmp_path, option):
+def test_other_build_options_give_equal_embeddings(every_bundle, expected, tmp_path, option):
     whole = with_plans(every_bundle, tmp_path / "whole", ("fp16",))
     made = with_plans(every_bundle, tmp_path / "bundle", ("fp16",), **{option: True})
     for tower in TOWERS:

@@ -1,4 +1,4 @@
-"""Plans really built by TensorRT-RTX, which needs no GPU; graphs that cannot be built."""
+"""Engines built by TensorRT-RTX, which needs no GPU, and graphs that cannot be built."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="no TensorRT-RTX: make
 
 
 def diagnostics(plan: bytes) -> int:
-    """What the runtime holds against a plan, apart from there being no GPU for it."""
+    """Return the runtime's objections to an engine, except that there is no GPU."""
     runtime = rtx.Runtime(collecting(rtx, deque()))
     return runtime.get_engine_validity(plan)[1]
 
@@ -62,25 +62,25 @@ def assert_sound(graph: Graph, plan: bytes, engine: Engine) -> None:
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_tiny_plans(every_bundle, tower, precision):
+def test_tiny_engines_are_built(every_bundle, tower, precision):
     graph = graph_of(every_bundle, tower, precision)
     plan, engine = built(graph)
     assert_sound(graph, plan, engine)
     assert engine.build_seconds < SLOWEST_S
 
 
-def test_what_is_no_plan_is_found_out():
-    """So that `assert_sound` can fail."""
+def test_diagnostics_detect_an_invalid_engine():
+    """Shows that `assert_sound` can fail."""
     assert diagnostics(b"no plan" * 100) & int(rtx.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
 
 
 LARGE = [("image", "fp16"), ("image", "int8"), ("text", "fp16"), ("text", "int8-fp16")]
-"""INT8 beside either precision; every other graph costs ten seconds of exporting."""
+"""INT8 combined with either precision. Each further graph costs ten seconds of export."""
 
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory, tiny_bundle, vocabulary) -> dict[tuple[str, str], Graph]:
-    """Graphs of the size of ViT-B/32, its weights random."""
+    """Graphs of the size of ViT-B/32 with random weights."""
     checkpoint = load_checkpoint("random:ViT-B-32", vocabulary=vocabulary)
     folder = tmp_path_factory.mktemp("large")
     manifest = replace(tiny_bundle.manifest, image=checkpoint.image, text=checkpoint.text)
@@ -97,21 +97,21 @@ def large(tmp_path_factory, tiny_bundle, vocabulary) -> dict[tuple[str, str], Gr
     "CLIP_SOAK" not in os.environ, reason="takes a minute and a half; make soak builds them"
 )
 @pytest.mark.parametrize(("tower", "precision"), LARGE)
-def test_vit_b_32_plans(large, tower, precision):
+def test_vit_b_32_engines_are_built(large, tower, precision):
     graph = large[tower, precision]
     plan, engine = built(graph)
     assert_sound(graph, plan, engine)
     megabytes = len(plan) / 1e6
     print(f"ViT-B/32 {tower} {precision}: {megabytes:.0f} MB in {engine.build_seconds} s")
     assert engine.build_seconds < SLOWEST_S
-    # Weights are kept in what the graph has them in, not in float32.
+    # Weights keep the type that they have in the graph, and are not converted to float32.
     assert megabytes < 1.3 * graph.path.stat().st_size / 1e6
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_boundary_of_the_parsed_network(every_bundle, tower, precision):
-    """Whatever the precision inside: uint8 or int32 in, float32 out, batch and length dynamic."""
+def test_parsed_network_has_the_expected_inputs_and_outputs(every_bundle, tower, precision):
+    """For every precision: uint8 or int32 input, float32 output, dynamic batch and length."""
     logger = rtx.Logger(rtx.Logger.ERROR)
     builder = rtx.Builder(logger)
     typed = 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -129,7 +129,7 @@ def test_the_boundary_of_the_parsed_network(every_bundle, tower, precision):
 
 @pytest.fixture
 def seen(monkeypatch) -> dict[str, Any]:
-    """What the library itself holds when it starts to build."""
+    """Record the settings that the library holds when it starts to build."""
     seen: dict[str, Any] = {"profiles": []}
 
     class Builder(rtx.Builder):
@@ -154,7 +154,7 @@ def seen(monkeypatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("tower", "max_batch"), [("image", 64), ("text", 64), ("text", 4)])
-def test_what_the_library_is_told(every_bundle, seen, tower, max_batch):
+def test_build_options_reach_the_library(every_bundle, seen, tower, max_batch):
     options = replace(OPTIONS, max_batch=max_batch, workspace_bytes=1 << 30, optimization_level=2)
     _, engine = built(graph_of(every_bundle, tower, "fp16"), options)
     name = BOUNDARY[tower][0]
@@ -176,7 +176,7 @@ def unknown_operator(model: onnx.ModelProto) -> str:
 
 
 def other_width(model: onnx.ModelProto) -> str:
-    """A weight that lost some of its rows."""
+    """Remove some rows of a weight."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     node = next(n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights)
     weight = weights[node.input[1]]
@@ -185,7 +185,7 @@ def other_width(model: onnx.ModelProto) -> str:
 
 
 def mixed_types(model: onnx.ModelProto) -> str:
-    """float16 meets float32, which a strongly typed network does not mend."""
+    """Combine float16 and float32, which a strongly typed network does not convert."""
     half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     product = next(n for n in reversed(model.graph.node) if n.op_type == "MatMul")
     cast = onnx.helper.make_node("Cast", [product.input[0]], ["mixed"], "mixed_cast", to=full)
@@ -203,7 +203,7 @@ def mixed_types(model: onnx.ModelProto) -> str:
         (mixed_types, "must have same input types"),
     ],
 )
-def test_a_node_that_cannot_be_parsed(tiny_bundle, tmp_path, change, reason):
+def test_unparsable_node_is_rejected(tiny_bundle, tmp_path, change, reason):
     graph = graph_of(tiny_bundle, "image", "fp16")
     model = onnx.load(graph.path)
     name = change(model)
@@ -227,7 +227,7 @@ def test_a_node_that_cannot_be_parsed(tiny_bundle, tmp_path, change, reason):
     ],
     ids=["another file", "empty", "cut off", "not there"],
 )
-def test_a_file_that_is_no_graph(tiny_bundle, tmp_path, content, reason):
+def test_file_that_is_not_a_graph_is_rejected(tiny_bundle, tmp_path, content, reason):
     graph = graph_of(tiny_bundle, "image", "fp16")
     path = tmp_path / "broken.onnx"
     if content:
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_graph(tiny_bundle, tmp_path, content, reason):
         built(graph._replace(path=path))
 
 
-def test_a_graph_with_another_input(tiny_bundle):
+def test_graph_with_another_input_is_rejected(tiny_bundle):
     graph = graph_of(tiny_bundle, "image", "fp16")._replace(tower="text")
     with pytest.raises(
         ExportError, match=r"cannot build .*image\.fp16\.onnx: .* input tensor pixels is missing"
@@ -244,13 +244,13 @@ def test_a_graph_with_another_input(tiny_bundle):
         built(graph)
 
 
-def test_too_little_workspace(tiny_bundle):
+def test_too_small_workspace_is_rejected(tiny_bundle):
     with pytest.raises(ExportError, match=r"cannot build .* workspace limit"):
         built(graph_of(tiny_bundle, "text", "fp16"), replace(OPTIONS, workspace_bytes=1 << 10))
 
 
-def test_a_broken_graph_leaves_nothing_in_the_bundle(tiny_bundle, tmp_path):
-    """Though the manifest vouches for it: an exporter may have made it so."""
+def test_failed_build_leaves_nothing_in_the_bundle(tiny_bundle, tmp_path):
+    """The manifest matches the broken graph, as if the export had produced it."""
     path = tmp_path / "bundle"
     shutil.copytree(tiny_bundle.path, path, copy_function=os.link)
     model = onnx.load(path / "image.fp16.onnx")

@@ -1,6 +1,6 @@
-"""Every use of TensorRT in our source, held against the genuine bindings of TensorRT 10 and 11.
+"""Every use of TensorRT in our source, checked against the real bindings of TensorRT 10 and 11.
 
-The bindings load without TensorRT over a stub of nine symbols, each in a process of its own
+The bindings load without TensorRT over a stub of nine symbols, each in its own process
 (`tests.support.tensorrt_uses`).
 """
 
@@ -25,7 +25,7 @@ SOURCES = {
     for path in ("serving/runners/tensor_rt.py", "export/engines/builder.py")
 }
 BINDINGS = Path(sys.prefix) / "tensorrt-bindings"
-"""`<version>/` each; `make setup` puts them there."""
+"""Contains one directory `<version>/` for each version. `make setup` creates them."""
 VERSIONS = ("10.16.1.11", "11.4.0.106", "rtx")
 STUB = """
 void *createInferBuilder_INTERNAL(void) {return 0;}
@@ -63,7 +63,7 @@ MUTANTS = {
     "no override": ("def step_complete", "def step_completed"),
     "a constructor": ("IProgressMonitor.__init__(self", "IProgressMonitor.__init__(self, 1"),
 }
-"""What must be reported: a piece of our source, and what it becomes."""
+"""Mutations that must be reported: a fragment of our source, and its replacement."""
 FINE_IN_10 = {"a flag", "a property"}
 
 _ERROR = "error: trt.ParserError = parser.get_error(index)"
@@ -102,7 +102,8 @@ def mutated(old: str, new: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def stubs(tmp_path_factory) -> Path:
-    """A folder for each major version of TensorRT, with libraries that hold the nine symbols."""
+    """A directory for each major version of TensorRT, with libraries that define the nine
+    symbols."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler: apt-get install gcc")
@@ -118,7 +119,7 @@ def stubs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", params=VERSIONS)
 def answer(request, stubs) -> dict[str, Any]:
-    """What one version says of our source, and of every mutant of it."""
+    """Problems that one version has with our source and with every mutant of it."""
     version, module, paths = request.param, "tensorrt_bindings", {}
     if version == "rtx":
         module = "tensorrt_rtx_bindings"
@@ -145,18 +146,18 @@ def answer(request, stubs) -> dict[str, Any]:
     return json.loads(done.stdout) | {"asked": version}
 
 
-def test_the_bindings_are_the_genuine_ones(answer):
+def test_real_bindings_are_loaded(answer):
     if answer["asked"] != "rtx":
         assert answer["version"] == answer["asked"]
     assert answer["types"] == [f"<class 'numpy.{t}'>" for t in ("uint8", "int32", "float32")]
 
 
-def test_our_source_fits(answer):
+def test_source_matches_the_bindings(answer):
     assert answer["problems"]["ours"] == []
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_what_does_not_fit_is_reported(answer, name):
+def test_mismatched_uses_are_reported(answer, name):
     problems = answer["problems"][name]
     if name in FINE_IN_10 and answer["version"].startswith("10."):
         assert problems == []
@@ -164,7 +165,7 @@ def test_what_does_not_fit_is_reported(answer, name):
         assert problems
 
 
-def test_nothing_else_uses_the_library():
+def test_no_other_module_uses_the_library():
     others = {
         path.relative_to(CHECKOUT).as_posix()
         for package in ("serving", "export", "training", "benchmarks", "model_repository")
@@ -175,24 +176,24 @@ def test_nothing_else_uses_the_library():
 
 
 def test_every_use_is_read():
-    """Nothing is lost on the way: spot checks of each way that an object takes."""
+    """Spot checks of each way in which an object is passed on."""
     uses, cuda, problems = read(SOURCES)
     assert problems == []
     found = {(use.how, use.owner, use.name) for use in uses}
     assert found >= {
         ("get", "", "__version__"),
-        ("call", "", "Builder"),  # of the module
+        ("call", "", "Builder"),  # a function of the module
         ("get", "", "BuilderFlag.TF32"),
         ("int", "", "NetworkDefinitionCreationFlag.STRONGLY_TYPED"),
-        ("call", "IBuilderConfig", "set_flag"),  # of a parameter
-        ("call", "OnnxParser", "parse_from_file"),  # of a variable
+        ("call", "IBuilderConfig", "set_flag"),  # a method of a parameter
+        ("call", "OnnxParser", "parse_from_file"),  # a method of a variable
         ("set", "IBuilderConfig", "progress_monitor"),
         ("call", "ParserError", "desc"),
         ("override", "IProgressMonitor", "step_complete"),
         ("compare", "", "ILogger.ERROR"),
         ("get", "", "TensorIOMode.INPUT"),
-        ("get", "", "ExecutionContextAllocationStrategy.USER_MANAGED"),  # of self._trt
-        ("call", "IExecutionContext", "execute_async_v3"),  # of an alias of a field
+        ("get", "", "ExecutionContextAllocationStrategy.USER_MANAGED"),  # a method of self._trt
+        ("call", "IExecutionContext", "execute_async_v3"),  # a method of an alias of a field
     }
     assert {"cudaMalloc", "cudaMemcpyKind.cudaMemcpyHostToDevice"} <= {use.name for use in cuda}
     text = "".join(SOURCES.values())
@@ -202,17 +203,17 @@ def test_every_use_is_read():
 
 
 @pytest.mark.parametrize("name", UNCLEAR_ONES)
-def test_what_cannot_be_followed_is_reported(name):
+def test_uses_without_inferable_type_are_reported(name):
     _, _, problems = read(mutated(*UNCLEAR_ONES[name]))
     assert problems
 
 
-def test_cuda():
+def test_cuda_uses_match_the_bindings():
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings: make setup")
     assert check(runtime, read(SOURCES)[1]) == []
 
 
 @pytest.mark.parametrize("name", CUDA_MUTANTS)
-def test_what_cuda_has_not_is_reported(name):
+def test_unknown_cuda_uses_are_reported(name):
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="no cuda-bindings: make setup")
     assert check(runtime, read(mutated(*CUDA_MUTANTS[name]))[1])

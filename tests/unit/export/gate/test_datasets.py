@@ -1,4 +1,4 @@
-"""The data of an export: folders and files as users give them, good and bad."""
+"""Data of an export: valid and invalid directories and files of users."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ TEMPLATES = ("a photo of a {}.", "the {}")
 
 @pytest.fixture
 def folder(pictures, tmp_path) -> Path:
-    """A folder of one's own, with the eight good pictures."""
+    """A copy of the directory with the eight valid images."""
     return Path(shutil.copytree(pictures, tmp_path / "folder"))
 
 
@@ -35,7 +35,7 @@ def load(bundle: Bundle, tokenizer: Tokenizer, **given):
     )
 
 
-def test_without_data_the_probes_are_used_and_said_to_be(tiny_bundle, tokenizer):
+def test_synthetic_probes_are_the_default_data(tiny_bundle, tokenizer):
     data, again = load(tiny_bundle, tokenizer), load(tiny_bundle, tokenizer)
     assert data.source == "synthetic probes"
     assert (data.labelled, data.skipped) == (None, ())
@@ -47,22 +47,20 @@ def test_without_data_the_probes_are_used_and_said_to_be(tiny_bundle, tokenizer)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_parity_probes_are_the_same_each_time_and_not_those_of_calibration(
-    tiny_bundle, tokenizer, tower
-):
-    """INT8 that was calibrated on what it is judged by would be judged too kindly."""
+def test_parity_probes_are_deterministic_and_unlike_calibration_data(tiny_bundle, tokenizer, tower):
+    """Verdicts on INT8 would be too favorable if the probes were also its calibration data."""
     image, text = tiny_bundle.manifest.image, tiny_bundle.manifest.text
     one, two = (list(probes(tower, image, text)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     seen = {row.tobytes() for b in load(tiny_bundle, tokenizer).calibration[tower] for row in b}
     rows = [row for batch in one for row in batch]
-    if tower == "text":  # an empty text is the same everywhere
+    if tower == "text":  # an empty text has the same tokens everywhere
         rows = [row for row in rows if row[1] != text.end_id]
     assert len(rows) >= 16
     assert not any(row.tobytes() in seen for row in rows)
 
 
-def test_pictures_become_batches_in_the_order_of_their_names(tiny_bundle, tokenizer, folder):
+def test_images_become_batches_in_the_order_of_their_names(tiny_bundle, tokenizer, folder):
     (folder / "inner").mkdir()
     for number in range(10):
         shutil.copy(folder / "wide.jpg", folder / "inner" / f"{number}.JPG")
@@ -75,12 +73,12 @@ def test_pictures_become_batches_in_the_order_of_their_names(tiny_bundle, tokeni
     assert data.skipped == ()
 
 
-def test_unreadable_pictures_are_named_and_the_rest_is_used(tiny_bundle, tokenizer, folder):
+def test_unreadable_images_are_named_and_skipped(tiny_bundle, tokenizer, folder):
     (folder / "aaa.jpg").write_bytes(b"no picture")
     (folder / "empty.png").write_bytes(b"")
     (folder / "half.jpg").write_bytes((folder / "wide.jpg").read_bytes()[:300])
     (folder / "notes.md").write_text("not looked at")
-    (folder / "a-folder.png").mkdir()  # no file, so no image either
+    (folder / "a-folder.png").mkdir()  # a directory, so not an image
     data = load(tiny_bundle, tokenizer, pictures=folder)
     assert sum(map(len, data.calibration["image"])) == 8
     assert data.source == "8 images of folder"
@@ -88,7 +86,7 @@ def test_unreadable_pictures_are_named_and_the_rest_is_used(tiny_bundle, tokeniz
     assert named == ["aaa.jpg", "empty.png", "half.jpg"]
 
 
-def test_a_build_says_how_many_pictures_it_skipped(tiny_bundle, tiny_checkpoint, folder, tmp_path):
+def test_build_reports_skipped_images(tiny_bundle, tiny_checkpoint, folder, tmp_path):
     import export.pipeline
     from export.checkpoints.load import load_checkpoint
 
@@ -108,19 +106,19 @@ def test_a_build_says_how_many_pictures_it_skipped(tiny_bundle, tiny_checkpoint,
     assert "skipped 7 images that cannot be read" in said
 
 
-def test_a_folder_of_nothing_but_unreadable_pictures(tiny_bundle, tokenizer, tmp_path):
+def test_directory_of_unreadable_images_is_rejected(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"none of its images can be read; first bad\.jpg: "):
         load(tiny_bundle, tokenizer, pictures=tmp_path)
 
 
-def test_an_empty_folder(tiny_bundle, tokenizer, tmp_path):
+def test_directory_without_images_is_rejected(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(InputError, match=r"no images in .*; expected files of \.jpg, "):
         load(tiny_bundle, tokenizer, pictures=tmp_path)
 
 
-def test_a_folder_that_is_not_there_or_a_file(tiny_bundle, tokenizer, tmp_path):
+def test_missing_directory_or_file_is_rejected(tiny_bundle, tokenizer, tmp_path):
     (tmp_path / "file.jpg").write_bytes(b"")
     for path in (tmp_path / "missing", tmp_path / "file.jpg"):
         for what in ("pictures", "labelled"):
@@ -153,7 +151,7 @@ def test_captions_become_token_ids(tiny_bundle, tokenizer, tmp_path):
     assert data.source == "5 captions of captions.txt"
 
 
-def test_many_and_long_captions(tiny_bundle, tokenizer, tmp_path):
+def test_captions_are_limited_and_truncated(tiny_bundle, tokenizer, tmp_path):
     file = tmp_path / "many.txt"
     file.write_text("\n".join(["word " * 200] + [f"number {n}" for n in range(1000)]))
     data = load(tiny_bundle, tokenizer, captions=file)
@@ -162,7 +160,7 @@ def test_many_and_long_captions(tiny_bundle, tokenizer, tmp_path):
     assert data.calibration["text"][1].shape == (16, 8)
 
 
-def test_captions_that_are_not_utf8(tiny_bundle, tokenizer, tmp_path):
+def test_captions_that_are_not_utf8_are_rejected(tiny_bundle, tokenizer, tmp_path):
     file = tmp_path / "captions.txt"
     file.write_bytes("one\ntwo\nein schöner Hund\n".encode("latin-1"))
     with pytest.raises(TextError, match=r"captions\.txt, line 3: not UTF-8 .*save the file as UTF"):
@@ -170,14 +168,14 @@ def test_captions_that_are_not_utf8(tiny_bundle, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
-def test_captions_without_a_caption(tiny_bundle, tokenizer, tmp_path, content):
+def test_empty_captions_file_is_rejected(tiny_bundle, tokenizer, tmp_path, content):
     file = tmp_path / "captions.txt"
     file.write_text(content)
     with pytest.raises(InputError, match=r"captions\.txt has no captions; expected one per line"):
         load(tiny_bundle, tokenizer, captions=file)
 
 
-def test_captions_that_are_not_there(tiny_bundle, tokenizer, tmp_path):
+def test_missing_captions_file_is_rejected(tiny_bundle, tokenizer, tmp_path):
     for path in (tmp_path / "missing.txt", tmp_path):
         with pytest.raises(InputError, match=rf"{path.name} cannot be read"):
             load(tiny_bundle, tokenizer, captions=path)
@@ -190,8 +188,9 @@ def labelled(tiny_bundle, tokenizer, folder, captions: str, labels: str | None =
     return load(tiny_bundle, tokenizer, labelled=folder)
 
 
-def test_labelled_pictures_with_a_list_of_labels(tiny_bundle, tokenizer, folder):
-    """Pictures whose caption is no label are left out; the list's order is the labels' numbers."""
+def test_labels_file_selects_and_numbers_labels(tiny_bundle, tokenizer, folder):
+    """Images whose caption is not a label are left out. The order of the list numbers the
+    labels."""
     captions = "wide.jpg, dog\ntall.jpg, cat\ngrey.jpg, a cat, on a mat\nsmall.png,dog\nx.png, cat"
     data = labelled(tiny_bundle, tokenizer, folder, captions, "owl\ndog\n\ncat\n")
     found = data.labelled
@@ -205,16 +204,16 @@ def test_labelled_pictures_with_a_list_of_labels(tiny_bundle, tokenizer, folder)
     assert data.source == "synthetic probes"
 
 
-def test_labelled_pictures_without_a_list(tiny_bundle, tokenizer, folder):
-    """Every caption is a label then, in the order of the alphabet."""
+def test_captions_are_the_labels_without_a_labels_file(tiny_bundle, tokenizer, folder):
+    """The captions are then the labels, in alphabetical order."""
     found = labelled(
         tiny_bundle, tokenizer, folder, "wide.jpg, dog\ntall.jpg, cat\ngrey.jpg, dog"
     ).labelled
-    assert list(found.truth) == [1, 0, 1]  # grey, tall, wide
+    assert list(found.truth) == [1, 0, 1]  # the order is grey, tall, wide
     assert sum(map(len, found.texts)) == 2 * len(TEMPLATES)
 
 
-def test_unreadable_labelled_pictures_are_skipped_with_their_label(tiny_bundle, tokenizer, folder):
+def test_unreadable_labeled_images_are_skipped_with_their_label(tiny_bundle, tokenizer, folder):
     (folder / "print.jpg").write_bytes(b"no picture")
     data = labelled(
         tiny_bundle, tokenizer, folder, "grey.jpg, a\nprint.jpg, b\ntall.jpg, c\nwide.jpg, a"
@@ -225,7 +224,7 @@ def test_unreadable_labelled_pictures_are_skipped_with_their_label(tiny_bundle, 
     assert reason.startswith("print.jpg: ")
 
 
-def test_labelled_pictures_of_which_none_can_be_read(tiny_bundle, tokenizer, folder):
+def test_unreadable_labeled_images_only_are_rejected(tiny_bundle, tokenizer, folder):
     (folder / "print.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"none of its images can be read; first print\.jpg: "):
         labelled(tiny_bundle, tokenizer, folder, "print.jpg, dog\n")
@@ -235,17 +234,19 @@ def test_labelled_pictures_of_which_none_can_be_read(tiny_bundle, tokenizer, fol
     ("captions", "labels", "count"),
     [("wide.jpg, dog", "cat\nowl", 2), ("", None, 0), ("wide.jpg dog", None, 0), ("x,y", "", 0)],
 )
-def test_labels_that_match_no_picture(tiny_bundle, tokenizer, folder, captions, labels, count):
+def test_labels_that_match_no_image_are_rejected(
+    tiny_bundle, tokenizer, folder, captions, labels, count
+):
     expected = rf"no image has one of its {count} labels as its caption; expected captions\.txt"
     with pytest.raises(InputError, match=expected):
         labelled(tiny_bundle, tokenizer, folder, captions, labels)
 
 
-def test_folders_without_captions_have_none(folder):
+def test_directory_without_captions_file_has_no_captions(folder):
     assert read_captions(folder) == {}
 
 
-def test_find_images_is_sorted_and_looks_into_folders(folder):
+def test_find_images_is_sorted_and_recursive(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "wide.jpg").rename(folder / "deep" / "er" / "wide.JPeG")
     found = [path.relative_to(folder).as_posix() for path in find_images(folder)]
@@ -254,7 +255,7 @@ def test_find_images_is_sorted_and_looks_into_folders(folder):
     assert len(found) == 8
 
 
-def test_lines_end_in_any_way(tmp_path):
+def test_all_line_endings_are_accepted(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_bytes("\ufeffone\r\n two \r\n\r\nthree".encode())
     assert read_lines(file) == ["one", "two", "three"]

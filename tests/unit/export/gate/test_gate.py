@@ -1,4 +1,4 @@
-"""The whole gate: accuracy on labelled pictures, every kind of artifact, verdicts that last."""
+"""The whole gate: accuracy on labeled images, every kind of artifact, and recorded verdicts."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ from serving.util.progress import silent
 from tests.support.references import MEAN, STD, some_ids, some_pixels, unit
 
 NOUNS = [f"number {n}" for n in range(60)]
-ROLLED = 3  # how many of the eight pictures get a wrong label
+ROLLED = 3  # number of the eight images that get a wrong label
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def checkpoint(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def theirs(tiny_checkpoint, checkpoint, pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings by transformers' CLIP of each picture, by name, and of each of NOUNS."""
+    """Embeddings by transformers' CLIP of each image, by name, and of each of NOUNS."""
     from PIL import Image
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -61,9 +61,9 @@ def theirs(tiny_checkpoint, checkpoint, pictures) -> tuple[np.ndarray, np.ndarra
 
 @pytest.fixture(scope="module")
 def labels(theirs) -> tuple[str, str]:
-    """The two of NOUNS that divide the pictures evenly and clearly, yet not by a long way.
+    """The two of NOUNS that divide the images evenly and clearly, but not by a wide margin.
 
-    To a model that has learnt nothing most pairs are one and the same for every picture.
+    An untrained model chooses the same noun of most pairs for every image.
     """
     images, nouns = theirs
     best, chosen = 1e-4, None
@@ -79,7 +79,7 @@ def labels(theirs) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def chosen(theirs, labels, pictures) -> dict[str, str]:
-    """For each picture the label that transformers' CLIP gives it."""
+    """The label that transformers' CLIP gives each image."""
     images, nouns = theirs
     nearest = (images @ nouns[[NOUNS.index(label) for label in labels]].T).argmax(1)
     names = sorted(file.name for file in pictures.iterdir())
@@ -88,7 +88,7 @@ def chosen(theirs, labels, pictures) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(chosen, labels, pictures, tmp_path_factory) -> Path:
-    """Labelled pictures, of which the checkpoint by transformers gets all but ROLLED right."""
+    """Labeled images of which the checkpoint, run by transformers, gets all but ROLLED right."""
     path = Path(shutil.copytree(pictures, tmp_path_factory.mktemp("labelled") / "pictures"))
     truth = dict(chosen)
     for name in sorted(truth)[:ROLLED]:
@@ -101,7 +101,7 @@ def folder(chosen, labels, pictures, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint, quick_build, folder, tmp_path_factory) -> Bundle:
-    """The kinds that the tiny bundle has not, judged on labelled pictures."""
+    """Verdicts on labeled images for the precisions that the tiny bundle lacks."""
     output = tmp_path_factory.mktemp("gate") / "bundle"
     precisions = (Precision.INT8_DYNAMIC,)
     return quick_build(
@@ -126,11 +126,11 @@ def verdicts(bundle: Bundle):
     return [(a, v) for a in bundle.manifest.artifacts for v in a.verdicts]
 
 
-# Labelled accuracy
+# Accuracy on labeled images
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_accuracy_is_that_of_transformers(expected, chosen, labels, tower):
+def test_accuracy_equals_transformers(expected, chosen, labels, tower):
     found = expected[tower].labelled
     assert found.accuracy == (len(chosen) - ROLLED) / len(chosen)
     names = sorted(chosen)
@@ -149,7 +149,7 @@ def test_every_verdict_has_its_accuracy(bundle, chosen):
 
 
 class Wrong:
-    """A runner under a true one's name, whose embeddings somebody has changed."""
+    """A runner with the name of a real one, whose embeddings are altered."""
 
     spec, name = RunnerSpec("onnxruntime", "int8"), "onnxruntime:int8"
     runtime_version = "of no use 1.0"
@@ -173,8 +173,9 @@ def test_unchanged_embeddings_pass(checkpoint, expected):
     assert found.relative_accuracy == 1
 
 
-def test_what_cosine_lets_through_accuracy_refuses(checkpoint, expected):
-    """Each picture turned just so far that another label is the nearest, where that is not far."""
+def test_low_accuracy_fails_despite_high_cosine(checkpoint, expected):
+    """Each image is turned just far enough that another label is nearest, if that takes a small
+    turn."""
     labels = expected["image"].labelled.labels.astype(np.float64)
 
     def turn(embeddings):
@@ -198,8 +199,8 @@ def test_what_cosine_lets_through_accuracy_refuses(checkpoint, expected):
     assert judge_changed(checkpoint, {"image": without}, turn).passed
 
 
-def test_what_accuracy_lets_through_cosine_refuses(checkpoint, expected):
-    """A large turn away from what all labels have in common changes no label's rank."""
+def test_low_cosine_fails_despite_full_accuracy(checkpoint, expected):
+    """A large shift orthogonal to all labels changes the rank of no label."""
     labels = expected["image"].labelled.labels.astype(np.float64)
     aside = np.random.default_rng(0).normal(size=labels.shape[1])
     aside -= labels.T @ np.linalg.lstsq(labels.T, aside, rcond=None)[0]
@@ -211,7 +212,7 @@ def test_what_accuracy_lets_through_cosine_refuses(checkpoint, expected):
     assert not found.passed
 
 
-def test_where_float32_is_never_right_there_is_nothing_to_lose(checkpoint, expected):
+def test_relative_accuracy_is_1_if_float32_is_never_right(checkpoint, expected):
     reference = expected["image"].labelled
     wrong = (reference.images @ reference.labels.T).argmin(1)
     data = type(reference.data)(
@@ -227,8 +228,8 @@ def test_where_float32_is_never_right_there_is_nothing_to_lose(checkpoint, expec
     assert (found.passed, found.accuracy, found.relative_accuracy) == (True, 0, 1)
 
 
-def test_a_labelled_folder_that_cannot_be_used(checkpoint, tmp_path, pictures):
-    """Nothing is built: the error comes before the work."""
+def test_invalid_labeled_directory_is_rejected_before_the_build(checkpoint, tmp_path, pictures):
+    """The error occurs before the work, so nothing is built."""
     folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
     (folder / "captions.txt").write_text("nothing.jpg, dog")
     with pytest.raises(InputError, match="no image has one of its 1 labels as its caption"):
@@ -239,7 +240,7 @@ def test_a_labelled_folder_that_cannot_be_used(checkpoint, tmp_path, pictures):
 # The bundle
 
 
-def test_every_kind_is_made_and_judged(bundle):
+def test_every_artifact_is_built_and_gets_verdicts(bundle):
     made = {(a.tower, a.kind, a.precision): a for a in bundle.manifest.artifacts}
     kinds = {("onnx", "fp32"), ("onnx", "int8-dynamic"), ("torchscript", "fp32")}
     assert made.keys() == {(tower, *kind) for tower in ("image", "text") for kind in kinds}
@@ -248,7 +249,7 @@ def test_every_kind_is_made_and_judged(bundle):
         assert judges[tower, "onnx", "fp32"] >= {"onnxruntime:fp32", "openvino:fp32"}
         assert judges[tower, "onnx", "int8-dynamic"] == {"onnxruntime:int8-dynamic"}
         assert judges[tower, "torchscript", "fp32"] == {"torchscript:fp32"}
-        # A verdict on TorchScript vouches for no ONNX graph.
+        # A verdict on TorchScript does not count for an ONNX graph.
         assert bundle.artifact(tower, "fp32").kind == "onnx"
         assert not bundle.artifact(tower, "fp32").passed("torchscript:fp32")
     for artifact in made.values():
@@ -260,7 +261,7 @@ def test_every_kind_is_made_and_judged(bundle):
     assert passed["text", "torchscript", "fp32"]
 
 
-def test_verdicts_survive_the_manifest(bundle):
+def test_verdicts_round_trip_through_the_manifest(bundle):
     again = Bundle.open(bundle.path)
     assert again.manifest == bundle.manifest
     assert verdicts(again) == verdicts(bundle)
@@ -269,7 +270,7 @@ def test_verdicts_survive_the_manifest(bundle):
     assert all(isinstance(v["relative_accuracy"], float) for v in measured)
 
 
-def test_how_a_graph_was_quantised_survives_the_manifest(tiny_bundle):
+def test_quantization_record_round_trips_through_the_manifest(tiny_bundle):
     for tower in ("image", "text"):
         found = Bundle.open(tiny_bundle.path).artifact(tower, "int8").quantisation
         assert found == tiny_bundle.artifact(tower, "int8").quantisation
@@ -278,7 +279,7 @@ def test_how_a_graph_was_quantised_survives_the_manifest(tiny_bundle):
         assert tiny_bundle.artifact(tower, "fp16").quantisation is None
 
 
-def test_verify_measures_every_kind_again(bundle, folder):
+def test_verify_measures_every_artifact_again(bundle, folder):
     again = verify(bundle, None, folder, silent)
     before, after = verdicts(bundle), verdicts(again)
     assert [v.runner for _, v in after] == [v.runner for _, v in before]
@@ -287,8 +288,8 @@ def test_verify_measures_every_kind_again(bundle, folder):
         assert new.min_cosine == pytest.approx(old.min_cosine, abs=1e-5)
 
 
-def test_a_tampered_torchscript_is_not_judged(bundle, expected, tmp_path):
-    """It is executable: it is not even opened."""
+def test_tampered_torchscript_is_not_opened(bundle, expected, tmp_path):
+    """A TorchScript file is executable, so a changed one must not be opened."""
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     (artifact,) = (
         a for a in bundle.manifest.artifacts if (a.tower, a.kind) == ("text", "torchscript")
@@ -343,8 +344,8 @@ assert not {"export", "serving", "transformers"} & set(sys.modules)
 """
 
 
-def test_torchscript_needs_nothing_of_ours(bundle, checkpoint, tmp_path):
-    """A process with torch alone, which cannot see this project, gets the same embeddings."""
+def test_torchscript_runs_without_this_project(bundle, checkpoint, tmp_path):
+    """A process that has torch and cannot import this project computes the same embeddings."""
     given = {f"{t}{n}": batch for t in BATCHES for n, batch in enumerate(BATCHES[t])}
     np.savez(tmp_path / "given.npz", **given)
     files = [tmp_path / "given.npz", script(bundle, "image"), script(bundle, "text")]
@@ -363,7 +364,7 @@ def test_torchscript_needs_nothing_of_ours(bundle, checkpoint, tmp_path):
 
 
 def test_torchscript_is_frozen(bundle):
-    """Weights are constants of the graph: nobody trains it by mistake."""
+    """Weights are constants of the graph, so they cannot be trained by mistake."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.jit.load(script(bundle, "image"))
@@ -377,8 +378,8 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_compiled_equals_eager_and_is_judged_like_any_other():
-    """The smallest tower there is: compiling takes its time."""
+def test_compiled_runner_equals_eager_and_passes_the_gate():
+    """Uses the smallest possible tower, because compilation is slow."""
     config = VisionTransformerConfig(
         width=32,
         layers=1,
@@ -401,7 +402,7 @@ def test_compiled_equals_eager_and_is_judged_like_any_other():
     assert found.max_abs_difference < 1e-5
 
 
-def test_a_compiled_runner_that_is_not_open(checkpoint):
+def test_closed_compiled_runner_is_rejected(checkpoint):
     with pytest.raises(RunnerError, match=r"compiled:fp32 is not open; use it in a `with`"):
         CompiledRunner(checkpoint.clip.image).run(BATCHES["image"][0])
 

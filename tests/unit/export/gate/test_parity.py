@@ -1,4 +1,4 @@
-"""The gate: what is right passes, and each kind of wrong is refused with its numbers."""
+"""The parity gate: correct graphs pass, and each kind of wrong graph fails with its numbers."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def checkpoint(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def expected(checkpoint):
-    """What eager float32 makes of the probes, by tower."""
+    """Embeddings of the probes by eager float32, by tower."""
     towers = {"image": checkpoint.clip.image, "text": checkpoint.clip.text}
 
     def of(tower: str):
@@ -50,7 +50,7 @@ def judged(bundle: Bundle, tower: str, expected):
 
 
 def change_weights(model: onnx.ModelProto, change) -> None:
-    """Apply `change` to the graph's last matrix, the projection to [.., 32]."""
+    """Apply `change` to the last matrix of the graph, the projection to [.., 32]."""
     names = {i.name: i for i in model.graph.initializer}
     last = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm")][-1]
     (tensor,) = [names[name] for name in last.input if name in names]
@@ -59,7 +59,7 @@ def change_weights(model: onnx.ModelProto, change) -> None:
 
 
 def cut_output(model: onnx.ModelProto) -> None:
-    """Let the graph return all but the last column."""
+    """Make the graph return all but the last column."""
     name, bounds = model.graph.output[0].name, ("from", "to", "axis")
     for node in model.graph.node:
         node.output[:] = ["whole" if output == name else output for output in node.output]
@@ -71,7 +71,7 @@ def cut_output(model: onnx.ModelProto) -> None:
 
 
 def damaged(bundle: Bundle, tmp_path: Path, tower: str, change) -> Bundle:
-    """A copy of `bundle` whose `tower` is spoiled, and whose manifest vouches for it."""
+    """A copy of `bundle` with a damaged `tower` and a manifest that matches it."""
     path = Path(shutil.copytree(bundle.path, tmp_path / "damaged"))
     file = path / f"{tower}.fp32.onnx"
     model = onnx.load(file)
@@ -101,26 +101,26 @@ def test_a_good_graph_passes(tiny_bundle, tower):
     assert 0 < found.max_abs_difference <= 1e-4
     assert found.runtime_version.startswith("onnxruntime 1.")
     assert "CPU" in found.machine
-    # Several batch sizes; for text, each of them at every bucket and at the shortest length, and a
-    # batch of texts that begin alike.
+    # Several batch sizes. The text tower gets each of them at every bucket and at the shortest
+    # length, and a batch of texts with a shared prefix.
     assert found.embeddings == {"image": 1 + 2 + 5 + 8, "text": 7 * (1 + 3 + 8) + 8}[tower]
     assert tiny_bundle.artifact(tower, "fp32").passed("onnxruntime:fp32")
     assert not tiny_bundle.artifact(tower, "fp32").passed("onnxruntime:fp16")
 
 
-def test_the_tolerances_are_those_that_were_agreed():
+def test_fp32_tolerances_are_unchanged():
     assert TOLERANCES["fp32"].min_cosine == 0.99999
     assert TOLERANCES["fp32"].max_abs_difference == 1e-4
 
 
-def test_verdicts_survive_the_manifest(tiny_bundle):
+def test_verdicts_round_trip_through_the_manifest(tiny_bundle):
     again = Bundle.open(tiny_bundle.path)
     assert again.manifest == tiny_bundle.manifest
     assert verdict(again, "text") == verdict(tiny_bundle, "text")
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_damaged_graph_is_refused_with_its_numbers(tiny_bundle, tmp_path, tower, expected):
+def test_damaged_graph_fails_with_its_numbers(tiny_bundle, tmp_path, tower, expected):
     rng = np.random.default_rng(0)
 
     def noisy(weights):
@@ -133,10 +133,8 @@ def test_a_damaged_graph_is_refused_with_its_numbers(tiny_bundle, tmp_path, towe
     assert 1e-3 < found.max_abs_difference < 1
 
 
-def test_a_slightly_damaged_graph_is_refused_by_its_worst_embedding(
-    tiny_bundle, tmp_path, expected
-):
-    """A tenth of a percent on one weight in ten: no mean of cosines would show it."""
+def test_slightly_damaged_graph_fails_by_its_worst_embedding(tiny_bundle, tmp_path, expected):
+    """One weight in ten changes by 0.1 percent, which the mean cosine does not show."""
 
     def change(weights):
         weights.reshape(-1)[::10] *= 1.001
@@ -148,7 +146,7 @@ def test_a_slightly_damaged_graph_is_refused_by_its_worst_embedding(
     assert found.mean_cosine > 0.99999
 
 
-def test_not_a_number_is_refused(tiny_bundle, tmp_path, expected):
+def test_nan_embeddings_fail(tiny_bundle, tmp_path, expected):
     def change(weights):
         weights[0, 0] = np.nan
         return weights
@@ -160,7 +158,7 @@ def test_not_a_number_is_refused(tiny_bundle, tmp_path, expected):
     json.loads(json.dumps(asdict(found)), parse_constant=pytest.fail)
 
 
-def test_zeros_are_refused(tiny_bundle, tmp_path, expected):
+def test_zero_weights_fail(tiny_bundle, tmp_path, expected):
     bundle = damaged(
         tiny_bundle, tmp_path, "text", lambda model: change_weights(model, np.zeros_like)
     )
@@ -169,13 +167,13 @@ def test_zeros_are_refused(tiny_bundle, tmp_path, expected):
     json.loads(json.dumps(asdict(found)), parse_constant=pytest.fail)
 
 
-def test_another_shape_is_refused(tiny_bundle, tmp_path, expected):
+def test_wrong_output_shape_fails(tiny_bundle, tmp_path, expected):
     found = judged(damaged(tiny_bundle, tmp_path, "text", cut_output), "text", expected)
     assert not found.passed
     assert found.min_cosine == -1
 
 
-def test_a_refusal_does_not_stop_the_build_and_stands_in_the_manifest(
+def test_failed_verdict_is_recorded_and_does_not_stop_the_build(
     checkpoint, tmp_path, monkeypatch, kept_graphs
 ):
     def spoil(tower, path, metadata):
@@ -205,13 +203,13 @@ def test_verify_measures_again(fp32_bundle):
     assert (fp32_bundle.path / "manifest.json").read_bytes() == manifest
 
 
-def test_verify_uses_the_bundles_own_tokenizer(fp32_bundle, tiny_checkpoint, tmp_path):
-    """The checkpoint may have moved, and its vocabulary may have been given by hand."""
+def test_verify_uses_the_tokenizer_of_the_bundle(fp32_bundle, tiny_checkpoint, tmp_path):
+    """The checkpoint may have moved, or its vocabulary may have come from an option."""
     moved = Path(shutil.copytree(tiny_checkpoint, tmp_path / "moved"))
     assert verdict(measured(fp32_bundle, str(moved)), "text").passed
 
 
-def test_verify_refuses_other_weights(fp32_bundle, tiny_checkpoint, tmp_path):
+def test_verify_rejects_other_weights(fp32_bundle, tiny_checkpoint, tmp_path):
     from safetensors.torch import load_file, save_file
 
     other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
@@ -222,7 +220,7 @@ def test_verify_refuses_other_weights(fp32_bundle, tiny_checkpoint, tmp_path):
         measured(fp32_bundle, str(other))
 
 
-def test_eager_against_itself(checkpoint):
+def test_eager_runner_equals_itself(checkpoint):
     batches = list(probes("image", checkpoint.image, checkpoint.text))
     with EagerRunner(checkpoint.clip.image) as eager:
         found = judge(eager, expect(eager, batches, None), "image")
@@ -231,7 +229,7 @@ def test_eager_against_itself(checkpoint):
     assert found.max_abs_difference == 0
 
 
-def test_probe_pictures_differ_from_each_other(checkpoint):
+def test_probe_images_are_deterministic_and_distinct(checkpoint):
     pictures = probe_images(checkpoint.image, 8)
     assert (pictures.shape, pictures.dtype) == ((8, 3, 32, 32), np.uint8)
     assert np.array_equal(pictures, probe_images(checkpoint.image, 8))
@@ -242,7 +240,7 @@ def test_probe_pictures_differ_from_each_other(checkpoint):
 
 
 @pytest.mark.parametrize("length", [2, 8, 77])
-def test_probe_texts_are_texts(checkpoint, length):
+def test_probe_texts_are_valid_token_ids(checkpoint, length):
     spec = checkpoint.text
     ids = probe_texts(spec, 20, length)
     assert (ids.shape, ids.dtype) == ((20, length), np.int32)
@@ -254,7 +252,7 @@ def test_probe_texts_are_texts(checkpoint, length):
         assert (row[end + 1 :] == spec.pad_id).all()
 
 
-def test_a_bundle_holds_what_the_checkpoint_says(tiny_bundle, checkpoint):
+def test_bundle_records_the_facts_of_the_checkpoint(tiny_bundle, checkpoint):
     manifest = tiny_bundle.manifest
     assert manifest.name == "tiny-clip"
     assert manifest.embed_dim == 32

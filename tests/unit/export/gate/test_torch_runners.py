@@ -1,4 +1,4 @@
-"""PyTorch's runners: half precisions on the CPU, and a GPU where there is one."""
+"""PyTorch's runners: half precision on the CPU, and on a GPU if the machine has one."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CUDA = torch.cuda.is_available()
 without_gpu = pytest.mark.skipif(CUDA, reason="this machine has a GPU")
 with_gpu = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("default"),  # Inductor's advice to allow TF32, among others
+    pytest.mark.filterwarnings("default"),  # Inductor warns about TF32, among other things.
     pytest.mark.skipif(not CUDA, reason="torch sees no NVIDIA GPU here"),
 ]
 
@@ -33,7 +33,7 @@ def clip(tiny_checkpoint):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precisions_on_the_cpu(clip, tower, precision):
+def test_half_precision_on_the_cpu_is_within_tolerance(clip, tower, precision):
     module = getattr(clip, tower)
     with EagerRunner(module) as reference, EagerRunner(module, "cpu", precision) as half:
         assert half.name == f"eager:{precision}"
@@ -44,8 +44,8 @@ def test_half_precisions_on_the_cpu(clip, tower, precision):
     assert next(module.parameters()).dtype == torch.float32
 
 
-def test_what_is_computed_in_bfloat16(clip):
-    """Everything that is multiplied, and no constant of the boundary."""
+def test_matrix_weights_are_bfloat16(clip):
+    """All multiplied weights are converted. Constants at the input and norms are not."""
     half = half_precision(clip.image, torch.bfloat16)
     assert half.encoder.blocks[0].mlp.up.weight.dtype == torch.bfloat16
     assert half.mean.dtype == torch.float32
@@ -55,7 +55,7 @@ def test_what_is_computed_in_bfloat16(clip):
 
 @without_gpu
 @pytest.mark.parametrize("kind", [EagerRunner, CompiledRunner])
-def test_cuda_without_a_gpu_is_refused_on_entering(clip, kind):
+def test_cuda_runner_requires_a_gpu_on_entering(clip, kind):
     runner = kind(clip.image, "cuda", "bf16")
     with pytest.raises(RunnerError, match=rf"{kind.kind}-cuda:bf16 needs an NVIDIA GPU, and torch"):
         runner.__enter__()
@@ -67,7 +67,7 @@ def test_cuda_without_a_gpu_is_refused_on_entering(clip, kind):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
 @pytest.mark.parametrize("kind", ["eager", "torchscript", "compiled"])
 class TestOnGpu:
-    """Against eager float32 on the CPU, by the tolerances of the gate."""
+    """Comparison with eager float32 on the CPU, by the tolerances of the gate."""
 
     pytestmark = with_gpu
 

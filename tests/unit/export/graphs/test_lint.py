@@ -1,4 +1,5 @@
-"""Lint: silent on what we export, and each rule speaks on a graph broken for the purpose."""
+"""Lint: no findings on exported graphs, and one finding for each rule on a graph made to break
+it."""
 
 import re
 import shutil
@@ -54,7 +55,8 @@ def replace_node(model: onnx.ModelProto, index: int, nodes: list[onnx.NodeProto]
 
 
 def in_half(kind: str):
-    """Compute the first `kind` node in float16, as a careless exporter of a half tower does."""
+    """Compute the first `kind` node in float16, as a careless export of a half-precision tower
+    does."""
 
     def change(model: onnx.ModelProto) -> None:
         index, node = first(model, kind)
@@ -71,7 +73,7 @@ def in_half(kind: str):
 
 
 def take_apart(model: onnx.ModelProto) -> None:
-    """LayerNormalization as exporters wrote it below opset 17."""
+    """LayerNormalization as exporters wrote it before opset 17."""
     index, node = first(model, "LayerNormalization")
     epsilon = next(a.f for a in node.attribute if a.name == "epsilon")
     constant(model, "last", np.array([-1], np.int64))
@@ -140,7 +142,7 @@ def infinite_mask(model: onnx.ModelProto) -> None:
 
 
 def infinite_scalar(**attribute):
-    """The other ways of writing one infinity: each an attribute of a Constant node."""
+    """Other ways to write one infinity, each an attribute of a Constant node."""
 
     def change(model: onnx.ModelProto) -> None:
         model.graph.node.insert(0, helper.make_node("Constant", [], ["masked"], **attribute))
@@ -149,7 +151,7 @@ def infinite_scalar(**attribute):
 
 
 def infinite_fill(model: onnx.ModelProto) -> None:
-    """What `torch.full((n, n), -inf).triu(1)` becomes."""
+    """The graph of `torch.full((n, n), -inf).triu(1)`."""
     constant(model, "shape_", np.array([2, 2], np.int64))
     value = numpy_helper.from_array(np.array([-np.inf], np.float32))
     node = helper.make_node("ConstantOfShape", ["shape_"], ["filled"], value=value)
@@ -157,7 +159,7 @@ def infinite_fill(model: onnx.ModelProto) -> None:
 
 
 def raw_pixels(model: onnx.ModelProto) -> None:
-    """Leave out the subtraction of the mean: a client is expected to normalise."""
+    """Leave out the subtraction of the mean, so that the client has to normalize."""
     index, node = first(model, "Sub")
     replace_node(model, index, [helper.make_node("Identity", [node.input[0]], [node.output[0]])])
 
@@ -173,7 +175,7 @@ def old_opset(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_what_we_export_is_clean(tiny_bundle, tower, precision):
+def test_exported_graphs_have_no_findings(tiny_bundle, tower, precision):
     assert lint(tiny_bundle.path / f"{tower}.{precision}.onnx", tower) == []
 
 
@@ -201,8 +203,8 @@ def test_what_we_export_is_clean(tiny_bundle, tower, precision):
         ("image.fp16", old_opset, r"opset 16; expected at least 17"),
     ],
 )
-def test_each_rule_speaks(tiny_bundle, tmp_path, name, change, expected):
-    """One fault, one message, which names the file."""
+def test_each_rule_reports_its_fault(tiny_bundle, tmp_path, name, change, expected):
+    """One fault gives one message, which names the file."""
     (found,) = problems(tiny_bundle, tmp_path, f"{name}.onnx", change)
     assert re.match(rf"{re.escape(name)}\.onnx: .*{expected}", found)
 
@@ -217,13 +219,13 @@ def test_each_rule_speaks(tiny_bundle, tmp_path, name, change, expected):
         {"value": numpy_helper.from_array(np.array(np.nan, np.float64))},
     ],
 )
-def test_an_infinity_is_found_wherever_it_is_written(tiny_bundle, tmp_path, attribute):
+def test_infinity_is_found_in_every_attribute(tiny_bundle, tmp_path, attribute):
     (found,) = problems(tiny_bundle, tmp_path, "text.fp16.onnx", infinite_scalar(**attribute))
     assert "constant 'masked' is not finite" in found
 
 
 @pytest.mark.parametrize("attribute", [{"value_float": -3e4}, {"value_int": 7}])
-def test_other_constants_are_fine(tiny_bundle, tmp_path, attribute):
+def test_finite_constants_have_no_findings(tiny_bundle, tmp_path, attribute):
     assert not problems(tiny_bundle, tmp_path, "text.fp16.onnx", infinite_scalar(**attribute))
 
 
@@ -237,7 +239,7 @@ def test_an_infinity_in_external_data_is_found(tiny_bundle, tmp_path):
     assert "constant 'causal_mask' is not finite" in found
 
 
-def test_every_fault_is_told(tiny_bundle, tmp_path):
+def test_all_faults_are_reported(tiny_bundle, tmp_path):
     def change(model):
         infinite_mask(model)
         float_ids(model)
@@ -255,8 +257,9 @@ def test_every_fault_is_told(tiny_bundle, tmp_path):
         ("text.fp32", float_ids),
     ],
 )
-def test_the_broken_graphs_run(tiny_bundle, tmp_path, name, change):
-    """They are the mistakes of a working exporter, not rubbish: on tiny towers nothing shows."""
+def test_faulty_graphs_pass_the_checker_and_run(tiny_bundle, tmp_path, name, change):
+    """The faults are those of a working exporter: on tiny towers, the graphs still give good
+    results."""
     path = broken(tiny_bundle, tmp_path, f"{name}.onnx", change)
     onnx.checker.check_model(path, full_check=True)
     batch = some_pixels(2, 32) if name.startswith("image") else some_ids([3, 30])
@@ -273,7 +276,7 @@ def test_the_broken_graphs_run(tiny_bundle, tmp_path, name, change):
 
 @pytest.fixture
 def faulty(tiny_bundle, tmp_path) -> Bundle:
-    """A bundle whose manifest vouches for one thing, a text graph with an infinite mask."""
+    """A bundle whose manifest names one graph, a text graph with an infinite mask."""
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     file = broken(tiny_bundle, tmp_path, "text.fp16.onnx", infinite_mask)
     shutil.copy(file, path / file.name)
@@ -285,7 +288,7 @@ def faulty(tiny_bundle, tmp_path) -> Bundle:
     return bundle
 
 
-def test_what_lint_finds_is_not_judged(faulty):
+def test_graph_with_findings_gets_no_verdict(faulty):
     expected = Expected(probes=[], labelled=None)
     with pytest.raises(BundleError, match=r"^text\.fp16\.onnx: constant 'causal_mask' is not fin"):
         judged(faulty, faulty.artifact("text", "fp16"), expected)
@@ -293,7 +296,7 @@ def test_what_lint_finds_is_not_judged(faulty):
         verify(faulty, None, None, lambda step, done=0, total=0: None)
 
 
-def test_python_m_export_verify_lints(faulty, monkeypatch, capsys):
+def test_verify_command_runs_lint(faulty, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", "verify", str(faulty.path)])
     with pytest.raises(SystemExit) as ended:
         serving.cli.console.run(app)
@@ -303,8 +306,8 @@ def test_python_m_export_verify_lints(faulty, monkeypatch, capsys):
     assert shown.out == ""
 
 
-def test_a_build_lints_what_it_made(tiny_checkpoint, tmp_path, monkeypatch, kept_graphs):
-    """A mask that somebody makes infinite again never becomes a bundle."""
+def test_build_runs_lint_on_its_graphs(tiny_checkpoint, tmp_path, monkeypatch, kept_graphs):
+    """An infinite mask stops the build, so it never becomes part of a bundle."""
     from export.checkpoints.load import load_checkpoint
 
     def export_infinite(tower, path, metadata):

@@ -1,4 +1,4 @@
-"""Exported graphs: their boundary, their axes, what is in the file, and where its weights are."""
+"""Exported graphs: inputs and outputs, dynamic axes, file contents, and location of the weights."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def axes(value: onnx.ValueInfoProto) -> list[int | str]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def test_boundary(graph, tower):
+def test_inputs_and_outputs_have_the_expected_types_and_axes(graph, tower):
     (given,), (made,) = graph.graph.input, graph.graph.output
     if tower == "image":
         assert (given.name, given.type.tensor_type.elem_type) == ("pixels", UINT8)
@@ -70,17 +70,17 @@ def test_boundary(graph, tower):
     assert axes(made) == ["batch", 32]
 
 
-def test_passes_the_checker(path):
+def test_graph_passes_the_onnx_checker(path):
     onnx.checker.check_model(path, full_check=True)
 
 
-def test_opset(graph):
+def test_opset_is_20(graph):
     assert {o.domain: o.version for o in graph.opset_import}[""] == 20
 
 
-def test_layer_norm_is_one_node_each(graph, tower):
+def test_each_layer_norm_is_one_node(graph, tower):
     kinds = [node.op_type for node in graph.graph.node]
-    # Two a block; before and after the image tower's blocks, and after the text tower's.
+    # Two per block, before and after the image tower's blocks, and after the text tower's.
     assert kinds.count("LayerNormalization") == {"image": 6, "text": 5}[tower]
     assert "ReduceMean" not in kinds
     assert kinds.count("Softmax") == 2
@@ -94,14 +94,14 @@ def test_every_weight_is_finite(graph):
         assert np.abs(values).max(initial=0) < 65504 or values.dtype.kind == "i", tensor.name
 
 
-def test_the_file_says_nothing_of_this_machine(path):
+def test_file_contains_no_local_paths(path):
     content = path.read_bytes()
     for place in (str(CHECKOUT), "site-packages", *site.getsitepackages(), "Traceback"):
         assert place.encode() not in content, place
     assert not re.search(rb"[\w/]+\.py\b", content)
 
 
-def test_metadata(graph, tiny_checkpoint):
+def test_metadata_names_source_and_versions(graph, tiny_checkpoint):
     facts = {entry.key: entry.value for entry in graph.metadata_props}
     assert facts["source"] == str(tiny_checkpoint)
     assert facts["weights_sha256"] == load_checkpoint(str(tiny_checkpoint)).weights_sha256
@@ -149,14 +149,14 @@ def test_a_resnet_exports(tmp_path):
         np.testing.assert_allclose(run(files[0], pixels), want, atol=1e-5)
 
 
-def test_only_towers_are_exported():
+def test_module_that_is_not_a_tower_is_rejected():
     with pytest.raises(TypeError, match=r"expected an ImageTower, .*, got Linear"):
         example_batch(torch.nn.Linear(2, 2))
 
 
 @pytest.fixture(scope="module")
 def external(tiny_checkpoint, tmp_path_factory) -> Bundle:
-    """A bundle whose graphs are "too large" for one file."""
+    """A bundle exported with a lowered size limit, so that its weights are in separate files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export.graphs.onnx_export, "PROTOBUF_LIMIT", 100_000)
         only = [RunnerSpec("onnxruntime", "fp32")]
@@ -166,7 +166,7 @@ def external(tiny_checkpoint, tmp_path_factory) -> Bundle:
         return build(load_checkpoint(str(tiny_checkpoint)), output, silent, options)
 
 
-def test_large_weights_stand_beside_the_graph(external, tiny_bundle):
+def test_large_weights_are_stored_beside_the_graph(external, tiny_bundle):
     for tower in ("image", "text"):
         artifact = external.artifact(tower, "fp32")
         graph, data = artifact.files
@@ -182,7 +182,7 @@ def test_large_weights_stand_beside_the_graph(external, tiny_bundle):
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_the_manifest_vouches_for_external_data_too(external, tmp_path, damage):
+def test_changed_external_data_is_rejected(external, tmp_path, damage):
     path = Path(shutil.copytree(external.path, tmp_path / "bundle"))
     data = path / "text.fp32.onnx.data"
     if damage == "changed":
@@ -196,7 +196,7 @@ def test_the_manifest_vouches_for_external_data_too(external, tmp_path, damage):
         open_runner(bundle, "text", "onnxruntime:fp32").__enter__()
 
 
-def test_the_manifest_counts_every_byte(tiny_bundle):
+def test_manifest_records_file_sizes(tiny_bundle):
     document = json.loads((tiny_bundle.path / "manifest.json").read_text())
     for artifact in document["artifacts"]:
         for file in artifact["files"]:

@@ -1,4 +1,4 @@
-"""Small graphs to quantize."""
+"""Fixtures: small graphs to quantize."""
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from tests.support.int8_graphs import FRESH, MEAN, STD, WIDE, two_layers
 @pytest.fixture(scope="module")
 def small() -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    # Columns of very different sizes: one scale for all would be far off.
+    # Columns of very different magnitude, for which a single scale would be inaccurate.
     first = (rng.normal(size=(24, 16)) * 10.0 ** np.arange(-3, 1, 0.25)).astype(np.float32)
     return two_layers(first, rng.normal(size=(16, 8)).astype(np.float32))
 
@@ -27,7 +27,7 @@ def batches() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def tower():
-    """An image tower in which matrices dominate."""
+    """An image tower whose size is mostly matrices."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Clip(WIDE, MEAN, STD).eval().image

@@ -1,4 +1,4 @@
-"""INT8: what becomes of a graph, and that every runtime computes it alike."""
+"""INT8: the changes to a graph, and equal results in every runtime."""
 
 import numpy as np
 import onnx
@@ -49,10 +49,10 @@ def run_openvino(model: onnx.ModelProto, batch: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     "run", [run_onnx_runtime, pytest.param(run_openvino, marks=exact_products)]
 )
-def test_a_quantised_layer_is_the_textbooks(small, batches, run):
-    """PyTorch's fake quantisation of one linear layer gives the same numbers."""
+def test_quantized_layer_equals_fake_quantization(small, batches, run):
+    """PyTorch's fake quantization of one linear layer gives the same numbers."""
     weights, x = arrays(small), np.concatenate(batches)
-    reach = 4.0  # of many batches it is less than their maximum: the rest saturates
+    reach = 4.0  # less than the maximum of many batches, so that the rest saturates
     assert np.abs(x).max() > reach
     fake = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), reach / 127, 0, -127, 127)
     scales = torch.from_numpy(np.abs(weights["first"]).max(axis=0) / 127)
@@ -63,18 +63,18 @@ def test_a_quantised_layer_is_the_textbooks(small, batches, run):
     want = ((fake @ w).relu() @ torch.from_numpy(weights["second"].copy())).numpy()
     model = quantise(small, {"x": reach})
     onnx.checker.check_model(model, full_check=True)
-    # -128 is a level of ONNX's int8 and none of the reference's.
+    # ONNX's int8 has the level -128, which the reference does not use.
     x = np.clip(x, -reach, reach)
     np.testing.assert_allclose(run(model, x), want, atol=1e-4)
 
 
-def test_the_last_product_is_the_projection_and_stays(small):
+def test_projection_is_not_quantized(small):
     assert [layer.name for layer in layers(small)] == ["first_product"]
 
 
 @pytest.mark.parametrize("precision", [np.float32, np.float16])
-def test_dead_channels_and_dead_activations(precision):
-    """A scale of 0, which they would have in half precision, makes NaNs."""
+def test_zero_channels_and_activations_get_nonzero_scales(precision):
+    """A scale of 0, which half precision would round to, gives NaN."""
     first = np.random.default_rng(0).normal(size=(24, 16))
     first[:, 3] = 0
     first[:, 5] = 1e-7
@@ -95,7 +95,7 @@ PIXELS = [probe_images(SPEC, 8, seed) for seed in range(2)]
 
 @pytest.fixture(scope="module")
 def graphs(tower, tmp_path_factory) -> dict[str, onnx.ModelProto]:
-    """fp32 and fp16, and what INT8 makes of both."""
+    """The fp32 and fp16 graphs, and the INT8 versions of both."""
     folder, made = tmp_path_factory.mktemp("wide"), {}
     for precision, module in (("fp32", for_inference(tower)), ("fp16", half_precision(tower))):
         path = folder / f"{precision}.onnx"
@@ -108,18 +108,19 @@ def graphs(tower, tmp_path_factory) -> dict[str, onnx.ModelProto]:
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def pair(request, graphs) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """A floating-point graph and its INT8 twin."""
+    """A floating-point graph and its INT8 version."""
     return graphs[request.param], graphs[f"int8 over {request.param}"]
 
 
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """The worst of the rows'."""
+    """The smallest cosine of the rows."""
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return float(((one * other).sum(axis=1) / norms).min())
 
 
-def test_what_is_quantised_and_what_is_left_alone(pair):
-    """The six matrices of each block; neither patches, nor attention products, nor projection."""
+def test_only_block_matrices_are_quantized(pair):
+    """The six matrices of each block are quantized, but not patches, attention products or
+    projection."""
     model, int8 = pair
     chosen = {layer.name for layer in layers(model)}
     assert len(chosen) == 2 * 6
@@ -131,13 +132,13 @@ def test_what_is_quantised_and_what_is_left_alone(pair):
             assert node.name not in chosen
     products = [n for n in int8.graph.node if n.op_type == "MatMul" and n.name not in chosen]
     assert len(products) == 2 * 2
-    # Nothing was added but quantisation, and nothing lost.
+    # Only quantization nodes were added, and nothing was removed.
     kinds = [n.op_type for n in int8.graph.node]
     rest = [kind for kind in kinds if kind not in ("QuantizeLinear", "DequantizeLinear")]
     assert rest == [n.op_type for n in model.graph.node]
 
 
-def test_everything_is_symmetric_and_weights_have_a_scale_a_channel(pair):
+def test_zero_points_are_zero_and_weights_have_scales_per_channel(pair):
     model, int8 = pair
     values, originals = arrays(int8), arrays(model)
     made = {node.output[0]: node for node in int8.graph.node}
@@ -159,27 +160,27 @@ def test_everything_is_symmetric_and_weights_have_a_scale_a_channel(pair):
         assert helper.get_node_attr_value(weight, "axis") == 1
         assert levels.min() >= -127
         assert (np.abs(levels.astype(int)).max(axis=0) == 127).all()
-        # Half a step, and what float16 loses of a scale or of a clipped last level.
+        # Half a step, plus float16's rounding of a scale or of a clipped last level.
         slack = 0.5 + (1e-3 if original.dtype == np.float32 else 127 * 2**-10)
         error = np.abs(levels * scales.astype(np.float64) - original)
         assert (error <= slack * scales).all()
 
 
-def test_no_floating_point_copy_of_a_quantised_weight_is_left(pair):
+def test_no_floating_point_copy_of_a_quantized_weight_remains(pair):
     model, int8 = pair
     weights = {layer.weight for layer in layers(model)}
     assert not weights & arrays(int8).keys()
     assert arrays(int8).keys() <= {name for node in int8.graph.node for name in node.input}
 
 
-def test_the_int8_graph_is_small(graphs):
+def test_int8_graph_is_at_most_a_third_of_fp32(graphs):
     whole = graphs["fp32"].ByteSize()
     assert graphs["int8 over fp32"].ByteSize() <= 0.3 * whole
     assert graphs["int8 over fp16"].ByteSize() < graphs["int8 over fp32"].ByteSize()
 
 
 def test_query_key_and_value_share_a_scale(graphs):
-    """And not the quantised tensor, which ONNX Runtime would not take."""
+    """Each has its own Q/DQ pair, because ONNX Runtime computes in float if they share one."""
     model, int8 = graphs["fp32"], graphs["int8 over fp32"]
     every = layers(model)
     assert len({layer.activation for layer in every[:3]}) == 1
@@ -190,10 +191,10 @@ def test_query_key_and_value_share_a_scale(graphs):
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_onnx_runtime_computes_every_quantised_layer_in_int8(
+def test_onnx_runtime_computes_every_quantized_layer_in_int8(
     tiny_bundle, tmp_path, monkeypatch, tower
 ):
-    """None in float with weights that each run dequantises, which took two thirds of its time."""
+    """Layers that ran in float and dequantized their weights took two thirds of a run's time."""
     made = onnxruntime.SessionOptions
 
     def told():
@@ -211,7 +212,7 @@ def test_onnx_runtime_computes_every_quantised_layer_in_int8(
 
 
 @exact_products
-def test_the_int8_graph_passes_the_checker_and_runs_alike_everywhere(pair, eager):
+def test_int8_graph_passes_the_checker_and_agrees_across_runtimes(pair, eager):
     _, int8 = pair
     onnx.checker.check_model(int8, full_check=True)
     one, other = run_onnx_runtime(int8, FRESH), run_openvino(int8, FRESH)
@@ -223,7 +224,7 @@ def test_the_int8_graph_passes_the_checker_and_runs_alike_everywhere(pair, eager
     assert cosine(one, np.roll(eager, 1, axis=0)) < 0.999, "all pictures look alike"
 
 
-def test_quantising_leaves_the_source_alone_and_is_deterministic(graphs):
+def test_quantization_keeps_the_source_and_is_deterministic(graphs):
     model = graphs["fp32"]
     before = model.SerializeToString(deterministic=True)
     reach = ranges(model, activations(layers(model)), PIXELS, "minmax")
@@ -244,7 +245,7 @@ def test_excluded_layers_stay_in_floating_point(graphs):
     for layer in (out, query):
         assert list(nodes[layer.name].input) == [layer.activation, layer.weight]
         assert np.array_equal(arrays(int8)[layer.weight], arrays(model)[layer.weight])
-    # Nobody else reads what `out` reads; key and value still read what `query` reads.
+    # Only this layer reads its input, while key and value still read the input of query.
     quantised = {n.input[0] for n in int8.graph.node if n.op_type == "QuantizeLinear"}
     assert out.activation not in quantised
     assert query.activation in quantised
@@ -256,8 +257,9 @@ def test_excluded_layers_stay_in_floating_point(graphs):
     assert nothing_left.graph.node == model.graph.node
 
 
-def test_a_weight_that_two_layers_share():
-    """The exporter makes one initializer of equal tensors, and ONNX Runtime loads no such graph."""
+def test_weight_shared_by_two_layers_is_quantized():
+    """The exporter merges equal tensors into one initializer. It must be copied under another name,
+    or ONNX Runtime does not load the graph."""
     square = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     model = two_layers(square, square)
     model.graph.node[2].input[1] = "first"
@@ -275,8 +277,9 @@ def test_a_weight_that_two_layers_share():
     assert cosine(run_onnx_runtime(one, x), run_onnx_runtime(model, x)) > 0.999
 
 
-def test_a_resnet_in_int8(tmp_path):
-    """Convolutions have their channels on axis 0; picture's convolution and projection stay."""
+def test_resnet_is_quantized(tmp_path):
+    """Convolutions have their channels on axis 0. The first convolution and the projection are
+    kept."""
     model = openai_clip("resnet")
     clip = Clip(config_from_openai(model.state_dict(), "quick_gelu"), MEAN, STD)
     from export.checkpoints.weight_names import load_state
@@ -301,21 +304,21 @@ def test_a_resnet_in_int8(tmp_path):
             weight = made[node.input[1]]
             assert helper.get_node_attr_value(weight, "axis") == 0
             assert (np.abs(levels[weight.input[0]].astype(int)).max(axis=(1, 2, 3)) == 127).all()
-            assert weights[node.input[2]].dtype == np.float32  # the bias is left alone
+            assert weights[node.input[2]].dtype == np.float32  # the bias is unchanged
     fresh = some_pixels(3, 64, seed=9)
     want = run_onnx_runtime(graph, fresh)
     assert cosine(run_onnx_runtime(int8, fresh), want) > 0.99
     assert cosine(run_openvino(int8, fresh), want) > 0.99
 
 
-def test_dynamic_quantisation(graphs, eager, tmp_path):
+def test_dynamic_quantization_quantizes_all_matrices(graphs, eager, tmp_path):
     source, target = tmp_path / "fp32.onnx", tmp_path / "dynamic.onnx"
     onnx.save(graphs["fp32"], source)
     write_dynamic(source, target)
     made = onnx.load(target)
     assert [n.op_type for n in made.graph.node].count(
         "MatMulInteger"
-    ) == 2 * 6 + 1  # the projection too
+    ) == 2 * 6 + 1  # including the projection
     assert target.stat().st_size < 0.3 * source.stat().st_size
     got = run_onnx_runtime(made, FRESH)
     assert cosine(got, eager) > 0.98

@@ -1,4 +1,4 @@
-"""INT8 that fails the gate: which layers stay in floating point."""
+"""INT8 that fails the parity gate: the layers that stay in floating point."""
 
 import copy
 from dataclasses import replace
@@ -40,7 +40,8 @@ from tests.support.references import randomise
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_checkpoint) -> Checkpoint:
-    """The tiny one with weights that no other test's draws change: what INT8 costs depends."""
+    """A tiny checkpoint with fixed weights, independent of other tests, because the loss of INT8
+    depends on them."""
     loaded = load_checkpoint(str(tiny_checkpoint))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -49,7 +50,7 @@ def checkpoint(tiny_checkpoint) -> Checkpoint:
 
 
 def hostile(checkpoint: Checkpoint, *places: str, factor: float = 200) -> Checkpoint:
-    """The same function with outlier channels: a LayerNorm scaled up, its readers down.
+    """The same function with outlier channels: a LayerNorm is scaled up, its readers down.
 
     Args:
         places: `<block>.up` or `<block>.qkv`, of the image tower.
@@ -80,7 +81,7 @@ def graph_of(checkpoint: Checkpoint, path: Path) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def outliers(checkpoint, tmp_path_factory):
-    """By where the outliers are: the checkpoint, its fp32 graph and its calibration batches."""
+    """By position of the outliers: the checkpoint, its fp32 graph and its calibration batches."""
     folder, made = tmp_path_factory.mktemp("outliers"), {}
     for places in (("0.up", "1.up"), ("0.qkv",), ("0.up", "0.qkv", "1.up", "1.qkv")):
         bad = hostile(checkpoint, *places)
@@ -93,7 +94,7 @@ def calibration(checkpoint: Checkpoint) -> list[np.ndarray]:
 
 
 class Gate:
-    """The real gate over a graph on disk, through ONNX Runtime; remembers every verdict."""
+    """The real gate over a graph on disk, through ONNX Runtime. Records every verdict."""
 
     def __init__(self, checkpoint: Checkpoint, bundle: Bundle, target: Path) -> None:
         with EagerRunner(checkpoint.clip.image) as eager:
@@ -119,7 +120,7 @@ class Gate:
 
 
 def search(outliers, places, bundle, folder, method="minmax") -> list[Artifact]:
-    """Every attempt at INT8, the last being the result."""
+    """All attempts at INT8. The last one is the result."""
     bad, graph = outliers[places]
     gate = Gate(bad, bundle, folder / "image.int8.onnx")
     result = write_int8(graph, gate.target, calibration(bad), "probes", method, gate, silent)
@@ -138,7 +139,7 @@ def test_outliers_do_not_change_fp32(checkpoint, outliers):
             np.testing.assert_allclose(run_onnx_runtime(graph, batch), want, atol=1e-5)
 
 
-def test_without_outliers_no_layer_is_left_out(checkpoint, tiny_bundle, tmp_path):
+def test_no_layer_is_excluded_without_outliers(checkpoint, tiny_bundle, tmp_path):
     graph = graph_of(checkpoint, tmp_path / "fp32.onnx")
     (tmp_path / "out").mkdir()
     attempts = search(
@@ -151,7 +152,7 @@ def test_without_outliers_no_layer_is_left_out(checkpoint, tiny_bundle, tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_outliers_of_two_layers_are_found_and_left_out(outliers, tiny_bundle, tmp_path, method):
+def test_layers_with_outliers_are_excluded(outliers, tiny_bundle, tmp_path, method):
     places = ("0.up", "1.up")
     attempts = search(outliers, places, tiny_bundle, tmp_path, method)
     cosines = [attempt.verdicts[0].min_cosine for attempt in attempts]
@@ -172,7 +173,7 @@ def test_outliers_of_two_layers_are_found_and_left_out(outliers, tiny_bundle, tm
     assert found.excluded == tuple(name for cost in table[:2] for name in cost.layers)
 
 
-def test_outliers_that_query_key_and_value_share(outliers, tiny_bundle, tmp_path):
+def test_query_key_and_value_are_excluded_together(outliers, tiny_bundle, tmp_path):
     attempts = search(outliers, ("0.qkv",), tiny_bundle, tmp_path)
     graph = outliers[("0.qkv",)][1]
     assert attempts[0].verdicts[0].min_cosine < 0.9
@@ -181,8 +182,8 @@ def test_outliers_that_query_key_and_value_share(outliers, tiny_bundle, tmp_path
     assert len(attempts) == 2, "they read one tensor and leave together"
 
 
-def test_what_no_exclusion_mends_is_refused_with_its_numbers(outliers, tiny_bundle, tmp_path):
-    """Five of nine tensors are hostile; with four of them left alone, INT8 is still wrong."""
+def test_graph_that_exclusion_cannot_repair_fails_with_its_numbers(outliers, tiny_bundle, tmp_path):
+    """Five of nine tensors have outliers. INT8 still fails when four of them are excluded."""
     attempts = search(outliers, ("0.up", "0.qkv", "1.up", "1.qkv"), tiny_bundle, tmp_path)
     assert not any(attempt.verdicts[0].passed for attempt in attempts)
     last = attempts[-1]
@@ -192,7 +193,7 @@ def test_what_no_exclusion_mends_is_refused_with_its_numbers(outliers, tiny_bund
     assert last.files == (describe_file(tmp_path / "image.int8.onnx"),)
 
 
-def test_the_table_of_a_graph_is_what_the_layers_of_each_tensor_cost_alone(outliers):
+def test_sensitivity_is_measured_for_each_tensor_alone(outliers):
     bad, graph = outliers[("0.up", "1.up")]
     batches = calibration(bad)[:2]
     every = layers(graph)
@@ -211,8 +212,9 @@ def test_the_table_of_a_graph_is_what_the_layers_of_each_tensor_cost_alone(outli
 
 
 @pytest.mark.parametrize("units", [2, 3, 9, 48, 72])
-def test_the_fewest_layers_that_must_go_are_found(units):
-    """Whatever number is needed, up to half; with few attempts, each of the dearest layers."""
+def test_smallest_sufficient_exclusion_is_found(units):
+    """The search finds any number of layers up to half, with few attempts and the most costly
+    first."""
     costs = [LayerCost(layers=(f"k{n}", f"v{n}"), cosine_loss=1 / (n + 1)) for n in range(units)]
     names = [name for cost in costs for name in cost.layers]
     for needed in range(1, units + 1):
@@ -233,13 +235,13 @@ def test_the_fewest_layers_that_must_go_are_found(units):
         assert len(tried) <= 2 * np.log2(units) + 1
 
 
-def test_a_single_tensor_has_no_half():
+def test_single_tensor_is_not_excluded():
     assert fewest([LayerCost(layers=("only",), cosine_loss=1.0)], lambda _: True) is None
 
 
 @pytest.fixture(scope="module")
 def built(checkpoint, tmp_path_factory) -> Bundle:
-    """The bundle of a hostile image tower, INT8 by MinMax, everything real."""
+    """A real build of an image tower with outliers, INT8 by MinMax."""
     output = tmp_path_factory.mktemp("hostile") / "bundle"
     options = Options(precisions=(Precision.INT8,), method="minmax")
     with pytest.MonkeyPatch.context() as patch:
@@ -247,7 +249,7 @@ def built(checkpoint, tmp_path_factory) -> Bundle:
         return build(hostile(checkpoint, "0.up", "1.up"), output, silent, options)
 
 
-def test_a_build_falls_back_and_records_it(built):
+def test_build_excludes_layers_and_records_them(built):
     artifact = Bundle.open(built.path).artifact("image", "int8")
     found = artifact.quantisation
     assert found.method == "minmax"
@@ -260,8 +262,8 @@ def test_a_build_falls_back_and_records_it(built):
     assert all(not kept[name].input[1].endswith("_dq") for name in found.excluded)
 
 
-def test_a_build_reports_what_it_cannot_mend(checkpoint, tmp_path, monkeypatch):
-    """Refused in the manifest with its numbers; assembly obeys."""
+def test_build_records_a_failed_verdict(checkpoint, tmp_path, monkeypatch):
+    """The manifest has the failed verdict with its numbers, and assembly rejects the artifact."""
     monkeypatch.setattr(export.pipeline, "TOWERS", ("image",))
     bad = hostile(checkpoint, "0.up", "0.qkv", "1.up", "1.qkv")
     options = Options(precisions=(Precision.INT8,), method="minmax")
@@ -275,15 +277,15 @@ def test_a_build_reports_what_it_cannot_mend(checkpoint, tmp_path, monkeypatch):
         assemble(bundle, tmp_path / "repository", runner="onnxruntime:int8")
 
 
-def test_a_tower_too_large_for_int8_is_refused_before_the_work(checkpoint, tmp_path, monkeypatch):
+def test_tower_too_large_for_int8_is_rejected_before_the_build(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export.pipeline, "PROTOBUF_LIMIT", 100_000)
     with pytest.raises(InputError, match=r"image tower of .* GB of weights.*--precision fp16"):
         build(checkpoint, tmp_path / "bundle", silent, Options(precisions=(Precision.INT8,)))
     assert not (tmp_path / "bundle").exists()
 
 
-def test_int8_over_float16(checkpoint, tmp_path, monkeypatch):
-    """INT8 products, and all else in half precision: what GPUs want."""
+def test_int8_fp16_graph_is_built(checkpoint, tmp_path, monkeypatch):
+    """INT8 products with everything else in half precision, which suits GPUs."""
     monkeypatch.setattr(export.pipeline, "TOWERS", ("text",))
     options = Options(precisions=(Precision.INT8_FP16,), method="minmax")
     bundle = build(checkpoint, tmp_path / "bundle", silent, options)

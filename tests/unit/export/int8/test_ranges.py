@@ -9,7 +9,7 @@ from tests.support.int8_graphs import METHODS, arrays, ranges
 
 
 def by_hand(model: onnx.ModelProto, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Every magnitude of every tensor, by NumPy."""
+    """All magnitudes of every tensor, by NumPy."""
     weights = arrays(model)
     x = np.concatenate(batches)
     z = np.maximum(x @ weights["first"], 0)
@@ -22,12 +22,12 @@ def test_minmax_is_the_largest_magnitude(small, batches):
     assert got == {name: pytest.approx(float(want[name].max()), rel=1e-5) for name in want}
 
 
-def test_minmax_sees_the_negative_side(small, batches):
+def test_minmax_includes_negative_values(small, batches):
     batches = [*batches, np.full((1, 24), -50, np.float32)]
     assert ranges(small, ["x"], batches, "minmax") == {"x": 50}
 
 
-def test_percentile_is_numpys_within_a_bin(small, batches):
+def test_percentile_equals_numpy_within_a_bin(small, batches):
     want = by_hand(small, batches)
     got = ranges(small, list(want), batches, "percentile")
     for name, magnitudes in want.items():
@@ -37,8 +37,8 @@ def test_percentile_is_numpys_within_a_bin(small, batches):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_method_decides_about_a_lone_outlier(small, method):
-    """One value in 240,000 at 60 times the spread of the rest."""
+def test_only_minmax_keeps_a_single_outlier(small, method):
+    """One value in 240,000 lies at 60 times the standard deviation of the rest."""
     batch = np.random.default_rng(0).normal(size=(10_000, 24)).astype(np.float32)
     batch[17, 3] = -60
     (got,) = ranges(small, ["x"], [batch], method).values()
@@ -63,7 +63,7 @@ def test_ranges_are_deterministic(small, batches, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_tensor_that_is_always_zero(small, method):
+def test_zero_tensor_has_zero_range(small, method):
     (got,) = ranges(small, ["x"], [np.zeros((3, 24), np.float32)], method).values()
     assert got == 0
 

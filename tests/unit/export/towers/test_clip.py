@@ -1,4 +1,5 @@
-"""Our towers against transformers' `CLIPModel` and OpenAI's own `CLIP`, with the same weights."""
+"""Our towers compared with transformers' `CLIPModel` and OpenAI's own `CLIP`, with the same
+weights."""
 
 import copy
 
@@ -48,7 +49,7 @@ def assert_equal(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
     assert (got * want).sum(axis=1).min() > 1 - tolerance
     np.testing.assert_allclose(got, want, atol=tolerance)
-    # Only then does the comparison say something: different inputs are far more than that apart.
+    # The comparison is meaningful only if different inputs differ by much more than the tolerance.
     spread = np.abs(want[:, None] - want[None]).max(axis=2)[~np.eye(len(want), dtype=bool)]
     assert spread.min() > 100 * tolerance
 
@@ -76,7 +77,7 @@ def tiny_config(**both) -> CLIPConfig:
     ],
     ids=lambda options: "-".join(map(str, *options.items())),
 )
-def test_equal_to_transformers(options):
+def test_towers_equal_transformers(options):
     model = randomise(CLIPModel(tiny_config(**options)), seed=1)
     clip = ours_from(model)
     pixels, ids = some_pixels(4, 30), some_ids(ENDS)
@@ -86,8 +87,8 @@ def test_equal_to_transformers(options):
     assert clip.logit_scale.item() == model.logit_scale.item()
 
 
-def test_the_two_activations_are_told_apart():
-    """If they were not, the comparison above could not tell that the wrong one was taken."""
+def test_comparison_detects_the_wrong_activation():
+    """Without this, the comparison above could pass with the wrong activation."""
     quick = randomise(CLIPModel(tiny_config(hidden_act="quick_gelu")), seed=1)
     exact = CLIPModel(tiny_config(hidden_act="gelu")).eval()
     exact.load_state_dict(quick.state_dict())
@@ -97,31 +98,31 @@ def test_the_two_activations_are_told_apart():
     assert np.abs(run(ours_from(quick).text, ids) - texts).max() > 1e-3
 
 
-def test_equal_to_transformers_at_the_size_of_vit_b_32():
+def test_towers_equal_transformers_at_the_size_of_vit_b_32():
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig()).eval()
     clip = ours_from(model)
     pixels, ids = some_pixels(2, 224), some_ids([3, 76])
-    pixels[1] = np.linspace(0, 255, 224, dtype=np.uint8)  # noise alone would look all alike
+    pixels[1] = np.linspace(0, 255, 224, dtype=np.uint8)  # embeddings of noise are nearly equal
     images, texts = transformers_embeddings(model, pixels, ids)
     assert_equal(run(clip.image, pixels), images, 1e-5)
     assert_equal(run(clip.text, ids), texts, 1e-5)
 
 
 def test_legacy_end_of_text_id_means_the_last_id():
-    """Configurations from before 2023 say 2; transformers then pools at the highest id."""
+    """Configurations from before 2023 have the id 2. transformers then pools at the highest id."""
     config = tiny_config()
     config.text_config.eos_token_id = 2
     model = randomise(CLIPModel(config), seed=2)
     assert config_from_hugging_face(model.config.to_dict()).text.end_id == 49407
     ids = some_ids(ENDS)
-    ids[2, 10] = 2  # an ordinary "#", where nothing may be pooled
+    ids[2, 10] = 2  # an ordinary "#", at which the model must not pool
     _, texts = transformers_embeddings(model, some_pixels(4, 30), ids)
     assert_equal(run(ours_from(model).text, ids), texts, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_equal_to_openai(kind):
+def test_towers_equal_openai(kind):
     model = openai_clip(kind)
     clip = Clip(config_from_openai(model.state_dict(), "quick_gelu"), MEAN, STD)
     load_state(clip, model.state_dict(), "openai")
@@ -141,7 +142,7 @@ def tiny() -> Clip:
     return ours_from(randomise(CLIPModel(tiny_config()), seed=3))
 
 
-def test_what_follows_the_end_of_text_is_irrelevant(tiny):
+def test_tokens_after_the_end_of_text_are_ignored(tiny):
     zeros, ends, noise = (some_ids(ENDS, pad=pad) for pad in (0, 49407, 1234))
     noise[1, 5:] = np.random.default_rng(1).integers(0, 49408, 72)
     full = run(tiny.text, ends)
@@ -150,13 +151,13 @@ def test_what_follows_the_end_of_text_is_irrelevant(tiny):
 
 
 @pytest.mark.parametrize("length", [5, 8, 16, 48])
-def test_cutting_to_a_bucket_is_exact(tiny, length):
+def test_truncation_to_a_bucket_is_exact(tiny, length):
     ids = some_ids([1, 2, 4])
     full = run(tiny.text, ids)
     np.testing.assert_allclose(run(tiny.text, ids[:, :length]), full, atol=1e-6)
 
 
-def test_a_batch_is_the_same_as_one_by_one(tiny):
+def test_batch_equals_single_items(tiny):
     pixels, ids = some_pixels(3, 30), some_ids([1, 9, 40])
     for tower, batch in ((tiny.image, pixels), (tiny.text, ids)):
         alone = np.concatenate([run(tower, batch[i : i + 1]) for i in range(3)])
@@ -164,7 +165,7 @@ def test_a_batch_is_the_same_as_one_by_one(tiny):
 
 
 def test_half_precision_weights_stay_near_float32(tiny):
-    """LayerNorm and softmax compute in float32, so float16 weights cost only rounding."""
+    """LayerNorm and softmax compute in float32, so float16 weights add only rounding errors."""
     half = copy.deepcopy(tiny).half()
     pixels, ids = some_pixels(4, 30), some_ids(ENDS)
     for tower, full, batch in (
@@ -176,8 +177,8 @@ def test_half_precision_weights_stay_near_float32(tiny):
         assert (got * run(full, batch)).sum(axis=1).min() > 0.9995
 
 
-def test_layer_norm_of_large_float16_values():
-    """In float16 the variance of values near 500 would overflow."""
+def test_layer_norm_does_not_overflow_in_float16():
+    """In float16, the variance of values near 500 would overflow."""
     x = torch.linspace(-900, 900, 64).half()[None]
     norm = LayerNorm(64)
     expected = torch.nn.functional.layer_norm(x.float(), (64,))
@@ -186,7 +187,7 @@ def test_layer_norm_of_large_float16_values():
     torch.testing.assert_close(got.float(), expected, atol=2e-3, rtol=0)
 
 
-def test_towers_hold_no_infinity(tiny):
-    """A float16 graph would carry it as such, and 0 * infinity is not a number."""
+def test_towers_contain_no_infinity(tiny):
+    """A float16 graph would keep it, and 0 * infinity is NaN."""
     for name, tensor in [*tiny.named_buffers(), *tiny.named_parameters()]:
         assert torch.isfinite(tensor.half()).all(), name

@@ -1,4 +1,4 @@
-"""The text tower over trees: the same embeddings as text by text, in every runtime that runs it."""
+"""The text tower over prefix trees: embeddings equal those of single texts in every runtime."""
 
 import shutil
 from dataclasses import replace
@@ -46,7 +46,7 @@ def artifact(bundle: Bundle, precision: str) -> Artifact:
 
 @pytest.fixture(scope="module")
 def texts(checkpoint) -> np.ndarray:
-    """Texts that begin alike and texts that do not, two that are equal, one alone, one empty."""
+    """Texts with and without shared prefixes, two equal texts, a single text, and an empty one."""
     alike = probe_prompts(checkpoint.text, 60, 20, seed=5)
     ids = np.full((70, 77), checkpoint.text.pad_id, np.int32)
     ids[:60, :20] = alike
@@ -57,7 +57,7 @@ def texts(checkpoint) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def theirs(tiny_checkpoint, texts) -> np.ndarray:
-    """Embeddings by transformers, each text by itself as it were, padded to 77."""
+    """Embeddings by transformers, each text padded to 77 tokens."""
     model = CLIPModel.from_pretrained(tiny_checkpoint).eval()
     with torch.inference_mode():
         out = model.text_model(input_ids=torch.from_numpy(texts).long())
@@ -68,7 +68,7 @@ def cosines(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     return (got.astype(np.float64) * want).sum(axis=1)
 
 
-def test_the_tower_in_pytorch(checkpoint, texts, theirs):
+def test_prefix_tree_tower_equals_transformers_in_pytorch(checkpoint, texts, theirs):
     tower = PrefixTreeTower(checkpoint.clip.text).eval()
     seen = []
     for batch in trees(texts, checkpoint.text.end_id):
@@ -91,11 +91,11 @@ def test_every_runner_equals_transformers(bundle, texts, theirs, name):
             assert cosines(got, theirs).min() >= 0.99999
         else:
             assert cosines(got, theirs).min() >= 0.98
-        for one in (0, 66, 60):  # alone: as long as the context, and as short as can be
+        for one in (0, 66, 60):  # single texts: the longest and the shortest possible
             np.testing.assert_allclose(runner.run(texts[[one]]), got[[one]], atol=2e-2)
 
 
-def test_the_plain_tower_and_the_tree_agree_in_int8(bundle, texts):
+def test_text_and_prefix_tree_graphs_agree_in_int8(bundle, texts):
     with (
         open_prefix_tree(bundle, "onnxruntime:int8") as tree,
         open_runner(bundle, "text", "onnxruntime:int8") as plain,
@@ -106,7 +106,7 @@ def test_the_plain_tower_and_the_tree_agree_in_int8(bundle, texts):
 # ------------------------------------------------------------------ the bundle
 
 
-def test_what_an_export_makes(bundle, tiny_bundle):
+def test_export_adds_prefix_tree_graphs(bundle, tiny_bundle):
     made = [a for a in bundle.manifest.artifacts if a.graph == "prefix_tree"]
     assert [(a.tower, a.precision, a.file) for a in made] == [
         ("text", "fp32", "prefix_tree.fp32.onnx"),
@@ -123,12 +123,12 @@ def test_what_an_export_makes(bundle, tiny_bundle):
     plain = bundle.artifact("text", "int8").quantisation
     assert int8.quantisation.layers == plain.layers == 12
     assert int8.files[0].bytes < fp32.files[0].bytes
-    # Each embeds the texts that the plain tower is judged by.
+    # Each verdict covers as many texts as the verdict on the text graph.
     assert fp32.verdicts[0].embeddings == bundle.artifact("text", "fp32").verdicts[0].embeddings
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_graph_is_clean(bundle, precision):
+def test_prefix_tree_graph_has_no_findings(bundle, precision):
     path = bundle.verified(artifact(bundle, precision))
     assert lint(path, "prefix_tree") == []
     onnx.checker.check_model(path, full_check=True)
@@ -143,7 +143,7 @@ def test_the_graph_is_clean(bundle, precision):
     assert made.type.tensor_type.shape.dim[1].dim_value == 32
 
 
-def test_lint_knows_the_tree(bundle, tmp_path):
+def test_lint_checks_prefix_tree_graphs(bundle, tmp_path):
     path = tmp_path / "prefix_tree.fp32.onnx"
     model = onnx.load(bundle.path / path.name)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 9
@@ -155,7 +155,7 @@ def test_lint_knows_the_tree(bundle, tmp_path):
     ]
 
 
-def test_which_runners_run_it(bundle):
+def test_runners_of_prefix_tree_graphs(bundle):
     assert [str(spec) for spec in runners_of(artifact(bundle, "fp32"))] == [
         "onnxruntime:fp32",
         "openvino:fp32",
@@ -164,8 +164,9 @@ def test_which_runners_run_it(bundle):
     assert {"onnxruntime:fp32", "onnxruntime:int8"} <= set(map(str, passed(bundle, "prefix_tree")))
 
 
-def test_a_verdict_on_one_form_is_none_on_the_other(bundle):
-    """The plain graph was refused, or the tree's was: neither runner is offered for it."""
+def test_verdict_on_one_graph_does_not_count_for_the_other(bundle):
+    """If the text graph or the prefix-tree graph failed the parity gate, no runner is offered
+    for it."""
 
     def refused(graph: Graph) -> Bundle:
         artifacts = tuple(
@@ -179,7 +180,7 @@ def test_a_verdict_on_one_form_is_none_on_the_other(bundle):
     assert passed(refused("prefix_tree"), "text") == passed(bundle, "text")
 
 
-def test_verify_judges_trees_again(bundle):
+def test_verify_measures_prefix_trees_again(bundle):
     again = verify(bundle, None, None, silent)
     before, after = (
         [a for a in b.manifest.artifacts if a.graph == "prefix_tree"] for b in (bundle, again)
@@ -190,12 +191,12 @@ def test_verify_judges_trees_again(bundle):
 
 
 def shift_mask(model: onnx.ModelProto) -> None:
-    """A node sees its subtree's siblings too: `i < ends[j]` becomes `i <= ends[j]`."""
+    """Make a node attend to its subtree's siblings too: `i < ends[j]` becomes `i <= ends[j]`."""
     (node,) = [n for n in model.graph.node if n.op_type == "Less"]
     node.op_type = "LessOrEqual"
 
 
-def test_the_gate_refuses_trees_that_are_not_kept_apart(bundle, checkpoint, tmp_path):
+def test_graph_that_mixes_branches_fails_the_gate(bundle, checkpoint, tmp_path):
     path = Path(shutil.copytree(bundle.path, tmp_path / "spoiled"))
     whole = artifact(bundle, "fp32")
     model = onnx.load(path / whole.file)
@@ -215,7 +216,7 @@ def test_the_gate_refuses_trees_that_are_not_kept_apart(bundle, checkpoint, tmp_
     assert not any(verdict.passed for verdict in found.verdicts)
 
 
-def test_a_tree_graph_that_is_not_the_one_exported(bundle, tmp_path):
+def test_tampered_prefix_tree_graph_is_rejected(bundle, tmp_path):
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     with (path / "prefix_tree.fp32.onnx").open("r+b") as file:
         file.seek(100_000)
@@ -236,17 +237,17 @@ def test_a_tree_graph_that_is_not_the_one_exported(bundle, tmp_path):
         ("onnxruntime:int3", RunnerError, "unknown runner 'onnxruntime:int3'"),
     ],
 )
-def test_trees_that_cannot_be_had(bundle, name, error, shown):
+def test_unavailable_prefix_tree_runner_is_rejected(bundle, name, error, shown):
     with pytest.raises(error, match=shown):
         open_prefix_tree(bundle, name)
 
 
-def test_a_bundle_without_trees(tiny_bundle):
+def test_bundle_without_prefix_trees_is_rejected(tiny_bundle):
     with pytest.raises(BundleError, match="no fp32 prefix_tree graph, only none; export the check"):
         open_prefix_tree(tiny_bundle, "onnxruntime:fp32")
 
 
-def test_texts_that_cannot_be_put_into_trees(bundle, texts):
+def test_invalid_token_ids_are_rejected(bundle, texts):
     with open_prefix_tree(bundle, "onnxruntime:fp32") as runner:
         with pytest.raises(RunnerError, match=r"int32 \[1, 5\] as trees: .* the end-of-text token"):
             runner.run(np.ones((1, 5), np.int32))
@@ -256,7 +257,7 @@ def test_texts_that_cannot_be_put_into_trees(bundle, texts):
             runner.run(outside)
 
 
-def test_calibration_by_trees_is_of_the_same_texts(checkpoint, texts):
+def test_calibration_trees_contain_the_same_texts(checkpoint, texts):
     (given, *rest) = in_trees([texts[:4, :20], texts[4:5, :20]], checkpoint.text.end_id)
     assert len(rest) == 1
     found = {row[0].tobytes() for row in given}

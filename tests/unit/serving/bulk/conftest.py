@@ -1,4 +1,4 @@
-"""A Ray cluster, images, and a finished job."""
+"""Fixtures: a Ray cluster, images, and a finished job."""
 
 import faulthandler
 import logging
@@ -17,7 +17,7 @@ from tests.support.bulk_data import RUNNER, run
 
 @pytest.fixture(scope="module")
 def cluster(request):
-    """One Ray for the module; `bulk_embed` takes the one that runs."""
+    """One Ray cluster for the module. `bulk_embed` uses a running cluster."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     import ray
 
@@ -31,7 +31,7 @@ def cluster(request):
     )
     yield
     ray.shutdown()
-    # Ray (2.60) takes the handlers of crashes away: a later one would end pytest without a word.
+    # Ray 2.60 removes the crash handlers: a later crash would end pytest without a message.
     faulthandler.enable(request.config.stash[fault_handler_stderr_fd_key])
 
 
@@ -56,6 +56,6 @@ def local(fp32_bundle):
 
 @pytest.fixture(scope="module")
 def finished(cluster, fp32_bundle, many, tmp_path_factory):
-    """The outcome of a finished job over `many`, of two workers; do not change it."""
+    """The outcome of a finished job over `many` with two workers. Do not change it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     return run(many, out, fp32_bundle, resources=Resources(workers=2), shard_size=64)

@@ -1,4 +1,4 @@
-"""Bulk embedding on a real Ray: every source, bad files, killed workers and jobs."""
+"""Bulk embedding on a real Ray cluster: every source, bad files, killed workers and jobs."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.support.paths import CHECKOUT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of the sockets and logs of Ray
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and logs open
 ]
 
 BAD = {
@@ -39,7 +39,7 @@ BAD = {
 }
 
 
-def test_a_folder(finished, many, local):
+def test_all_images_of_a_directory_are_embedded(finished, many, local):
     assert_complete(finished.output, many, local)
     assert (finished.rows, finished.ok, finished.errors) == (300, 300, 0)
     assert (finished.shards, finished.skipped_shards, finished.workers) == (5, 0, 2)
@@ -47,7 +47,7 @@ def test_a_folder(finished, many, local):
     assert finished.rows_per_s > 0
 
 
-def test_the_schema_and_the_manifest(finished, fp32_bundle, many):
+def test_schema_and_manifest_describe_the_job(finished, fp32_bundle, many):
     schema = pq.read_schema(Path(finished.output) / "shard-00000.parquet")
     assert schema.field("path").type == pa.string()
     assert schema.field("embedding").type == pa.list_(pa.float32(), 32)
@@ -65,8 +65,10 @@ def test_the_schema_and_the_manifest(finished, fp32_bundle, many):
     assert (manifest["shard_size"], manifest["shards"], manifest["runner"]) == (64, 5, RUNNER)
 
 
-def test_hugging_face_parquet_and_auto(cluster, fp32_bundle, pictures, local, tmp_path):
-    """A struct of bytes and path, in row groups; the runner is chosen on a worker."""
+def test_hugging_face_parquet_is_embedded_with_runner_auto(
+    cluster, fp32_bundle, pictures, local, tmp_path
+):
+    """The images are structs of bytes and path, in row groups. A worker selects the runner."""
     files = sorted(pictures.iterdir())
     images = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
     table = pa.table({"label": list(range(len(files))), "image": images})
@@ -80,7 +82,7 @@ def test_hugging_face_parquet_and_auto(cluster, fp32_bundle, pictures, local, tm
     assert cosines.min() > 0.995
 
 
-def test_parquet_by_columns_with_damage(cluster, fp32_bundle, pictures, local, tmp_path):
+def test_damaged_rows_of_parquet_are_reported(cluster, fp32_bundle, pictures, local, tmp_path):
     files = sorted(pictures.iterdir())
     source = tmp_path / "source"
     source.mkdir()
@@ -116,7 +118,7 @@ def test_parquet_by_columns_with_damage(cluster, fp32_bundle, pictures, local, t
     assert all("row group 1 of b.parquet is damaged" in reason for reason in errors.values())
 
 
-def test_web_dataset_with_damage(cluster, fp32_bundle, pictures, local, tmp_path):
+def test_damaged_tars_are_reported(cluster, fp32_bundle, pictures, local, tmp_path):
     files = sorted(pictures.iterdir())
     members = {}
     for file in files:
@@ -142,7 +144,7 @@ def test_web_dataset_with_damage(cluster, fp32_bundle, pictures, local, tmp_path
     assert "truncated or damaged after 1 images" in errors["3.tar"]
 
 
-def test_bad_pictures_are_told_of(cluster, fp32_bundle, pictures, local, tmp_path):
+def test_bad_images_are_reported(cluster, fp32_bundle, pictures, local, tmp_path):
     root = tmp_path / "source"
     root.mkdir()
     good = sorted(pictures.glob("*.jpg"))
@@ -154,7 +156,7 @@ def test_bad_pictures_are_told_of(cluster, fp32_bundle, pictures, local, tmp_pat
     (root / "cut.jpg").write_bytes(cut)
     (root / "gone.jpg").symlink_to("nowhere")
     (root / os.fsdecode(b"caf\xe9.jpg")).write_bytes(good[0].read_bytes())
-    os.mkfifo(root / "pipe.jpg")  # would be waited for, for ever
+    os.mkfifo(root / "pipe.jpg")  # reading a pipe would block forever
     outcome = run(root, tmp_path / "out", fp32_bundle)
     rows = {row["path"]: row for row in rows_of(outcome.output)}
     assert len(rows) == len(good) + len(BAD) + 3 == outcome.rows
@@ -170,7 +172,7 @@ def test_bad_pictures_are_told_of(cluster, fp32_bundle, pictures, local, tmp_pat
 
 
 def children_of(pid: int) -> dict[int, str]:
-    """Descendants of a process and their command lines."""
+    """Return the descendants of a process and their command lines."""
     parents, names = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -186,7 +188,7 @@ def children_of(pid: int) -> dict[int, str]:
     return {child: names[child] for child in found - {pid}}
 
 
-def test_a_killed_worker(cluster, fp32_bundle, many, local, tmp_path):
+def test_job_survives_a_killed_worker(cluster, fp32_bundle, many, local, tmp_path):
     killed = []
 
     def kill(step: str, done: int = 0, total: int = 0) -> None:
@@ -207,8 +209,8 @@ def alive(pids) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_killed_job_goes_on(fp32_bundle, many, local, tmp_path):
-    """By the command, which starts and stops Ray itself."""
+def test_killed_job_resumes(fp32_bundle, many, local, tmp_path):
+    """The job runs as a command, which starts and stops Ray itself."""
     out = tmp_path / "out"
     arguments = ("--output", out, "--bundle", fp32_bundle.path, "--runner", RUNNER)
     line = command(many, *arguments, "--shard-size", 3, "--json")
@@ -224,7 +226,7 @@ def test_a_killed_job_goes_on(fp32_bundle, many, local, tmp_path):
         job.kill()
     working = [pid for pid, name in family.items() if "MapWorker" in name]
     assert working
-    while alive(working):  # they end with the job; two of Ray's agents take a minute more
+    while alive(working):  # they end with the job, but two of Ray's agents need another minute
         assert time.monotonic() < deadline
         time.sleep(0.1)
     for pid in alive(family):
@@ -244,8 +246,8 @@ def test_a_killed_job_goes_on(fp32_bundle, many, local, tmp_path):
     assert "[E " not in done.stderr
 
 
-def test_a_picture_that_kills_its_worker(finished, fp32_bundle, many, tmp_path):
-    """Each process dies of picture 5; what comes after it is embedded all the same."""
+def test_image_that_kills_its_worker_is_reported(finished, fp32_bundle, many, tmp_path):
+    """Image 5 kills every process that reads it. The images after it are still embedded."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "shards.jsonl").write_text((Path(finished.output) / "shards.jsonl").read_text())
@@ -280,8 +282,8 @@ assert answer["rows"] == [64] and answer["failure"] == [""], answer
     assert [row["path"] for row in rows] == [row["path"] for row in alike]
 
 
-def test_as_a_task_of_the_cluster(cluster, fp32_bundle, many, local, tmp_path):
-    """What `ray://` does, less the client itself: Ray Data does not work through it."""
+def test_job_runs_as_a_task_of_the_cluster(cluster, fp32_bundle, many, local, tmp_path):
+    """The same as with `ray://`, but without its client, through which Ray Data does not work."""
     told = []
     crew = Resources(address="ray://not-asked:10001")
     outcome = run(
@@ -294,7 +296,7 @@ def test_as_a_task_of_the_cluster(cluster, fp32_bundle, many, local, tmp_path):
     )
     assert (outcome.rows, outcome.shards) == (300, 5)
     assert_complete(outcome.output, many, local)
-    assert told[0] == ("cutting the source into shards", 0, 0)
+    assert told[0] == ("dividing the source into shards", 0, 0)
     assert [done for _, done, total in told if total == 5] == [0, 1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="is inside SOURCE"):
         run(many, many / "out", fp32_bundle, resources=crew)

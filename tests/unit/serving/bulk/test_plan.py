@@ -1,4 +1,4 @@
-"""What is done already, and what is refused."""
+"""Finished work that is skipped, and jobs that are rejected."""
 
 import os
 import subprocess
@@ -19,18 +19,18 @@ from tests.support.paths import CHECKOUT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of the sockets and logs of Ray
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and logs open
 ]
 
 
 def test_a_finished_job_needs_no_ray(finished, fp32_bundle, many):
-    """And says so; a shard that was damaged since is made again."""
+    """The outcome reports that everything was skipped."""
     again = run(many, Path(finished.output), fp32_bundle, runner="auto")
     assert (again.rows, again.skipped_shards, again.embedded_rows) == (300, 5, 0)
     assert (again.workers, again.rows_per_s, again.source_changed) == (0, 0.0, False)
 
 
-def test_a_damaged_shard_is_made_again(finished, fp32_bundle, many, local, tmp_path):
+def test_damaged_shard_is_written_again(finished, fp32_bundle, many, local, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     for path in Path(finished.output).iterdir():
@@ -41,7 +41,7 @@ def test_a_damaged_shard_is_made_again(finished, fp32_bundle, many, local, tmp_p
     assert_complete(out, many, local)
 
 
-def test_a_changed_source_is_told_of(finished, fp32_bundle, many):
+def test_changed_source_is_reported(finished, fp32_bundle, many):
     new = many / "new.jpg"
     new.hardlink_to(many / "0" / "deep" / "000.jpg")
     try:
@@ -59,17 +59,17 @@ def test_a_changed_source_is_told_of(finished, fp32_bundle, many):
         ({"runner": "openvino:fp32"}, "its runner is onnxruntime:fp32, not openvino:fp32"),
     ],
 )
-def test_another_job_is_refused(finished, fp32_bundle, many, options, message):
+def test_output_of_another_job_is_rejected(finished, fp32_bundle, many, options, message):
     with pytest.raises(InputError, match=message):
         run(many, Path(finished.output), fp32_bundle, **options)
 
 
-def test_another_source_is_refused(finished, fp32_bundle, pictures):
+def test_output_of_another_source_is_rejected(finished, fp32_bundle, pictures):
     with pytest.raises(InputError, match=r"its source is .*, not .*; give another --output"):
         run(pictures, Path(finished.output), fp32_bundle)
 
 
-def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
+def test_output_of_another_model_is_rejected(finished, fp32_bundle, many, tmp_path):
     manifest = fp32_bundle.manifest
     provenance = replace(manifest.provenance, weights_sha256="0" * 64)
     for path in fp32_bundle.path.iterdir():
@@ -81,7 +81,7 @@ def test_another_model_is_refused(finished, fp32_bundle, many, tmp_path):
         run(many, Path(finished.output), Bundle.open(tmp_path))
 
 
-def test_a_folder_of_something_else_is_refused(fp32_bundle, many, tmp_path):
+def test_output_directory_with_other_files_is_rejected(fp32_bundle, many, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match=r"holds other files, such as thesis.txt, and no man"):
         run(many, tmp_path, fp32_bundle)
@@ -93,7 +93,7 @@ def test_a_folder_of_something_else_is_refused(fp32_bundle, many, tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_two_jobs_at_once_are_refused(fp32_bundle, many, tmp_path):
+def test_concurrent_jobs_are_rejected(fp32_bundle, many, tmp_path):
     import fcntl
 
     (tmp_path / ".lock").touch()
@@ -103,7 +103,7 @@ def test_two_jobs_at_once_are_refused(fp32_bundle, many, tmp_path):
             run(many, tmp_path, fp32_bundle)
 
 
-def test_sources_that_are_refused(tmp_path):
+def test_invalid_sources_are_rejected(tmp_path):
     with pytest.raises(InputError, match="no such file or directory; expected a directory of im"):
         find_source(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="nothing to embed; expected a directory of images"):
@@ -132,18 +132,18 @@ def test_sources_that_are_refused(tmp_path):
         ({"image": pa.array([], pa.binary())}, {}, "have no rows"),
     ],
 )
-def test_parquet_that_is_refused(columns, options, message, tmp_path):
+def test_invalid_parquet_is_rejected(columns, options, message, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=message):
         find_source(str(tmp_path), **options)
 
 
-def test_output_inside_of_the_source_is_refused(fp32_bundle, many):
+def test_output_inside_the_source_is_rejected(fp32_bundle, many):
     with pytest.raises(InputError, match="is inside SOURCE"):
         run(many, many / "out", fp32_bundle)
 
 
-def test_runners_that_are_refused(cluster, fp32_bundle, many, tmp_path):
+def test_invalid_runners_are_rejected(cluster, fp32_bundle, many, tmp_path):
     with pytest.raises(RunnerError, match="unknown runner 'onnxruntime:fp64'"):
         run(many, tmp_path / "out", fp32_bundle, runner="onnxruntime:fp64")
     with pytest.raises(BundleError, match="has no int8 image graph"):
@@ -153,7 +153,7 @@ def test_runners_that_are_refused(cluster, fp32_bundle, many, tmp_path):
 
 
 def test_a_failure_on_a_worker_ends_the_job(cluster, fp32_bundle, many, tmp_path):
-    """Here a graph that is not the exported one, which only the worker looks at."""
+    """The graph is not the exported one, which only the worker checks."""
     broken = tmp_path / "bundle"
     broken.mkdir()
     for path in fp32_bundle.path.iterdir():
@@ -164,7 +164,7 @@ def test_a_failure_on_a_worker_ends_the_job(cluster, fp32_bundle, many, tmp_path
 
 
 @pytest.mark.wording
-def test_no_cluster_at_the_address(fp32_bundle, many, tmp_path):
+def test_missing_cluster_is_reported(fp32_bundle, many, tmp_path):
     line = command(many, "--output", tmp_path / "o", "--bundle", fp32_bundle.path)
     line += ["--address", "127.0.0.1:1"]
     done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True, check=False)
@@ -175,7 +175,7 @@ def test_no_cluster_at_the_address(fp32_bundle, many, tmp_path):
 
 def test_shards_follow_row_groups(tmp_path):
     table = pa.table({"bytes": [b"x"] * 25})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)  # 4 4 4 4 4 4 1
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)  # row groups of 4 4 4 4 4 4 1
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=25)
     source, rows = find_source(str(tmp_path))
     assert rows == 50
@@ -186,8 +186,8 @@ def test_shards_follow_row_groups(tmp_path):
 
 
 @pytest.mark.wording
-def test_a_tar_without_its_end_is_told_of(tmp_path):
-    """`tarfile` itself takes it for whole."""
+def test_truncated_tar_is_reported(tmp_path):
+    """`tarfile` itself accepts it as complete."""
     path = tar_of(tmp_path / "a.tar", {"a.jpg": b"x" * 100, "b.jpg": b"y" * 100})
     path.write_bytes(path.read_bytes()[: 4 * 512])
     source, _ = find_source(str(path))
@@ -196,8 +196,8 @@ def test_a_tar_without_its_end_is_told_of(tmp_path):
     assert "truncated or damaged after 2 images (no end-of-archive marker)" in str(rows[2][1])
 
 
-def test_workers_keep_to_cpus_of_their_own():
-    """And a CPU is free again once its worker was killed."""
+def test_workers_are_pinned_to_separate_cpus():
+    """The CPU of a killed worker becomes free again."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs 2 CPUs")
     code = (

@@ -1,4 +1,5 @@
-"""Artifacts that are not what was exported: damaged, swapped, edited, leading elsewhere."""
+"""Artifacts that differ from the exported files: damaged, swapped, edited, or linked to other
+places."""
 
 import contextlib
 import json
@@ -27,7 +28,7 @@ RUNNER = "onnxruntime:fp32"
 
 @pytest.fixture
 def copy(fp32_bundle, tmp_path) -> Path:
-    """A copy of the fp32 bundle, to be spoiled."""
+    """A copy of the fp32 bundle that tests may damage."""
     return Path(shutil.copytree(fp32_bundle.path, tmp_path / "spoiled"))
 
 
@@ -58,14 +59,14 @@ def flip(file: Path, position: int, bit: int) -> None:
 
 
 def reseal(path: Path, change) -> None:
-    """A manifest by somebody who knows how it is sealed."""
+    """Change the manifest and write a valid checksum, like an attacker who knows the format."""
     document = unsealed(json.loads((path / "manifest.json").read_text()))
     change(document)
     (path / "manifest.json").write_text(sealed(document))
 
 
 def described(path: Path, *names: str):
-    """A change of the manifest: it vouches for these files as the image tower's graph."""
+    """A change of the manifest that lists these files as the image tower's graph."""
     files = [
         {"name": name, "sha256": described.sha256, "bytes": described.bytes}
         for name in names
@@ -97,7 +98,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("spoiled", SPOILED)
-def test_what_was_not_exported_is_refused(copy, tmp_path, spoiled, use):
+def test_changed_files_are_rejected(copy, tmp_path, spoiled, use):
     use(copy, tmp_path)
     shutil.rmtree(tmp_path / "repository", ignore_errors=True)
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
@@ -108,8 +109,8 @@ def test_what_was_not_exported_is_refused(copy, tmp_path, spoiled, use):
     assert not (tmp_path / "repository").exists()
 
 
-def test_any_flipped_bit_is_found(copy, figure):
-    """In every file of a bundle."""
+def test_any_flipped_bit_is_detected(copy, figure):
+    """Covers every file of a bundle."""
     rng, flips = random.Random(0), 0
     manifest = Bundle.open(copy).manifest
     for name, count in (
@@ -125,7 +126,7 @@ def test_any_flipped_bit_is_found(copy, figure):
                 with pytest.raises(BundleError):
                     through_open_runner(copy, None)
             else:
-                with contextlib.suppress(BundleError):  # `1e-05` may become `1E-05`
+                with contextlib.suppress(BundleError):  # `1E-05` equals `1e-05`
                     assert Bundle.open(copy).manifest == manifest
             (copy / name).write_bytes(good)
             flips += 1
@@ -145,7 +146,7 @@ def test_any_flipped_bit_is_found(copy, figure):
     ids=["verdict", "scale", "mean", "sha256"],
 )
 @pytest.mark.parametrize("use", USES)
-def test_a_manifest_edited_by_hand_is_refused(copy, tmp_path, change, use):
+def test_edited_manifest_is_rejected(copy, tmp_path, change, use):
     document = json.loads((copy / "manifest.json").read_text())
     change(document)
     (copy / "manifest.json").write_text(json.dumps(document))
@@ -153,7 +154,7 @@ def test_a_manifest_edited_by_hand_is_refused(copy, tmp_path, change, use):
         use(copy, tmp_path)
 
 
-def test_a_manifest_without_its_checksum(copy):
+def test_manifest_without_checksum_is_rejected(copy):
     document = unsealed(json.loads((copy / "manifest.json").read_text()))
     (copy / "manifest.json").write_text(json.dumps(document))
     with pytest.raises(BundleError, match=r"field says None.*export the checkpoint again"):
@@ -162,7 +163,7 @@ def test_a_manifest_without_its_checksum(copy):
 
 @pytest.mark.parametrize("name", ["../elsewhere.onnx", "/etc/passwd", "a/../../b", ".", ""])
 @pytest.mark.parametrize("where", ["tokenizer", "graph"])
-def test_names_that_lead_out_of_the_bundle(copy, name, where):
+def test_file_names_outside_the_bundle_are_rejected(copy, name, where):
     def change(document):
         named = document["tokenizer"] if where == "tokenizer" else document["artifacts"][0]
         (named if where == "tokenizer" else named["files"][0])["name"] = name
@@ -173,10 +174,10 @@ def test_names_that_lead_out_of_the_bundle(copy, name, where):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_link_out_of_the_bundle(copy, tmp_path, use):
+def test_link_out_of_the_bundle_is_rejected(copy, tmp_path, use):
     (copy / "image.fp32.onnx").rename(copy / "other.onnx")
     (copy / "image.fp32.onnx").symlink_to("other.onnx")
-    use(copy, tmp_path)  # inside it may point where it likes
+    use(copy, tmp_path)  # links inside the bundle are allowed
     (copy / "other.onnx").rename(tmp_path / "elsewhere.onnx")
     (copy / "image.fp32.onnx").unlink()
     (copy / "image.fp32.onnx").symlink_to(tmp_path / "elsewhere.onnx")
@@ -188,7 +189,7 @@ def test_a_link_out_of_the_bundle(copy, tmp_path, use):
 
 
 def externalised(path: Path, location: str) -> None:
-    """Put the image graph's weights into `image.data`, and say that they are at `location`."""
+    """Store the image graph's weights in `image.data`, and name `location` in the graph."""
     model = onnx.load(path / "image.fp32.onnx")
     with (path / "image.data").open("wb") as data:
         for tensor in model.graph.initializer:
@@ -204,7 +205,7 @@ def externalised(path: Path, location: str) -> None:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_external_data_that_the_manifest_vouches_for(copy, tmp_path, fp32_bundle, use):
+def test_external_data_in_the_manifest_is_loaded(copy, tmp_path, fp32_bundle, use):
     externalised(copy, "image.data")
     reseal(copy, described(copy, "image.fp32.onnx", "image.data"))
     use(copy, tmp_path)
@@ -218,7 +219,7 @@ def test_external_data_that_the_manifest_vouches_for(copy, tmp_path, fp32_bundle
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("location", ["../image.data", "{}/image.data", "unknown.data", "./x/../y"])
-def test_external_data_from_elsewhere(copy, tmp_path, location, use):
+def test_external_data_outside_the_bundle_is_rejected(copy, tmp_path, location, use):
     location = location.format(copy)
     externalised(copy, location)
     shutil.copy(copy / "image.data", tmp_path / "image.data")
@@ -228,7 +229,7 @@ def test_external_data_from_elsewhere(copy, tmp_path, location, use):
         use(copy, tmp_path)
 
 
-def test_external_data_through_a_link(copy, tmp_path):
+def test_external_data_behind_a_link_is_rejected(copy, tmp_path):
     externalised(copy, "image.data")
     reseal(copy, described(copy, "image.fp32.onnx", "image.data"))
     (copy / "image.data").rename(tmp_path / "elsewhere.data")
@@ -245,7 +246,7 @@ def at(location: str) -> TensorProto:
     return tensor
 
 
-def test_external_data_is_found_wherever_a_tensor_can_be(tmp_path, tiny_bundle):
+def test_external_data_is_found_in_all_tensors(tmp_path, tiny_bundle):
     def constant(location):
         return helper.make_node("Constant", [], [location], value=at(location))
 
@@ -277,7 +278,7 @@ def test_external_data_is_found_wherever_a_tensor_can_be(tmp_path, tiny_bundle):
 @pytest.mark.parametrize(
     "data", [b"", b"\xff" * 20, b"\x3a\xff\x01", b"\x3b", b"\x3a\x05\x2a\x7f"], ids=repr
 )
-def test_what_is_no_graph(copy, data):
+def test_file_that_is_not_a_graph_is_rejected(copy, data):
     (copy / "image.fp32.onnx").write_bytes(data)
     with pytest.raises(ValueError, match=r"."):
         external_files(copy / "image.fp32.onnx")
@@ -287,8 +288,8 @@ def test_what_is_no_graph(copy, data):
         bundle.verified(bundle.artifact("image", "fp32"))
 
 
-def test_a_plan_that_is_not_the_one_built(copy):
-    """A plan is machine code: it is compared before any library sees it."""
+def test_changed_engine_is_rejected(copy):
+    """An engine contains machine code, so its checksum is verified before any library reads it."""
     (copy / "image.plan").write_bytes(b"plan")
     bundle = Bundle.open(copy)
     plan = replace(

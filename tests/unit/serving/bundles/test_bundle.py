@@ -1,4 +1,4 @@
-"""The bundle's manifest and files, directories that are never half there, typed JSON."""
+"""The bundle's manifest and files, atomic replacement of directories, and typed JSON."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from serving.util.typed_json import from_json
 
 @pytest.fixture
 def copy(tiny_bundle, tmp_path) -> Path:
-    """A copy of the tiny bundle, to be spoiled."""
+    """A copy of the tiny bundle that tests may damage."""
     return Path(shutil.copytree(tiny_bundle.path, tmp_path / "spoiled"))
 
 
@@ -38,7 +38,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_bundle_vouches_for_every_file_in_it(tiny_bundle):
+def test_manifest_lists_every_file_of_the_bundle(tiny_bundle):
     manifest = tiny_bundle.manifest
     vouched = {file.name for artifact in manifest.artifacts for file in artifact.files}
     vouched |= {manifest.tokenizer.name, "manifest.json"}
@@ -50,14 +50,14 @@ def test_a_bundle_vouches_for_every_file_in_it(tiny_bundle):
     assert len(Tokenizer(tiny_bundle.tokenizer, manifest.text)(["a cat"])) == 1
 
 
-def test_the_manifest_is_read_as_it_was_written(tiny_bundle):
+def test_manifest_round_trip(tiny_bundle):
     text = (tiny_bundle.path / "manifest.json").read_text()
     assert Bundle.open(tiny_bundle.path).manifest.to_json() == text
     assert json.loads(text)["format"] == MANIFEST_FORMAT
 
 
 @pytest.mark.parametrize("file", ["image.fp32.onnx", "text.fp32.onnx", "tokenizer.json"])
-def test_a_tampered_file_is_refused_with_both_sums(copy, file):
+def test_tampered_file_error_has_both_checksums(copy, file):
     before = sha256_of(copy / file)
     with (copy / file).open("r+b") as stream:
         stream.seek(-20, os.SEEK_END)
@@ -78,19 +78,19 @@ def test_a_tampered_file_is_refused_with_both_sums(copy, file):
     assert "export the checkpoint again" in message
 
 
-def test_a_missing_file(copy):
+def test_missing_file_is_rejected(copy):
     (copy / "text.fp32.onnx").unlink()
     bundle = Bundle.open(copy)
     with pytest.raises(BundleError, match=r"text\.fp32\.onnx is missing; export the checkpoint"):
         bundle.verified(bundle.artifact("text", "fp32"))
 
 
-def test_a_precision_that_was_not_exported(tiny_bundle):
+def test_precision_that_was_not_exported_is_rejected(tiny_bundle):
     with pytest.raises(BundleError, match=r"has no int4 text graph, only .*fp32.*--precision int4"):
         tiny_bundle.artifact("text", "int4")
 
 
-def test_not_a_bundle(tmp_path):
+def test_missing_manifest_is_rejected(tmp_path):
     message = refused(tmp_path)
     assert f"{tmp_path} is not a bundle: it has no manifest.json" in message
     assert "`clip-deploy export CHECKPOINT`" in message
@@ -98,17 +98,17 @@ def test_not_a_bundle(tmp_path):
 
 
 @pytest.mark.parametrize("version", [0, MANIFEST_FORMAT + 1, None, str(MANIFEST_FORMAT)])
-def test_another_format(copy, version):
+def test_other_manifest_format_is_rejected(copy, version):
     edit(copy, lambda d: d.update(format=version))
     assert f"expected manifest format {MANIFEST_FORMAT}, found {version!r}" in refused(copy)
 
 
-def test_a_manifest_that_is_no_object(copy):
+def test_manifest_that_is_not_an_object_is_rejected(copy):
     (copy / "manifest.json").write_text("[1]")
     assert f"expected manifest format {MANIFEST_FORMAT}, found None" in refused(copy)
 
 
-def test_broken_json(copy):
+def test_invalid_json_is_rejected(copy):
     file = copy / "manifest.json"
     file.write_text(file.read_text()[:-100])
     message = refused(copy)
@@ -117,7 +117,7 @@ def test_broken_json(copy):
     assert "export the checkpoint again" in message
 
 
-def test_a_manifest_that_is_not_text(copy):
+def test_manifest_that_is_not_utf8_is_rejected(copy):
     (copy / "manifest.json").write_bytes(b"\xff\xfe{}")
     assert str(copy / "manifest.json") in refused(copy)
 
@@ -150,18 +150,18 @@ def test_a_manifest_that_is_not_text(copy):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_named_by_its_place(copy, change, shown):
+def test_invalid_manifest_field_is_named(copy, change, shown):
     edit(copy, change)
     message = refused(copy)
     assert f"{copy / 'manifest.json'}: {shown}" in message
     assert "export the checkpoint again" in message
 
 
-def test_describe_file(tmp_path):
+def test_describe_file_returns_name_size_and_checksum(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     described = describe_file(tmp_path / "x")
     assert (described.name, described.bytes) == ("x", 3)
-    # FIPS 180-4, appendix B.1.
+    # The example of FIPS 180-4, appendix B.1.
     assert described.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
@@ -172,7 +172,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_new_directory_is_there_when_the_block_ends(tmp_path):
+def test_new_directory_appears_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "target"
     with new_directory(target, "sign") as work:
         (work / "sign").write_text("new")
@@ -180,7 +180,7 @@ def test_new_directory_is_there_when_the_block_ends(tmp_path):
     assert contents(tmp_path) == {"deep/target/sign": "new"}
 
 
-def test_new_directory_replaces_the_old_one_whole(tmp_path):
+def test_new_directory_replaces_the_whole_old_one(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "sign").write_text("old")
@@ -193,7 +193,7 @@ def test_new_directory_replaces_the_old_one_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failing_block_leaves_the_old_directory_and_nothing_else(tmp_path, error):
+def test_failing_block_keeps_the_old_directory(tmp_path, error):
     target = tmp_path / "target"
     target.mkdir()
     (target / "sign").write_text("old")
@@ -209,7 +209,7 @@ def test_a_failing_block_leaves_the_old_directory_and_nothing_else(tmp_path, err
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_failing_block_leaves_no_directory_where_none_was(tmp_path):
+def test_failing_block_creates_no_directory(tmp_path):
     def fail():
         with new_directory(tmp_path / "target", "sign"):
             raise RuntimeError
@@ -219,7 +219,7 @@ def test_a_failing_block_leaves_no_directory_where_none_was(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_directory_is_taken(tmp_path):
+def test_empty_directory_is_replaced(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     with new_directory(target, "sign") as work:
@@ -227,7 +227,7 @@ def test_an_empty_directory_is_taken(tmp_path):
     assert (target / "sign").exists()
 
 
-def test_a_directory_of_somebody_else_is_not_deleted(tmp_path):
+def test_directory_with_other_files_is_not_deleted(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with (
         pytest.raises(InputError, match=r"holds other files \(no deep/sign\).*another directory"),
@@ -259,7 +259,7 @@ def test_a_new_directory_can_be_read_by_others(tmp_path):
     assert (tmp_path / "target" / "sign").stat().st_mode & 0o777 == 0o644
 
 
-def test_write_text(tmp_path):
+def test_write_text_is_atomic(tmp_path):
     file = tmp_path / "file.txt"
     write_text(file, "old\n")
     write_text(file, "naïve 猫\n")
@@ -270,7 +270,7 @@ def test_write_text(tmp_path):
     assert file.read_bytes() == "naïve 猫\n".encode()
 
 
-def test_link_or_copy(tmp_path):
+def test_link_or_copy_copies_across_file_systems(tmp_path):
     (tmp_path / "source").write_text("x")
     link_or_copy(tmp_path / "source", tmp_path / "linked")
     assert (tmp_path / "linked").samefile(tmp_path / "source")
@@ -315,7 +315,7 @@ GOOD = {
 }
 
 
-def test_typed_json_builds_what_was_declared():
+def test_typed_json_builds_the_declared_types():
     built = from_json(Outer, GOOD)
     assert built == Outer("x", 1.0, "b", (1, 2.5), (Inner(1), Inner(2)), {"k": Inner(3)})
     assert type(built.ratio) is float
@@ -340,12 +340,12 @@ def test_typed_json_builds_what_was_declared():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_typed_json_names_the_place(change, shown):
+def test_typed_json_error_names_the_field(change, shown):
     with pytest.raises(ValueError, match=f"^{re.escape(shown)}") as caught:
         from_json(Outer, GOOD | change)
     assert len(str(caught.value)) < 120
 
 
-def test_typed_json_of_another_document():
+def test_typed_json_rejects_a_non_object():
     with pytest.raises(ValueError, match=r"^document: expected an object, found 3$"):
         from_json(Outer, 3)

@@ -1,4 +1,4 @@
-"""`clip-deploy` in this process."""
+"""Fixture that runs `clip-deploy` in this process."""
 
 import sys
 
@@ -10,7 +10,7 @@ from serving.cli import console
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run(*arguments, **environment)`: exit code, standard output, standard error."""
+    """`run(*arguments, **environment)`: return exit code, standard output and standard error."""
 
     def ran(*arguments: object, **environment: str) -> tuple[int, str, str]:
         for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""`--json` documents have the shapes that are stated: each is read as its dataclass."""
+"""`--json` documents have their declared shapes: each is read as its dataclass."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from serving.util.typed_json import from_json
 
 @pytest.fixture
 def read(run):
-    """`read(kind, *arguments)`: the document of a command, as `kind` and nothing else."""
+    """`read(kind, *arguments)`: read the output of a command as `kind`, with no other output."""
 
     def ran(kind, *arguments):
         code, out, err = run(*arguments, "--json")
@@ -40,7 +40,7 @@ def local(tiny_bundle):
     return "--bundle", tiny_bundle.path, "--runner", "onnxruntime:fp32"
 
 
-def test_embed(read, local, pictures, tmp_path):
+def test_embed_prints_embedded(read, local, pictures, tmp_path):
     file = min(pictures.iterdir())
     found = read(Embedded, "embed", file, "--text", "a cat", *local)
     assert found.names == (str(file), "a cat")
@@ -52,7 +52,7 @@ def test_embed(read, local, pictures, tmp_path):
     assert output.is_file()
 
 
-def test_classify(read, local, pictures):
+def test_classify_prints_classified(read, local, pictures):
     found = read(
         tuple[Classified, ...], "classify", pictures, "--label", "cat", "--label", "dog", *local
     )
@@ -62,7 +62,7 @@ def test_classify(read, local, pictures):
         assert sum(one.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_rank_and_answer(read, local, pictures):
+def test_rank_and_answer_print_ranked_and_answered(read, local, pictures):
     file = min(pictures.iterdir())
     (ranked,) = read(tuple[Ranked, ...], "rank", file, "--text", "a cat", "--text", "a dog", *local)
     assert {score.text for score in ranked.texts} == {"a cat", "a dog"}
@@ -72,7 +72,7 @@ def test_rank_and_answer(read, local, pictures):
     assert sum(score.probability for score in answered.answers) == pytest.approx(1, abs=1e-5)
 
 
-def test_caption(read, local, pictures, tmp_path):
+def test_caption_prints_captioned(read, local, pictures, tmp_path):
     categories = tmp_path / "categories.toml"
     categories.write_text('animal = ["cat", "dog"]\ncolor = ["red", "blue"]\n')
     options = ("--categories", categories, "--threshold", 0)
@@ -82,7 +82,7 @@ def test_caption(read, local, pictures, tmp_path):
         assert one.caption == ", ".join(score.text for score in one.best.values())
 
 
-def test_search(read, local, pictures, tmp_path):
+def test_search_commands_print_their_documents(read, local, pictures, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for file in pictures.iterdir():
@@ -105,7 +105,7 @@ def test_search(read, local, pictures, tmp_path):
     assert (updated.images, updated.kept) == (count, count)
 
 
-def test_assemble(read, tiny_bundle, tmp_path):
+def test_assemble_prints_assembled(read, tiny_bundle, tmp_path):
     output = tmp_path / "repository"
     options = ("--output", output, "--runner", "onnxruntime:fp32")
     found = read(Assembled, "assemble", tiny_bundle.path, *options)
@@ -114,12 +114,12 @@ def test_assemble(read, tiny_bundle, tmp_path):
     assert {path.name for path in output.iterdir() if path.is_dir()} == set(found.models)
 
 
-def test_bundles(read, fp32_bundle):
+def test_verify_prints_exported_bundle(read, fp32_bundle):
     found = read(ExportedBundle, "verify", fp32_bundle.path)
     assert (found.path, found.manifest.name) == (str(fp32_bundle.path), fp32_bundle.manifest.name)
 
 
-def test_what_is_known(read, run):
+def test_list_and_doctor_print_their_documents(read, run):
     code, out, err = run("list", "--json")
     assert code == 0, err
     found = json.loads(out)

@@ -1,4 +1,4 @@
-"""Options that commands share: one name means one thing, and contradictions are errors."""
+"""Options shared by commands: equal names mean equal things, and contradictions are errors."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from typer.main import get_command
 from export.cli.clip_deploy import app
 
 SHARED = {"ca", "cert", "key", "url", "runner"}
-NOBODY = "grpc://127.0.0.1:9"  # the discard port, which nothing listens on
+NOBODY = "grpc://127.0.0.1:9"  # the discard port, on which no server listens
 ENCRYPTED = "grpcs://127.0.0.1:9"
 
 
@@ -43,7 +43,7 @@ def one_line(out: str, err: str) -> str:
     ],
     ids=lambda command: " ".join(command[:2]),
 )
-def test_contradictions_are_errors(run, command, options, said):
+def test_contradictory_options_are_errors(run, command, options, said):
     code, out, err = run(*command, *options)
     assert code == 2, out
     assert said in one_line(out, err)
@@ -89,7 +89,7 @@ def options_of(command, path: str = "") -> dict[str, dict[str, object]]:
 
 
 def test_options_of_one_name_take_the_same_type():
-    """A number is not a path elsewhere, and a flag is a flag everywhere."""
+    """For example, an option is not a number in one command and a path in another."""
     kinds = defaultdict(lambda: defaultdict(list))
     for command, callback in callbacks(app):
         for parameter in inspect.signature(callback).parameters.values():
@@ -98,7 +98,7 @@ def test_options_of_one_name_take_the_same_type():
             wrapped = r"list\[([^]]+)\]| \| None|<class '(.*)'>|typing.Optional\[(.*)\]"
             single = re.sub(wrapped, r"\1\2\3", str(kind))
             kinds[parameter.name][single].append(command)
-    del kinds["precision"]  # of a bundle that exists, `assemble` takes any that the bundle has
+    del kinds["precision"]  # `assemble` takes any precision of the bundle
     assert {name: dict(found) for name, found in kinds.items() if len(found) > 1} == {}
 
 
@@ -113,7 +113,7 @@ def test_every_command_has_help_for_every_option():
 
 
 def test_connection_options_have_one_definition():
-    """`connects` writes them; no command declares one of its own."""
+    """`connects` defines them, and no command declares its own."""
     declared = []
     for info in app.registered_commands:
         source = inspect.unwrap(info.callback)

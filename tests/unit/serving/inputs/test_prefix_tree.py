@@ -1,4 +1,4 @@
-"""Texts in trees, against what anybody would do by hand."""
+"""Texts in prefix trees, compared with straightforward computations."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ CONTEXT = 12
 
 
 def padded(texts: list[tuple[int, ...]], length: int, pad: int = PAD, end: int = END) -> np.ndarray:
-    """int32 [texts, length] of START, a text's tokens, the end, and padding."""
+    """int32 [texts, length]: START, the tokens of the text, the end-of-text token, and padding."""
     ids = np.full((len(texts), length), pad, np.int32)
     for row, text in zip(ids, texts, strict=True):
         row[: len(text) + 2] = [START, *text, end]
@@ -20,13 +20,13 @@ def padded(texts: list[tuple[int, ...]], length: int, pad: int = PAD, end: int =
 
 
 def spelled(nodes: np.ndarray, leaf: int) -> list[int]:
-    """The tokens on the way to node `leaf` of a row int32 [2, nodes], by the rule for masks."""
+    """Tokens on the path to node `leaf` of a row int32 [2, nodes], by the mask rule."""
     tokens, ends = nodes
     return [int(tokens[j]) for j in range(len(tokens)) if j <= leaf < ends[j]]
 
 
 def leaves_of(nodes: np.ndarray, end: int = END) -> list[list[int]]:
-    """What the leaves of a batch spell, row by row."""
+    """Token sequences of the leaves of a batch, row by row."""
     return [
         spelled(row, leaf) for row in nodes for leaf in range(row.shape[1]) if row[0, leaf] == end
     ]
@@ -48,7 +48,7 @@ texts_of_few_tokens = st.lists(
 @example(texts=[(0,) * (CONTEXT - 2)], more=0, nodes=CONTEXT, rows=4, pad=END)
 @example(texts=[(1, 2)] * 5 + [(1,)], more=1, nodes=4, rows=2, pad=END)
 @settings(deadline=None)
-def test_every_leaf_spells_its_text(texts, more, nodes, rows, pad):
+def test_path_to_each_leaf_equals_its_text(texts, more, nodes, rows, pad):
     length = max(map(len, texts)) + 2 + more
     found = list(trees(padded(texts, length, pad), END, nodes, rows))
     for batch in found:
@@ -66,8 +66,8 @@ def test_every_leaf_spells_its_text(texts, more, nodes, rows, pad):
 
 @given(texts=texts_of_few_tokens)
 @settings(deadline=None)
-def test_nothing_is_computed_twice_in_a_row_that_has_room(texts):
-    """A node for each beginning there is, and no more."""
+def test_row_with_room_has_one_node_per_prefix(texts):
+    """There is one node for each distinct prefix."""
     beginnings = {(START, *text, END)[:stop] for text in texts for stop in range(1, len(text) + 3)}
     ids = padded(texts, CONTEXT)
     (batch,) = trees(ids, END, nodes=1000)
@@ -76,7 +76,7 @@ def test_nothing_is_computed_twice_in_a_row_that_has_room(texts):
     assert shared_tokens(ids, END) == tokens - len(beginnings)
 
 
-def test_a_tree_by_hand():
+def test_tree_equals_manual_example():
     (batch,) = trees(padded([(3, 5), (3,), (1, 2), (3, 5)], 5), END)
     np.testing.assert_array_equal(
         batch.nodes,
@@ -90,8 +90,8 @@ def test_a_tree_by_hand():
     }
 
 
-def test_padding_nodes_stand_alone_and_are_no_leaves():
-    """Also where the end-of-text token is 0."""
+def test_padding_nodes_are_isolated_and_not_leaves():
+    """Also if the end-of-text token is 0."""
     texts = [(1, 2, 3), (1, 2, 4), (5,)]
     (batch,) = trees(padded(texts, 5, end=0), 0, nodes=7)
     first, second = batch.nodes
@@ -102,7 +102,7 @@ def test_padding_nodes_stand_alone_and_are_no_leaves():
     assert len(leaves_of(batch.nodes, end=0)) == 3
 
 
-def test_labels_in_templates_take_a_third():
+def test_labels_in_templates_need_a_third_of_the_tokens():
     rng = np.random.default_rng(0)
     templates = [tuple(rng.integers(0, 3, rng.integers(3, 7))) for _ in range(20)]
     labels = [tuple(rng.integers(3, 7, rng.integers(1, 4))) for _ in range(50)]
@@ -114,11 +114,11 @@ def test_labels_in_templates_take_a_third():
     assert max(len(batch.nodes) for batch in found) <= ROWS
 
 
-def test_no_texts():
+def test_no_texts_give_no_trees():
     assert list(trees(np.zeros((0, 5), np.int32), END)) == []
 
 
-def test_a_text_that_does_not_end():
+def test_text_without_end_of_text_token_is_rejected():
     ids = padded([(1,), (2,)], 4)
     ids[1, 2] = 1
     with pytest.raises(ValueError, match="expected every text to have the end-of-text token 9"):

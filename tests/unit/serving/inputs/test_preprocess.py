@@ -1,4 +1,4 @@
-"""Pixels against the two reference pipelines, and every bad picture a user may send."""
+"""Pixels compared with the two reference pipelines, and invalid images."""
 
 import contextlib
 import io
@@ -52,7 +52,7 @@ def spec(pipeline="openai", size=224, resize=None, interpolation="bicubic"):
 
 
 def picture(mode="RGB", size=(640, 480), seed=0):
-    """Noise over a gradient: hard edges for the filter, and nearly every value."""
+    """Noise over a gradient: hard edges for the filter, and nearly all values."""
     rng = np.random.default_rng(seed)
     width, height = size
     if mode == "I;16":
@@ -70,14 +70,14 @@ def picture(mode="RGB", size=(640, 480), seed=0):
 
 
 def openai_reference(image, size=224, resize=None, interpolation="bicubic"):
-    """torchvision's Resize and CenterCrop on a PIL image, then OpenAI's convert, written out."""
+    """torchvision's Resize and CenterCrop on a PIL image and OpenAI's conversion, written out."""
     resize = size if resize is None else resize
     width, height = image.size
     short, long = sorted((width, height))
     new_short, new_long = resize, int(resize * long / short)
     new = (new_short, new_long) if width <= height else (new_long, new_short)
     resized = image.resize(new, Image.Resampling[interpolation.upper()])
-    top = int(round((new[1] - size) / 2.0))  # noqa: RUF046  (as torchvision has it)
+    top = int(round((new[1] - size) / 2.0))  # noqa: RUF046  (same as torchvision)
     left = int(round((new[0] - size) / 2.0))  # noqa: RUF046
     cropped = resized.crop((left, top, left + size, top + size))
     return np.asarray(cropped.convert("RGB")).transpose(2, 0, 1)
@@ -139,19 +139,19 @@ def test_nearest_neighbour_breaks_ties_as_pillow_does(mode):
         assert distance(image, "openai", **kwargs).max() == 0, (width, height)
 
 
-def test_the_pipelines_place_the_crop_differently():
-    # 7 spare rows: torchvision rounds 3.5 to 4, transformers floors it to 3.
+def test_crop_offset_depends_on_the_pipeline():
+    # With 7 spare rows, torchvision rounds 3.5 to 4, and transformers floors it to 3.
     rows = np.repeat(np.arange(231, dtype=np.uint8)[:, None], 224, axis=1)
     image = Image.fromarray(rows)
     assert to_pixels(image, spec("openai"))[0, 0, 0] == 4
     assert to_pixels(image, spec("huggingface"))[0, 0, 0] == 3
-    # 5 spare rows: 2.5 goes to the even 2 in one, down to 2 in the other.
+    # With 5 spare rows, torchvision rounds 2.5 to the even 2, and transformers floors it to 2.
     image = image.crop((0, 0, 224, 229))
     assert to_pixels(image, spec("openai"))[0, 0, 0] == 2
     assert to_pixels(image, spec("huggingface"))[0, 0, 0] == 2
 
 
-def test_transparency_is_dropped_by_one_pipeline_and_white_in_the_other():
+def test_transparency_is_dropped_or_white_by_pipeline():
     image = Image.new("RGBA", (300, 200), (200, 10, 30, 0))
     assert to_pixels(image, spec("huggingface")).min() == 255
     dropped = to_pixels(Image.new("RGBA", (300, 200), (200, 10, 30, 255)), spec("openai"))
@@ -171,7 +171,7 @@ def test_a_palette_with_transparency_equals_the_reference_without_warning(transp
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
-def test_preprocessing_leaves_the_callers_image_as_it_was():
+def test_preprocessing_does_not_change_the_image():
     image = picture("P", (50, 40))
     image.info["transparency"] = 3
     before = image.tobytes()
@@ -197,8 +197,8 @@ for pipeline in ("openai", "huggingface"):
 """
 
 
-def test_an_extreme_aspect_ratio_stays_within_memory():
-    # Resizing 1 x 60000 whole asks for 3 to 12 GB; the process is allowed two, libraries included.
+def test_extreme_aspect_ratio_stays_within_memory():
+    # Resizing all of 1 x 60000 needs 3 to 12 GB. The process may use 2 GB, including libraries.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", EXTREMES.format(modes=MODES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -214,7 +214,7 @@ def test_an_extreme_aspect_ratio_stays_close_to_the_reference(mode, pipeline):
         assert difference.mean() < 0.01, size
 
 
-def test_an_extreme_aspect_ratio_picks_the_middle():
+def test_extreme_aspect_ratio_crops_the_middle():
     column = np.zeros((60001, 1, 3), np.uint8)
     column[30000] = 255
     pixels = preprocess(column, spec(interpolation="nearest"))
@@ -224,8 +224,8 @@ def test_an_extreme_aspect_ratio_picks_the_middle():
     assert pixels[:, 112, 0].tolist() == [10, 20, 30]
 
 
-def test_the_middle_of_the_longest_picture_is_as_sharp_as_that_of_a_short_one():
-    # Pillow keeps a box in float32, whose steps are half a pixel at four million.
+def test_middle_of_the_longest_image_equals_a_short_crop():
+    # Pillow stores a box in float32, which has steps of half a pixel at four million.
     rows = np.zeros((2**23 + 1, 1), np.uint8)
     middle = slice(2**22 - 30, 2**22 + 31)
     rows[middle, 0] = np.random.default_rng(3).integers(0, 256, 61)
@@ -248,7 +248,7 @@ def test_every_format_decodes(kind):
     assert np.abs(preprocess(data, spec()).astype(int) - theirs).max() <= 1
 
 
-def test_all_forms_of_a_picture_give_the_same_pixels(tmp_path):
+def test_all_forms_of_an_image_give_the_same_pixels(tmp_path):
     image = picture("RGB", (100, 80))
     path = tmp_path / "a picture.png"
     image.save(path)
@@ -269,31 +269,31 @@ def test_an_animation_gives_its_first_frame():
 def test_exif_orientation_is_not_applied():
     image = Image.new("RGB", (40, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to view"
+    exif[0x0112] = 6  # rotate by 90 degrees to view
     assert decode(encoded(image, "JPEG", exif=exif)).size == (40, 20)
 
 
-def test_sixteen_bit_greys_are_clipped_as_the_references_clip_them():
+def test_sixteen_bit_gray_is_clipped_like_the_references():
     image = Image.fromarray(np.full((30, 30), 40000, np.uint16))
     assert preprocess(encoded(image, "PNG"), spec()).min() == 255
 
 
 def png_header(width, height):
-    """A PNG that announces a size and holds nothing."""
+    """A PNG that declares a size and has no pixel data."""
     data = bytearray(encoded(Image.new("RGB", (1, 1)), "PNG"))
     struct.pack_into(">II", data, 16, width, height)
     struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
     return bytes(data)
 
 
-# Within Pillow's own limit, where Pillow warns, where Pillow refuses, and far beyond.
+# Within Pillow's own limit, where Pillow warns, where Pillow raises, and far beyond.
 @pytest.mark.parametrize("size", [(8193, 8192), (10000, 10000), (20000, 20000), (2**30, 2**30)])
-def test_a_large_announced_size_is_refused_before_decoding(size):
+def test_large_declared_size_is_rejected_before_decoding(size):
     with pytest.raises(ImageError, match=r"pixels.*allowed|too large"):
         decode(png_header(*size))
 
 
-def test_a_warning_of_pillow_reaches_nobody_and_no_filter_changes():
+def test_pillow_warnings_are_suppressed_without_changing_filters():
     data = png_header(10000, 10000)
     with pytest.warns(Image.DecompressionBombWarning):
         Image.open(io.BytesIO(data))
@@ -308,7 +308,7 @@ def test_a_warning_of_pillow_reaches_nobody_and_no_filter_changes():
     assert warnings.filters == before
 
 
-def test_the_largest_allowed_size_passes_the_check():
+def test_largest_allowed_size_passes_the_check():
     with pytest.raises(ImageError, match="truncated or corrupt"):
         decode(png_header(8192, 8192))
 
@@ -334,12 +334,12 @@ PNG = encoded(picture("RGB", (64, 48)), "PNG")
         (png_header(0, 5), "start with|no pixels|corrupt|damaged"),
     ],
 )
-def test_what_is_no_picture_says_so(data, message):
+def test_data_that_is_not_an_image_is_rejected(data, message):
     with pytest.raises(ImageError, match=message):
         preprocess(data, spec())
 
 
-def test_damage_anywhere_is_an_image_error_or_a_picture():
+def test_damaged_data_raises_image_error_or_decodes():
     rng = np.random.default_rng(2)
     palette = picture("P", (64, 48))
     intact = [encoded(palette.convert("RGB"), k) for k in limits.FORMATS if k != "GIF"]
@@ -352,7 +352,7 @@ def test_damage_anywhere_is_an_image_error_or_a_picture():
                 assert preprocess(bytes(broken), spec(size=8)).shape == (3, 8, 8)
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_file_is_named(tmp_path):
     empty = tmp_path / "empty.jpg"
     empty.touch()
     text = tmp_path / "notes.jpg"
@@ -379,12 +379,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (np.zeros((4, 5, 4), np.uint8), r"uint8 \[4, 5, 4\]"),
     ],
 )
-def test_an_array_of_another_kind_is_refused(array, got):
+def test_array_of_another_type_is_rejected(array, got):
     with pytest.raises(ImageError, match=r"expected an RGB array uint8.*got " + got):
         preprocess(array, spec())
 
 
-def test_other_objects_are_refused(tmp_path):
+def test_other_objects_are_rejected(tmp_path):
     with pytest.raises(ImageError, match="got list"):
         preprocess([1, 2, 3], spec())
     with pytest.raises(ImageError, match="no pixels"):
@@ -399,6 +399,6 @@ def test_other_objects_are_refused(tmp_path):
         preprocess(half, spec())
 
 
-def test_a_crop_larger_than_the_resize_is_refused():
+def test_crop_larger_than_the_resize_is_rejected():
     with pytest.raises(BundleError, match="crops 256 pixels out of 224"):
         to_pixels(picture(), spec(size=256, resize=224))

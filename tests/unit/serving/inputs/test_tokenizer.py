@@ -1,4 +1,4 @@
-"""Token ids against OpenAI's own tokenizer and transformers', and every bad text a user sends."""
+"""Token ids compared with OpenAI's tokenizer and transformers', and invalid texts."""
 
 import gzip
 import importlib.util
@@ -67,7 +67,7 @@ ODD = (
 
 
 def load_openai():
-    """`import clip` needs torchvision, its tokenizer does not."""
+    """OpenAI's tokenizer, loaded by path because `import clip` needs torchvision."""
     location = PACKAGE / "simple_tokenizer.py"
     spec = importlib.util.spec_from_file_location("simple_tokenizer", location)
     module = importlib.util.module_from_spec(spec)
@@ -104,7 +104,7 @@ def tokenize_long(path):
 
 @pytest.fixture(scope="module")
 def small_path(tmp_path_factory):
-    """A tokenizer trained on a few captions, which cannot spell every byte."""
+    """A tokenizer trained on a few captions, which cannot represent every byte."""
     backend = Backend(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -120,7 +120,7 @@ def small_path(tmp_path_factory):
 
 
 def body(ids):
-    """The ids between start and the first end."""
+    """The ids between the start token and the first end token."""
     ids = ids.tolist()
     assert ids[0] == SPEC.start_id
     stop = ids.index(SPEC.end_id)
@@ -156,8 +156,8 @@ def test_ids_equal_transformers_on_plain_texts(built, tokenize):
         assert [SPEC.start_id, *body(ids), SPEC.end_id] == reference(text)["input_ids"], text
 
 
-def test_known_ids(tokenize):
-    # From OpenAI's notebook "Interacting with CLIP": the ids of "Hello World!".
+def test_ids_of_hello_world(tokenize):
+    # The ids are from OpenAI's notebook "Interacting with CLIP".
     assert tokenize(["Hello World!"]).tolist() == [[49406, 3306, 1002, 256, 49407, 0, 0, 0]]
 
 
@@ -180,14 +180,14 @@ def test_the_saved_file_adds_start_and_end_by_itself(built):
         ("\u3000\u2003", ""),
     ],
 )
-def test_cleaning(text, expected):
+def test_texts_are_cleaned(text, expected):
     assert clean(text) == expected
 
 
 @pytest.mark.parametrize(
     ("words", "length"), [(1, 8), (6, 8), (7, 16), (14, 16), (15, 24), (46, 48), (47, 77), (75, 77)]
 )
-def test_a_batch_is_padded_to_the_smallest_bucket_that_holds_its_longest(words, length, tokenize):
+def test_batch_is_padded_to_the_smallest_sufficient_bucket(words, length, tokenize):
     ids = tokenize(["cat", " ".join(["cat"] * words)])
     assert ids.dtype == np.int32
     assert ids.shape == (2, length)
@@ -195,12 +195,12 @@ def test_a_batch_is_padded_to_the_smallest_bucket_that_holds_its_longest(words, 
     assert body(ids[1]) == [2368] * words
 
 
-def test_padding_is_the_specs(path):
+def test_padding_id_comes_from_the_spec(path):
     ids = Tokenizer(path, replace(SPEC, pad_id=49407))(["cat"])
     assert ids.tolist() == [[49406, 2368] + [49407] * 6]
 
 
-def test_the_files_own_padding_and_truncation_are_ignored(built, tmp_path):
+def test_padding_and_truncation_of_the_file_are_ignored(built, tmp_path):
     other = Backend.from_str(built.to_str())
     other.enable_padding(length=50, pad_id=5)
     other.enable_truncation(4)
@@ -209,17 +209,17 @@ def test_the_files_own_padding_and_truncation_are_ignored(built, tmp_path):
     assert [len(body(row)) for row in ids] == [1, 9]
 
 
-def test_a_literal_special_token_is_only_text(tokenize):
+def test_literal_special_token_is_plain_text(tokenize):
     ids = tokenize([f"a {END} cat {START} b", "a cat"])
     assert (ids == SPEC.end_id).sum(axis=1).tolist() == [1, 1]
     assert (ids == SPEC.start_id).sum(axis=1).tolist() == [1, 1]
     assert 2368 in body(ids[0])
 
 
-def test_too_long_a_text_is_refused_or_truncated_on_demand(tokenize, openai):
+def test_long_text_is_rejected_or_truncated_on_request(tokenize, openai):
     text = "cat " * 80
     with pytest.raises(
-        TextTooLongError, match=r"the text has 82 tokens.* 77: 'cat cat.*; .*pass truncate=True$"
+        TextTooLongError, match=r"the text has 82 tokens.* 77: 'cat cat.*; .*or enable truncation$"
     ):
         tokenize([text])
     with pytest.raises(TextTooLongError, match=r"^texts\[1\]: the text has 78 tokens") as caught:
@@ -245,7 +245,7 @@ def test_too_long_a_text_is_refused_or_truncated_on_demand(tokenize, openai):
     ],
     ids=ascii,
 )
-def test_a_bad_text_is_refused(text, message, tokenize):
+def test_invalid_text_is_rejected(text, message, tokenize):
     for before in ([], ["cat", "dog"]):
         with pytest.raises(TextError, match=message) as caught:
             tokenize([*before, text])
@@ -253,7 +253,7 @@ def test_a_bad_text_is_refused(text, message, tokenize):
         assert str(caught.value).startswith(f"texts[{len(before)}]: ")
 
 
-def test_no_texts_and_a_bare_string_are_refused(tokenize):
+def test_no_texts_and_a_bare_string_are_rejected(tokenize):
     with pytest.raises(TextError, match="at least one text, got none"):
         tokenize([])
     with pytest.raises(TextError, match=r"got one str; pass \['cat'\]"):
@@ -266,7 +266,7 @@ def small_spec(path, **changes):
     return replace(small, **changes)
 
 
-def test_a_small_vocabulary_works_in_its_own_words(small_path):
+def test_small_vocabulary_encodes_its_own_words(small_path):
     tokenize = Tokenizer(small_path, small_spec(small_path))
     ids = tokenize(["a red square", "Two Blue Stars"])
     assert ids.shape[1] in (8, 16, 20)
@@ -277,7 +277,7 @@ def test_a_small_vocabulary_works_in_its_own_words(small_path):
         assert set(row[stop:]) == {1}
 
 
-def test_what_a_small_vocabulary_cannot_spell_is_named_and_never_ends_the_text(small_path):
+def test_characters_outside_a_small_vocabulary_are_named(small_path):
     tokenize = Tokenizer(small_path, small_spec(small_path))
     with pytest.raises(TextError, match=r"^texts\[1\]: .* outside .*: 'x', 'z'; remove"):
         tokenize(["a red circle", "a red zx circle"])
@@ -285,7 +285,7 @@ def test_what_a_small_vocabulary_cannot_spell_is_named_and_never_ends_the_text(s
         tokenize(["猫"])
 
 
-def test_a_tokenizer_file_that_does_not_fit_is_refused(path, small_path, tmp_path):
+def test_mismatched_tokenizer_file_is_rejected(path, small_path, tmp_path):
     with pytest.raises(BundleError, match=r"missing\.json: no such file"):
         Tokenizer(tmp_path / "missing.json", SPEC)
     broken = tmp_path / "broken.json"
@@ -318,7 +318,7 @@ def vocabulary_lines():
     ],
     ids=["not gzip", "truncated", "not utf-8", "short", "no header", "no pairs"],
 )
-def test_a_wrong_vocabulary_file_is_refused(content, message, tmp_path):
+def test_wrong_vocabulary_file_is_rejected(content, message, tmp_path):
     wrong = tmp_path / "wrong.txt.gz"
     wrong.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -334,7 +334,7 @@ def test_a_missing_vocabulary_file_is_named(tmp_path):
     ("replacement", "message"),
     [("i n", "repeats an entry"), ("zq qz", "its merges are inconsistent .*zq")],
 )
-def test_a_damaged_vocabulary_is_refused(replacement, message, tmp_path):
+def test_damaged_vocabulary_is_rejected(replacement, message, tmp_path):
     lines = vocabulary_lines()
     assert lines[1] == "i n"
     lines[2] = replacement
@@ -349,11 +349,11 @@ def test_a_damaged_vocabulary_is_refused(replacement, message, tmp_path):
     [
         ([], []),
         ([(1, 77)], [[0]]),
-        ([(1, 77), (1, 8), (1, 77)], [[1], [0, 2]]),  # 69 tokens of padding against a run
-        ([(1, 16), (2, 8)], [[1, 0]]),  # 16 tokens of padding: as good
+        ([(1, 77), (1, 8), (1, 77)], [[1], [0, 2]]),  # 69 padding tokens exceed a run
+        ([(1, 16), (2, 8)], [[1, 0]]),  # 16 padding tokens equal a run
         ([(1, 16), (3, 8)], [[1], [0]]),
-        ([(1, 24), (1, 8), (1, 16)], [[1, 2, 0]]),  # step by step
+        ([(1, 24), (1, 8), (1, 16)], [[1, 2, 0]]),  # merged step by step
     ],
 )
-def test_what_runs_as_one(shapes, groups):
+def test_batches_of_similar_length_are_merged(shapes, groups):
     assert runs_by_length(shapes) == groups

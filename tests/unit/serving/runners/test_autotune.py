@@ -1,4 +1,4 @@
-"""The runner that is chosen: fastest of those that passed the gate and run here."""
+"""Autotuning: selects the fastest runner that passed the parity gate and runs on this machine."""
 
 import shutil
 import time
@@ -29,7 +29,7 @@ def specs(*names: str) -> list[RunnerSpec]:
 
 
 def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
-    """`bundle`, of whose `tower` only the runners `allowed` passed."""
+    """A copy of `bundle` in which only the runners `allowed` passed for `tower`."""
 
     def change(artifact: Artifact) -> Artifact:
         if artifact.tower != tower:
@@ -41,7 +41,7 @@ def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
 
 
 class Slow:
-    """A runner that takes its time; a different one at each run."""
+    """A runner that waits before each run, for a time that may differ between runs."""
 
     def __init__(self, runner, milliseconds: Iterator[float]) -> None:
         self.runner, self.waits = runner, milliseconds
@@ -67,8 +67,8 @@ def slow_down(monkeypatch, waits: dict[str, Iterator[float]]) -> None:
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_what_passed(tiny_bundle, tower):
-    """Of a bundle without int8-dynamic: all others that have a verdict."""
+def test_passed_runners_are_those_with_verdicts(tiny_bundle, tower):
+    """The bundle has no int8-dynamic graph, so that runner has no verdict."""
     judged = {
         v.runner for a in tiny_bundle.manifest.artifacts if a.tower == tower for v in a.verdicts
     }
@@ -79,7 +79,7 @@ def test_what_passed(tiny_bundle, tower):
     assert RunnerSpec("onnxruntime", "int8-dynamic") not in found
 
 
-def test_what_was_refused_is_not_among_them(tiny_bundle):
+def test_failed_runners_are_excluded(tiny_bundle):
     bundle = verdicts(tiny_bundle, "image", "onnxruntime:fp16", "openvino:fp32")
     assert passed(bundle, "image") == specs("onnxruntime:fp16", "openvino:fp32")
     assert passed(bundle, "text") == passed(tiny_bundle, "text")
@@ -87,12 +87,12 @@ def test_what_was_refused_is_not_among_them(tiny_bundle):
     assert passed(none, "image") == passed(none, "text") == []
 
 
-def test_a_torchscript_verdict_vouches_for_no_graph(tiny_bundle):
+def test_torchscript_verdict_does_not_count_for_a_graph(tiny_bundle):
     bundle = with_artifacts(tiny_bundle, lambda a: replace(a, kind="torchscript"))
     assert passed(bundle, "image") == []
 
 
-def test_what_this_environment_has_not_is_not_among_them(tiny_bundle, monkeypatch):
+def test_runners_missing_in_this_environment_are_excluded(tiny_bundle, monkeypatch):
     monkeypatch.setattr(
         serving.runners.autotune,
         "missing",
@@ -113,11 +113,12 @@ def test_the_fastest_is_first(tiny_bundle, monkeypatch, tower):
 
 
 LOOKS = 1 + 2 * 2
-"""Runs before the turns: one for allocation, and twice one that warms caches, one that counts."""
+"""Runs before the timed rounds: one for allocation, and two probes of one warm-up and one timed
+run."""
 
 
-def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
-    """Slow first runs and three outliers among seven say nothing."""
+def test_latency_is_the_median_after_warm_up(tiny_bundle, monkeypatch):
+    """Slow first runs and three outliers among seven runs do not affect the latency."""
     counted = chain.from_iterable((0, wait) for wait in (150, 20, 20, 150, 20, 20, 150))
     waits = chain([140] * LOOKS, counted)
     slow_down(monkeypatch, {"onnxruntime:fp32": waits})
@@ -125,8 +126,8 @@ def test_a_median_after_warming_up(tiny_bundle, monkeypatch):
     assert 20 <= latency.milliseconds < 100
 
 
-def test_a_busy_second_does_not_decide(tiny_bundle, monkeypatch):
-    """The faster one is looked at while the machine is busy; in turns it is the faster one."""
+def test_busy_machine_during_a_probe_does_not_decide(tiny_bundle, monkeypatch):
+    """The faster runner is probed while the machine is busy, but wins the timed rounds."""
     names = ["onnxruntime:fp32", "openvino:fp32"]
     waits = {names[0]: repeat(60), names[1]: chain([75] * LOOKS, repeat(30))}
     slow_down(monkeypatch, waits)
@@ -135,8 +136,8 @@ def test_a_busy_second_does_not_decide(tiny_bundle, monkeypatch):
     assert 30 <= timed[0].milliseconds < 60 <= timed[1].milliseconds
 
 
-def test_turns_that_are_busy_alike(tiny_bundle, monkeypatch):
-    """Three slow rounds of seven leave the order as it is."""
+def test_equally_busy_rounds_keep_the_order(tiny_bundle, monkeypatch):
+    """Three slow rounds of seven do not change the order."""
     names, busy = ["onnxruntime:fp32", "openvino:fp32"], [110] * (2 * 3)
     waits = {
         names[0]: chain([30] * LOOKS, busy, repeat(30)),
@@ -148,8 +149,8 @@ def test_turns_that_are_busy_alike(tiny_bundle, monkeypatch):
     assert timed[1].milliseconds < 110
 
 
-def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
-    """After the looks, for which alone it has waits; before or after those that are near."""
+def test_slow_runner_gets_no_timed_rounds(tiny_bundle, monkeypatch):
+    """The slow runner has waits for its probes only. Its position in the order does not matter."""
     names = ["openvino:int8", "openvino:fp32", "onnxruntime:int8"]
     for order in (names, names[::-1]):
         waits = {names[0]: repeat(30), names[1]: repeat(50), names[2]: repeat(120, LOOKS)}
@@ -158,8 +159,9 @@ def test_a_slow_one_runs_no_more(tiny_bundle, monkeypatch):
         assert [latency.runner for latency in timed] == names
 
 
-def test_a_look_makes_no_one_the_first(tiny_bundle, monkeypatch):
-    """The machine gets busy after the looks, of which the slow one has had its."""
+def test_runner_that_was_only_probed_is_not_first(tiny_bundle, monkeypatch):
+    """The machine becomes busy after the probes, so the probe of the slow runner is the lowest
+    time."""
     names = ["openvino:int8", "onnxruntime:int8"]
     waits = {names[0]: chain([10] * LOOKS, repeat(120)), names[1]: repeat(60, LOOKS)}
     slow_down(monkeypatch, waits)
@@ -169,7 +171,7 @@ def test_a_look_makes_no_one_the_first(tiny_bundle, monkeypatch):
 
 
 def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:
-    """A copy whose graph `name` is vouched for, and cannot be run."""
+    """A copy of the bundle whose graph `name` is in the manifest but cannot be run."""
     path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
     (path / name).write_bytes(graph)
     copied = Bundle(path, bundle.manifest)
@@ -179,13 +181,13 @@ def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundl
     )
 
 
-def test_a_runner_that_cannot_run_here_is_left_out(tiny_bundle, tmp_path, unloadable_graph):
+def test_runner_that_cannot_run_is_excluded(tiny_bundle, tmp_path, unloadable_graph):
     bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
     runners = specs("openvino:int8", "onnxruntime:fp32", "onnxruntime:int8")
     assert [t.runner for t in time_runners(bundle, "text", runners)] == ["onnxruntime:fp32"]
 
 
-def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
+def test_no_runnable_runner_is_an_error(tiny_bundle, tmp_path, unloadable_graph):
     bundle = unloadable(tiny_bundle, tmp_path, "text.int8.onnx", unloadable_graph)
     expected = (
         r"bundle: no runner for the text tower: openvino:int8: OpenVINO cannot load .*; "
@@ -195,13 +197,13 @@ def test_none_that_can_run(tiny_bundle, tmp_path, unloadable_graph):
         time_runners(bundle, "text", specs("openvino:int8", "onnxruntime:int8"))
 
 
-def test_none_that_passed(tiny_bundle):
+def test_no_passed_runner_is_an_error(tiny_bundle):
     expected = r"no runner for the image tower: none passed the parity gate"
     with pytest.raises(BundleError, match=expected):
         time_runners(tiny_bundle, "image", [])
 
 
-def test_a_tampered_graph_is_an_error_and_not_merely_left_out(tiny_bundle, tmp_path):
+def test_tampered_graph_is_an_error(tiny_bundle, tmp_path):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     (path / "text.int8.onnx").write_bytes(b"tampered")
     with pytest.raises(BundleError, match="is not the file that was exported"):
@@ -212,15 +214,15 @@ def test_a_tampered_graph_is_an_error_and_not_merely_left_out(tiny_bundle, tmp_p
         )
 
 
-def test_a_short_context_can_be_timed(tiny_bundle):
-    """Its only bucket is the context itself; the graph takes any length up to 77."""
+def test_short_context_is_timed(tiny_bundle):
+    """The only bucket is the context length. The graph accepts any length up to 77."""
     text = replace(tiny_bundle.manifest.text, context_length=6)
     bundle = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, text=text))
     (latency,) = time_runners(bundle, "text", specs("onnxruntime:fp32"))
     assert latency.milliseconds > 0
 
 
-def test_an_unknown_runner_cannot_run(tiny_bundle):
+def test_unknown_runner_is_an_error(tiny_bundle):
     with pytest.raises(BundleError, match="unknown runner 'openvino:int7'") as raised:
         time_runners(tiny_bundle, "text", specs("openvino:int7"))
     assert not isinstance(raised.value, RunnerError)

@@ -1,4 +1,4 @@
-"""Runners of exported graphs: equal to eager PyTorch, and clear about what they cannot do."""
+"""Runners of exported graphs: they equal eager PyTorch and report clear errors."""
 
 import re
 import shutil
@@ -61,7 +61,7 @@ def test_eager_runner_puts_the_tower_into_eval_mode(clip):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_runner_that_is_not_open(tiny_bundle, when):
+def test_closed_runner_is_rejected(tiny_bundle, when):
     runner = open_runner(tiny_bundle, "image", "onnxruntime:fp32")
     if when == "after":
         with runner:
@@ -70,7 +70,7 @@ def test_a_runner_that_is_not_open(tiny_bundle, when):
         runner.run(BATCHES["image"][0])
 
 
-def test_a_runner_opens_again(tiny_bundle):
+def test_runner_can_be_opened_again(tiny_bundle):
     runner = open_runner(tiny_bundle, "text", "onnxruntime:fp32")
     results = []
     for _ in range(2):
@@ -80,23 +80,23 @@ def test_a_runner_opens_again(tiny_bundle):
 
 
 @pytest.mark.parametrize("name", ["tensorflow:fp32", "onnxruntime:int7"])
-def test_an_unknown_runner_lists_the_known_ones(tiny_bundle, name):
+def test_unknown_runner_error_lists_known_runners(tiny_bundle, name):
     with pytest.raises(RunnerError, match=f"unknown runner '{name}'; expected .*onnxruntime:fp32"):
         open_runner(tiny_bundle, "image", name)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime:", ":fp32", "", "fp32", "a:b:c"])
-def test_what_names_no_runner_says_how_one_is_named(tiny_bundle, name):
+def test_malformed_runner_name_error_shows_an_example(tiny_bundle, name):
     with pytest.raises(RunnerError, match=f"^'{name}' does not name a runner; give one such as "):
         open_runner(tiny_bundle, "image", name)
 
 
-def test_runners_are_written_as_they_are_read():
+def test_runner_spec_round_trip():
     assert [RunnerSpec.parse(str(spec)) for spec in RUNNERS] == list(RUNNERS)
     assert str(RunnerSpec("openvino", "int8")) == "openvino:int8"
 
 
-def test_a_precision_that_the_bundle_has_not(tiny_bundle):
+def test_precision_missing_in_the_bundle_is_rejected(tiny_bundle):
     artifacts = tuple(a for a in tiny_bundle.manifest.artifacts if a.tower == "image")
     only = Bundle(tiny_bundle.path, replace(tiny_bundle.manifest, artifacts=artifacts))
     open_runner(only, "image", "onnxruntime:fp32")
@@ -104,7 +104,7 @@ def test_a_precision_that_the_bundle_has_not(tiny_bundle):
         open_runner(only, "text", "onnxruntime:fp32")
 
 
-def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path):
+def test_files_are_verified_on_entering(tiny_bundle, tmp_path):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     (path / "image.fp32.onnx").write_bytes(b"something else")
     runner = open_runner(Bundle.open(path), "image", "onnxruntime:fp32")
@@ -112,10 +112,10 @@ def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path):
         runner.__enter__()
 
 
-def test_a_graph_that_cannot_be_loaded(tiny_bundle, tmp_path):
+def test_unloadable_graph_is_rejected(tiny_bundle, tmp_path):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     file = path / "image.fp32.onnx"
-    file.write_bytes(b"\x08\x63")  # a protobuf message, ir_version 99
+    file.write_bytes(b"\x08\x63")  # a protobuf message with ir_version 99
     artifacts = tuple(
         replace(a, files=(describe_file(file),)) if a.file == file.name else a
         for a in tiny_bundle.manifest.artifacts
@@ -127,7 +127,7 @@ def test_a_graph_that_cannot_be_loaded(tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (3, 3), (None, cpu_count())])
-def test_threads_are_explicit(tiny_bundle, threads, expected):
+def test_thread_count_is_set(tiny_bundle, threads, expected):
     with OnnxRuntimeRunner(tiny_bundle, "image", FP32, threads=threads) as runner:
         options = runner._loaded.get_session_options()
         assert options.intra_op_num_threads == expected
@@ -135,8 +135,8 @@ def test_threads_are_explicit(tiny_bundle, threads, expected):
         assert runner._loaded.get_providers() == ["CPUExecutionProvider"]
 
 
-def test_threads_do_not_go_on_spinning(tiny_bundle):
-    """ONNX Runtime's own default takes 45 ms of another CPU's time after a run."""
+def test_threads_do_not_spin_after_a_run(tiny_bundle):
+    """ONNX Runtime's default uses 45 ms of another CPU's time after a run."""
     pixels, after = some_pixels(8, 32), []
     with OnnxRuntimeRunner(tiny_bundle, "image", FP32, threads=2) as runner:
         for _ in range(3):
@@ -148,7 +148,7 @@ def test_threads_do_not_go_on_spinning(tiny_bundle):
 
 
 @pytest.mark.parametrize("name", ["onnxruntime-cuda:fp16", "onnxruntime-tensorrt:int8-fp16"])
-def test_without_a_gpu_its_runners_say_so(tiny_bundle, name):
+def test_gpu_runners_require_a_gpu(tiny_bundle, name):
     if gpu() is not None:
         pytest.skip("this machine has an NVIDIA GPU")
     with pytest.raises(RunnerError, match=f"{name}: this machine has no NVIDIA GPU, or no driver"):
@@ -157,8 +157,8 @@ def test_without_a_gpu_its_runners_say_so(tiny_bundle, name):
 
 @pytest.mark.filterwarnings("ignore:Specified provider")  # ONNX Runtime's, before it falls back
 @pytest.mark.parametrize("runtime", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
-def test_the_cpu_instead_of_the_gpu_is_refused(tiny_bundle, runtime):
-    """ONNX Runtime itself would go on without a word."""
+def test_fallback_to_the_cpu_is_rejected(tiny_bundle, runtime):
+    """ONNX Runtime itself would fall back without an error."""
     provider = RUNTIMES[runtime].provider
     if provider in onnxruntime.get_available_providers():
         pytest.skip(f"this ONNX Runtime has {provider}")
@@ -168,7 +168,7 @@ def test_the_cpu_instead_of_the_gpu_is_refused(tiny_bundle, runtime):
         runner.__enter__()
 
 
-def test_every_runner_is_of_a_known_runtime_and_precision():
+def test_every_runner_has_a_known_runtime_and_precision():
     for spec in RUNNERS:
         assert spec.precision in TOLERANCES
         assert graph_of(spec) in {precision.value for precision in Precision}
@@ -176,7 +176,7 @@ def test_every_runner_is_of_a_known_runtime_and_precision():
         assert error is None or "pip install" in error.advice or "GPU" in error.reason
 
 
-def test_runners_of_an_artifact(tiny_bundle):
+def test_runners_of_an_artifact_match_its_graph_and_precision(tiny_bundle):
     graph = tiny_bundle.artifact("image", "int8")
     assert list(map(str, runners_of(graph))) == [
         *("onnxruntime:int8", "onnxruntime-cuda:int8", "onnxruntime-tensorrt:int8"),

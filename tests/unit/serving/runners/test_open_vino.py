@@ -1,4 +1,5 @@
-"""OpenVINO: equal to eager within each precision's tolerance, and exactly what was asked for."""
+"""OpenVINO: equals eager within the tolerance of each precision, and runs in the requested
+precision."""
 
 import re
 import shutil
@@ -42,7 +43,7 @@ PRECISIONS = [
 
 @pytest.fixture(scope="module")
 def wanted(tiny_checkpoint) -> dict[str, list[np.ndarray]]:
-    """Eager float32's embeddings of BATCHES."""
+    """Embeddings of BATCHES by eager float32."""
     clip = load_checkpoint(str(tiny_checkpoint)).clip
     made = {}
     for tower, module in (("image", clip.image), ("text", clip.text)):
@@ -57,13 +58,13 @@ def opened(bundle: Bundle, precision: str, **options) -> OpenVinoRunner:
 
 
 def property_of(runner: OpenVinoRunner, name: str):
-    """What the compiled model itself says."""
+    """Return a property of the compiled model."""
     return runner._loaded.get_compiled_model().get_property(name)
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_equals_eager_at_every_size(tiny_bundle, wanted, tower, precision):
+def test_openvino_equals_eager_at_every_batch_size(tiny_bundle, wanted, tower, precision):
     with open_runner(tiny_bundle, tower, f"openvino:{precision}") as runner:
         assert runner.name == f"openvino:{precision}"
         assert re.fullmatch(r"openvino 20\d\d\.\d+\.\d+", runner.runtime_version)
@@ -79,7 +80,7 @@ def test_equals_eager_at_every_size(tiny_bundle, wanted, tower, precision):
 
 
 @pytest.mark.parametrize("precision", [PRECISIONS[1], "int8"])
-def test_low_precision_is_really_low(tiny_bundle, wanted, precision):
+def test_low_precision_differs_from_float32(tiny_bundle, wanted, precision):
     with open_runner(tiny_bundle, "image", f"openvino:{precision}") as runner:
         got = runner.run(BATCHES["image"][3])
     assert np.abs(got - wanted["image"][3]).max() > 1e-5
@@ -89,7 +90,7 @@ def test_low_precision_is_really_low(tiny_bundle, wanted, precision):
     ("precision", "hint"),
     [("fp32", "f32"), ("fp16", "f32"), ("int8", "bf16" if BF16 else "f32"), ("bf16", "bf16")],
 )
-def test_the_compiled_model_has_the_precision_that_was_asked_for(tiny_bundle, precision, hint):
+def test_compiled_model_has_the_requested_precision(tiny_bundle, precision, hint):
     if precision == "bf16" and not BF16:
         pytest.skip("this CPU has no bfloat16")
     with open_runner(tiny_bundle, "text", f"openvino:{precision}") as runner:
@@ -98,20 +99,20 @@ def test_the_compiled_model_has_the_precision_that_was_asked_for(tiny_bundle, pr
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_int8_products_run_in_int8(tiny_bundle, tower):
-    """OpenVINO fuses our Q/DQ pairs into INT8 kernels: what it says that it executes."""
+    """OpenVINO fuses our Q/DQ pairs into INT8 kernels, according to its runtime model."""
     with open_runner(tiny_bundle, tower, "openvino:int8") as runner:
         model = runner._loaded.get_compiled_model().get_runtime_model()
     kinds = [node.get_rt_info() for node in model.get_ops()]
     products = [k for k in kinds if k["layerType"].astype(str) in ("FullyConnected", "MatMul")]
     low = [k for k in products if k["runtimePrecision"].astype(str) in ("i8", "u8")]
-    # Two blocks of six, of which query, key and value may have become one.
+    # Two blocks of six products. Query, key and value may be merged into one.
     assert 2 * 4 <= len(low) <= 2 * 6
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_results_memory_is_its_own(tiny_bundle, tower, precision):
-    """The next run must not write into what the last one returned."""
+def test_result_is_not_overwritten_by_the_next_run(tiny_bundle, tower, precision):
+    """The next run must not write into the array that the previous run returned."""
     one, two = BATCHES[tower][1], BATCHES[tower][1].copy()
     two[:] = two[::-1]
     with open_runner(tiny_bundle, tower, f"openvino:{precision}") as runner:
@@ -122,8 +123,8 @@ def test_a_results_memory_is_its_own(tiny_bundle, tower, precision):
     assert np.array_equal(first, kept)
 
 
-def test_batches_that_are_views(tiny_bundle, wanted):
-    """Inputs are shared with OpenVINO without a copy: strides must not be lost."""
+def test_strided_batches_are_accepted(tiny_bundle, wanted):
+    """OpenVINO shares the memory of inputs without a copy, so strides must be respected."""
     batch = BATCHES["image"][2]
     view = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     assert not view.flags.c_contiguous
@@ -136,14 +137,14 @@ def test_batches_that_are_views(tiny_bundle, wanted):
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (2, 2), (None, cpu_count())])
-def test_threads_are_explicit(tiny_bundle, threads, expected):
+def test_thread_count_is_set(tiny_bundle, threads, expected):
     with opened(tiny_bundle, "fp32", threads=threads) as runner:
         assert property_of(runner, "INFERENCE_NUM_THREADS") == expected
         assert property_of(runner, "NUM_STREAMS") == 1
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_runner_that_is_not_open(tiny_bundle, when):
+def test_closed_runner_is_rejected(tiny_bundle, when):
     runner = open_runner(tiny_bundle, "image", "openvino:int8")
     if when == "after":
         with runner:
@@ -152,7 +153,7 @@ def test_a_runner_that_is_not_open(tiny_bundle, when):
         runner.run(BATCHES["image"][0])
 
 
-def test_a_runner_opens_again(tiny_bundle):
+def test_runner_can_be_opened_again(tiny_bundle):
     runner, results = open_runner(tiny_bundle, "text", "openvino:fp32"), []
     for _ in range(2):
         with runner:
@@ -161,7 +162,7 @@ def test_a_runner_opens_again(tiny_bundle):
 
 
 @pytest.mark.parametrize("name", ["openvino:int7", "openvino:int8-dynamic"])
-def test_a_precision_that_openvino_has_not(tiny_bundle, name):
+def test_unsupported_precision_is_rejected(tiny_bundle, name):
     expected = f"unknown runner '{name}'; expected .*openvino:fp32, openvino:bf16"
     with pytest.raises(RunnerError, match=expected):
         open_runner(tiny_bundle, "image", name)
@@ -175,7 +176,7 @@ class Older:
         return ["WINOGRAD", "FP32", "INT8", "BIN", "EXPORT_IMPORT"]
 
 
-def test_a_cpu_without_bfloat16_says_so(tiny_bundle):
+def test_bf16_requires_bfloat16_instructions(tiny_bundle):
     expected = (
         r"openvino:bf16: this CPU has no bfloat16 \(avx512_bf16 or amx_bf16\); use openvino:fp32"
     )
@@ -184,12 +185,12 @@ def test_a_cpu_without_bfloat16_says_so(tiny_bundle):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_cpu_without_bfloat16_runs_the_rest_in_float32(tiny_bundle, precision):
+def test_other_precisions_run_in_float32_without_bfloat16(tiny_bundle, precision):
     assert opened(tiny_bundle, precision)._hint(Older()) == "f32"
 
 
-def test_on_a_cpu_without_bfloat16_there_is_no_verdict_on_it(tiny_bundle, monkeypatch):
-    """It is neither passed nor failed, and so is not assembled; the others are judged."""
+def test_bf16_gets_no_verdict_without_bfloat16(tiny_bundle, monkeypatch):
+    """It neither passes nor fails, so it is not assembled. The other runners get verdicts."""
     if BF16:
         hint = OpenVinoRunner._hint
         monkeypatch.setattr(OpenVinoRunner, "_hint", lambda self, _: hint(self, Older()))
@@ -212,7 +213,7 @@ CORE = openvino.Core
 
 
 class Deaf:
-    """`openvino.Core` of a runtime that compiles in another precision than it was asked for."""
+    """`openvino.Core` of a runtime that compiles in another precision than requested."""
 
     def __init__(self) -> None:
         self._core = CORE()
@@ -226,7 +227,7 @@ class Deaf:
 
 
 @pytest.mark.skipif(not BF16, reason="this CPU has no bfloat16")
-def test_another_precision_than_asked_for_is_refused(tiny_bundle, monkeypatch):
+def test_other_precision_than_requested_is_rejected(tiny_bundle, monkeypatch):
     monkeypatch.setattr("serving.runners.open_vino.openvino.Core", Deaf)
     with pytest.raises(RunnerError, match="openvino:bf16: asked OpenVINO for bf16, and got f32"):
         opened(tiny_bundle, "bf16").__enter__()
@@ -234,7 +235,7 @@ def test_another_precision_than_asked_for_is_refused(tiny_bundle, monkeypatch):
         pass
 
 
-def test_construction_is_cheap_and_entering_verifies(tiny_bundle, tmp_path, unloadable_graph):
+def test_files_are_verified_on_entering(tiny_bundle, tmp_path, unloadable_graph):
     path = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     file = path / "image.int8.onnx"
     file.write_bytes(b"something else")

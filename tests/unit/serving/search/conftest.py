@@ -1,4 +1,4 @@
-"""An embedder, and indexes of a directory of images."""
+"""Fixtures: an embedder, and indexes of a directory of images."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,7 @@ def counted(clip):
 
 @pytest.fixture(scope="module")
 def other(fp32_bundle, tmp_path_factory):
-    """A bundle that says it has other weights."""
+    """A bundle whose manifest names other weights."""
     path = tmp_path_factory.mktemp("other") / "other-clip"
     shutil.copytree(fp32_bundle.path, path)
     manifest = fp32_bundle.manifest
@@ -38,13 +38,13 @@ def other(fp32_bundle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """40 pictures and three files that are none; do not change it."""
+    """A directory with 40 images and three files that are not images. Do not change it."""
     return fill(tmp_path_factory.mktemp("photos"), 40)
 
 
 @pytest.fixture(scope="module")
 def built(folder, clip, tmp_path_factory) -> Path:
-    """The exact index of `folder`; do not change it."""
+    """The exact index of `folder`. Do not change it."""
     path = tmp_path_factory.mktemp("indexes") / "photos.index"
     build(folder, path, clip)
     return path
@@ -52,11 +52,11 @@ def built(folder, clip, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def index(built, tmp_path) -> Path:
-    """A copy of `built` to change."""
+    """A copy of `built` that tests may change."""
     return Path(shutil.copytree(built, tmp_path / "copy.index"))
 
 
 @pytest.fixture
 def photos(folder, tmp_path) -> Path:
-    """A copy of `folder` to change."""
+    """A copy of `folder` that tests may change."""
     return Path(shutil.copytree(folder, tmp_path / "photos"))

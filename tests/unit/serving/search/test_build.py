@@ -36,8 +36,8 @@ def test_unreadable_files_are_named_and_skipped(photos, tmp_path, counted):
         (photos / name).parent.mkdir(exist_ok=True)
         (photos / name).write_bytes(whole[: len(whole) // 2] if data is None else data)
     (photos / "gone.jpg").symlink_to("nowhere.jpg")
-    (photos / "folder.jpg").mkdir()  # by its name alone an image
-    os.mkfifo(photos / "pipe.jpg")  # would be waited for, for ever
+    (photos / "folder.jpg").mkdir()  # an image by its name only
+    os.mkfifo(photos / "pipe.jpg")  # reading a pipe would block forever
     outcome = build(photos, tmp_path / "new", counted, chunk=8)
     told = {item.path: item.reason for item in outcome.manifest.skipped}
     assert set(told) == {*BAD, "gone.jpg"}
@@ -46,16 +46,16 @@ def test_unreadable_files_are_named_and_skipped(photos, tmp_path, counted):
     assert re.search("truncated|incomplete|damaged|broken", told["zzz/cut.jpg"])
     assert "No such file" in told["gone.jpg"]
     assert outcome.embedded == outcome.manifest.count == 40
-    assert counted.embedded < 40 + 4 * 8  # a bad file costs its chunk at most once more
+    assert counted.embedded < 40 + 4 * 8  # a bad file costs its chunk at most one more attempt
     assert set(paths(tmp_path / "new")).isdisjoint(told)
 
-    (photos / "empty.png").write_bytes((photos / "002.jpg").read_bytes())  # repaired
+    (photos / "empty.png").write_bytes((photos / "002.jpg").read_bytes())  # the file is repaired
     outcome = update(tmp_path / "new", counted)
     assert (outcome.embedded, outcome.kept) == (1, 40)
     assert "empty.png" not in {item.path for item in outcome.manifest.skipped}
 
 
-def test_only_what_is_new_or_changed_is_embedded(photos, tmp_path, counted):
+def test_only_new_or_changed_images_are_embedded(photos, tmp_path, counted):
     path = tmp_path / "new"
     build(photos, path, counted)
     counted.embedded = 0
@@ -79,7 +79,7 @@ def test_only_what_is_new_or_changed_is_embedded(photos, tmp_path, counted):
     assert hits[0].path == "002.jpg"
 
 
-def test_add_takes_files_and_folders_also_from_elsewhere(photos, index, tmp_path, counted):
+def test_add_accepts_files_and_directories_outside_the_root(photos, index, tmp_path, counted):
     update(index, counted, photos)
     elsewhere = fill(tmp_path / "elsewhere", 3, 100)
     fill(photos, 1, 50)
@@ -98,7 +98,7 @@ def test_add_takes_files_and_folders_also_from_elsewhere(photos, index, tmp_path
         add(index, [Path("no/such.jpg")], counted)
 
 
-def test_a_folder_that_moved_is_not_embedded_again(photos, tmp_path, counted):
+def test_moved_directory_is_not_embedded_again(photos, tmp_path, counted):
     build(photos, tmp_path / "new", counted)
     photos.rename(tmp_path / "moved")
     counted.embedded = 0
@@ -109,7 +109,7 @@ def test_a_folder_that_moved_is_not_embedded_again(photos, tmp_path, counted):
     assert SearchIndex.open(tmp_path / "new").file("002.jpg").is_file()
 
 
-def test_remove_by_path_and_glob(index, clip):
+def test_remove_accepts_paths_and_globs(index, clip):
     outcome = remove(index, ["002.jpg", "animals/cats/*"])
     assert (outcome.removed, outcome.kept, outcome.manifest.count) == (11, 29, 29)
     left = SearchIndex.open(index)
@@ -127,7 +127,7 @@ def test_remove_by_path_and_glob(index, clip):
     assert contents(index) == before
 
 
-def test_names_that_are_no_utf8_survive(tmp_path, clip, counted):
+def test_file_names_that_are_not_utf8_are_kept(tmp_path, clip, counted):
     photos = fill(tmp_path / "photos", 4)
     odd = os.fsdecode(b"caf\xe9\nline.jpg")
     paint(photos / "x.jpg", 77)
@@ -138,7 +138,7 @@ def test_names_that_are_no_utf8_survive(tmp_path, clip, counted):
     assert update(tmp_path / "new", counted).embedded == 0
 
 
-def test_a_reader_meets_an_index_that_is_replaced_meanwhile(index, monkeypatch):
+def test_index_replaced_during_open_is_read_again(index, monkeypatch):
     plain, left = search_index.verify, [["animals/cats/*"]]
 
     def replaced_before(*arguments):
@@ -151,8 +151,8 @@ def test_a_reader_meets_an_index_that_is_replaced_meanwhile(index, monkeypatch):
     assert not left
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path, fp32_bundle, clip, counted):
-    """The command, killed for good when it has written the first of three chunks."""
+def test_killed_build_resumes(tmp_path, fp32_bundle, clip, counted):
+    """The command is killed by SIGKILL after it has written the first of three chunks."""
     photos, path = fill(tmp_path / "photos", 600), tmp_path / "new"
     command = (*SERVING, "build", str(photos), "--output", str(path), *bundle_of(fp32_bundle))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -182,7 +182,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, fp32_bundle, clip, counte
 
 
 class Failing(Counting):
-    """Its server goes away after some pictures."""
+    """An embedder whose server disappears after some images."""
 
     last = 16
 
@@ -194,7 +194,7 @@ class Failing(Counting):
 
 @pytest.fixture
 def half_built(folder, tmp_path, fp32_bundle) -> Path:
-    """The beginning of an index: two chunks of 8."""
+    """An unfinished index: two chunks of 8 images."""
     with Failing(fp32_bundle.path) as failing, pytest.raises(ConnectionError):
         build(folder, tmp_path / "half", failing, chunk=8)
     return tmp_path / "half"
@@ -209,9 +209,7 @@ def test_a_damaged_chunk_is_embedded_again(half_built, folder, built, counted):
     np.testing.assert_allclose(a.embeddings, b.embeddings, atol=1e-6)
 
 
-def test_a_file_that_changed_since_its_chunk_is_embedded_again(
-    photos, tmp_path, fp32_bundle, counted
-):
+def test_file_changed_since_its_chunk_is_embedded_again(photos, tmp_path, fp32_bundle, counted):
     with Failing(fp32_bundle.path) as failing, pytest.raises(ConnectionError):
         build(photos, tmp_path / "half", failing, chunk=8)
     paint(photos / "animals" / "001.png", 888)
@@ -222,7 +220,7 @@ def test_a_file_that_changed_since_its_chunk_is_embedded_again(
     np.testing.assert_allclose(opened.embeddings, counted.embed_images(files), atol=1e-6)
 
 
-def test_the_beginning_of_another_index_is_left_alone(half_built, folder, photos, other, clip):
+def test_unfinished_index_of_another_build_is_unchanged(half_built, folder, photos, other, clip):
     before = contents(half_built)
     with pytest.raises(InputError, match=r"built with tiny-clip .* this is other-clip \(32 dimen"):
         build(folder, half_built, other)
@@ -231,13 +229,14 @@ def test_the_beginning_of_another_index_is_left_alone(half_built, folder, photos
     assert contents(half_built) == before
 
 
-def test_killed_at_any_moment_a_change_has_happened_or_not(index, folder, clip, tmp_path):
-    """At every file operation of an addition and of a removal, and at random; see the script."""
+def test_killed_change_is_atomic(index, folder, clip, tmp_path):
+    """Kills an addition and a removal at every file operation and at random times. See the
+    script."""
     elsewhere = fill(tmp_path / "elsewhere", 6, 200)
     files = [f for root in (folder, elsewhere) for f in sorted(root.rglob("*.*")) if f.is_file()]
     table = tmp_path / "table.npz"
     np.savez(table, names=list(map(str, files)), embeddings=clip.embed_images(files))
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # it forks
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # the script forks
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killed_changes", index, table],
         cwd=CHECKOUT,
@@ -247,5 +246,5 @@ def test_killed_at_any_moment_a_change_has_happened_or_not(index, folder, clip, 
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert min(told["add"], told["remove"]) > 15, told  # operations it was killed at
+    assert min(told["add"], told["remove"]) > 15, told  # operations that were killed
     assert told["random"] == 20

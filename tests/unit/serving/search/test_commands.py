@@ -1,4 +1,4 @@
-"""The commands of `search`, and the same search by a server."""
+"""The commands of `search`, and the same search through a server."""
 
 import json
 import re
@@ -25,13 +25,13 @@ from tests.support.search_data import BAD, SERVING, bundle_of, contents, fill, p
 
 
 def run(*arguments: object) -> str:
-    """A command that succeeds; what it printed on standard output."""
+    """Run a command that succeeds, and return its standard output."""
     done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
-def test_the_commands(photos, tmp_path, fp32_bundle, clip):
+def test_search_commands_work_in_sequence(photos, tmp_path, fp32_bundle, clip):
     path, bundle = tmp_path / "photos.index", bundle_of(fp32_bundle)
     (photos / "bad.jpg").write_bytes(b"no picture")
     told = json.loads(run("build", photos, "--output", path, *bundle, "--json").splitlines()[-1])
@@ -59,14 +59,14 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
     assert told["query"] == "a cat + 0.5 red + 0.25 002.jpg - 0.5 a dog"
     with Image.open(sheet) as drawn:
         assert drawn.width > 5 * 160
-        assert drawn.height > 3 * 160  # the picture looked for, and two rows
+        assert drawn.height > 3 * 160  # the query image and two rows
         pixels = np.asarray(drawn.convert("RGB").crop((12, 84, 172, 244)), np.int16)
     with Image.open(image) as picture:
         shown = np.asarray(picture.convert("RGB").resize((8, 8), Image.Resampling.BOX), np.int16)
     small = np.asarray(
         Image.fromarray(pixels.astype(np.uint8)).resize((8, 8), Image.Resampling.BOX)
     )
-    assert np.abs(small - shown)[:, 2:6].mean() < 30  # it is drawn there
+    assert np.abs(small - shown)[:, 2:6].mean() < 30  # the image is drawn there
 
     table = run("query", path, "a cat", "--glob", "animals/*", *bundle)
     rows = re.findall(r"│ +(\d+) │ +(-?\d\.\d{3}) │ (\S.*?) +│", table)
@@ -107,7 +107,7 @@ def test_the_commands(photos, tmp_path, fp32_bundle, clip):
     ],
 )
 @pytest.mark.wording
-def test_command_errors_are_one_message(built, fp32_bundle, arguments, message):
+def test_invalid_arguments_are_rejected_with_one_message(built, fp32_bundle, arguments, message):
     arguments = [str(built) if a == "INDEX" else a for a in arguments]
     bundle = [] if arguments[0] == "info" else bundle_of(fp32_bundle)
     before = contents(built)
@@ -118,7 +118,7 @@ def test_command_errors_are_one_message(built, fp32_bundle, arguments, message):
 
 
 @pytest.mark.wording
-def test_an_error_of_a_command_is_one_line(built, fp32_bundle):
+def test_command_error_is_one_line(built, fp32_bundle):
     command = (*SERVING, "query", str(built), "a", "--top", "41", *bundle_of(fp32_bundle))
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
@@ -126,7 +126,7 @@ def test_an_error_of_a_command_is_one_line(built, fp32_bundle):
 
 
 @pytest.mark.wording
-def test_a_few_pictures_and_files_that_are_gone(tmp_path, fp32_bundle):
+def test_missing_files_are_reported_beside_the_sheet(tmp_path, fp32_bundle):
     photos, path = fill(tmp_path / "photos", 3), tmp_path / "few.index"
     bundle, sheet = bundle_of(fp32_bundle), tmp_path / "sheet.png"
     run("build", photos, "--output", path, *bundle)
@@ -140,12 +140,12 @@ def test_a_few_pictures_and_files_that_are_gone(tmp_path, fp32_bundle):
         assert drawn.width > 500  # as wide as its title
 
 
-def test_help_loads_no_faiss():
+def test_help_does_not_load_faiss():
     code = "import sys, serving.__main__; sys.exit('faiss' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT).returncode == 0
 
 
-def test_the_same_by_a_server(fp32_bundle, photos, built, clip, tmp_path):
+def test_index_of_a_server_equals_local_index(fp32_bundle, photos, built, clip, tmp_path):
     (photos / "animals" / "text.jpg").write_bytes(BAD["animals/text.jpg"])
     repository, path = tmp_path / "repository", tmp_path / "served.index"
     assemble(Bundle.open(fp32_bundle.path), repository, runner="onnxruntime:fp32")
@@ -161,7 +161,7 @@ def test_the_same_by_a_server(fp32_bundle, photos, built, clip, tmp_path):
         np.testing.assert_allclose(there.embeddings, here.embeddings, atol=1e-4)
         terms = [Term(text="a cat"), Term(picture=photos / "002.jpg", weight=0.5)]
         expected = here.find(clip, terms, 10)
-        # An index made by the server, asked in this process, and the other way round.
+        # The index built by the server is queried in this process, and vice versa.
         assert same(there.find(client, terms, 10), expected)
         assert same(here.find(client, terms, 10), expected)
         assert same(there.find(clip, terms, 10), expected)

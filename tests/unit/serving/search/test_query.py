@@ -1,4 +1,4 @@
-"""Search against brute force, and the kinds of index."""
+"""Search compared with brute force, and the kinds of index."""
 
 import re
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.support.search_data import (
 QUERIES = ("a cat", "two dogs on a bench", "the colour red", "Ünïcödé")
 
 
-def test_an_index_holds_the_embeddings_of_the_folder(folder, built, clip):
+def test_index_holds_the_embeddings_of_the_directory(folder, built, clip):
     index = SearchIndex.open(built)
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     assert [index.file(e.path) for e in index.entries] == files
@@ -35,7 +35,7 @@ def test_an_index_holds_the_embeddings_of_the_folder(folder, built, clip):
     assert {item.name for item in built.iterdir()} == {"manifest.json", "generation-1", ".lock"}
 
 
-def test_texts_and_pictures_find_what_brute_force_finds(folder, built, clip):
+def test_text_and_image_queries_equal_brute_force(folder, built, clip):
     index = SearchIndex.open(built)
     files = [index.file(entry.path) for entry in index.entries]
     names, embeddings = [e.path for e in index.entries], clip.embed_images(files)
@@ -48,7 +48,7 @@ def test_texts_and_pictures_find_what_brute_force_finds(folder, built, clip):
         assert (hits[0].path, round(hits[0].cosine, 4)) == (names[row], 1)
 
 
-def test_combined_and_negative_queries(folder, built, clip):
+def test_weighted_queries_equal_brute_force(folder, built, clip):
     index, file = SearchIndex.open(built), folder / "002.jpg"
     cat, red = clip.embed_texts(["a cat", "red"])
     picture = clip.embed_images([file])[0]
@@ -64,16 +64,16 @@ def test_combined_and_negative_queries(folder, built, clip):
     expected = top(index.embeddings @ direction, names, 10)
     assert same(index.find(clip, terms), expected)
     without = index.find(clip, [terms[0], terms[1]])
-    assert [h.path for h in without] != [h.path for h in expected]  # the negative term counts
+    assert [h.path for h in without] != [h.path for h in expected]  # negative terms count
 
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw", "ivf"])
-def test_globs_leave_the_nearest_of_what_fits(built, index, folder, clip, kind):
+def test_globs_filter_the_hits(built, index, folder, clip, kind):
     build(folder, index, clip, kind)
     opened, (query,) = SearchIndex.open(index), clip.embed_texts(["a cat"])
     cosines = opened.embeddings @ query
     for globs, pattern in (
-        (["animals/*"], r"animals/"),  # with what is in its folders
+        (["animals/*"], r"animals/"),  # includes files in subdirectories
         (["*.png", "zoo/*"], r".*\.png|zoo/"),
         (["zoo/über [[]x] *"], r"zoo/"),
         (["animals/cats/00?.jpg"], r"animals/cats/00.\.jpg"),
@@ -81,7 +81,7 @@ def test_globs_leave_the_nearest_of_what_fits(built, index, folder, clip, kind):
         kept = [row for row, e in enumerate(opened.entries) if re.match(pattern, e.path)]
         assert 0 < len(kept) < 40
         names = [opened.entries[row].path for row in kept]
-        hits = opened.find(clip, [Term(text="a cat")], 40, globs)  # fewer come: those that fit
+        hits = opened.find(clip, [Term(text="a cat")], 40, globs)  # only the matching hits
         assert same(hits, top(cosines[kept], names, 40))
     with pytest.raises(InputError, match=r"no path in the index matches 'animal/\*'; give paths s"):
         opened.find(clip, [Term(text="a cat")], 5, ["animal/*"])
@@ -98,7 +98,8 @@ def test_blocks_of_a_filtered_search_are_merged(built, clip, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clustered():
-    """4,000 unit vectors in 60 clusters, float32 [4000, 32], and 300 more of the same kind."""
+    """4,000 unit vectors in 60 clusters, float32 [4000, 32], and 300 more of the same
+    distribution."""
     rng = np.random.default_rng(5)
     centres = rng.normal(size=(60, 32))
     x = centres[rng.integers(0, 60, 4300)] + 0.7 * rng.normal(size=(4300, 32))
@@ -109,7 +110,7 @@ def clustered():
 @pytest.mark.parametrize(
     ("kind", "name"), [("hnsw", faiss.IndexHNSWFlat), ("ivf", faiss.IndexIVFFlat)]
 )
-def test_recall_is_what_brute_force_finds_it_to_be(clustered, kind, name):
+def test_reported_recall_equals_brute_force(clustered, kind, name):
     embeddings, queries = clustered
     index, layout = make(kind, embeddings)
     assert type(index) is name
@@ -123,10 +124,10 @@ def test_recall_is_what_brute_force_finds_it_to_be(clustered, kind, name):
     least = replace(layout, parameters=layout.parameters | {narrow: 1})
     _, fewer = search(index, least, queries, 10)
     missed = [len(set(a) & set(b)) for a, b in zip(fewer.tolist(), exact.tolist(), strict=True)]
-    assert np.mean(missed) < np.mean(found) - 0.2  # the tuning is what reaches it
+    assert np.mean(missed) < np.mean(found) - 0.2  # tuning is needed to reach the target
 
 
-def test_a_change_of_kind_embeds_nothing(index, folder, counted):
+def test_change_of_index_kind_embeds_nothing(index, folder, counted):
     before = SearchIndex.open(index)
     outcome = build(folder, index, counted, "ivf")
     assert (counted.embedded, outcome.embedded, outcome.kept) == (0, 0, 40)
@@ -135,12 +136,12 @@ def test_a_change_of_kind_embeds_nothing(index, folder, counted):
     assert after.manifest.layout.recall_at_10 >= TARGET
     np.testing.assert_array_equal(after.embeddings, before.embeddings)
     build(folder, index, counted)
-    assert SearchIndex.open(index).manifest.layout.kind == "ivf"  # kept when none is named
+    assert SearchIndex.open(index).manifest.layout.kind == "ivf"  # kept if none is given
     assert build(folder, index, counted, "exact").manifest.layout.recall_at_10 is None
 
 
-def test_a_kind_that_met_too_few_is_completed(clustered, clip, index):
-    """IVF that looks into one cell finds fewer than all; all are asked for."""
+def test_approximate_search_returns_all_requested_hits(clustered, clip, index):
+    """IVF with one probe finds fewer than all vectors, but all are requested."""
     embeddings, queries = clustered
     made, layout = make("ivf", embeddings)
     least = replace(layout, parameters=layout.parameters | {"probes": 1})

@@ -1,4 +1,4 @@
-"""Indexes that are damaged, foreign, or cannot be written."""
+"""Indexes that are damaged, belong to another model, or cannot be written."""
 
 import fcntl
 import sys
@@ -20,7 +20,7 @@ from tests.support.search_data import (
 )
 
 
-def test_another_models_index_is_refused(index, photos, folder, other):
+def test_index_of_another_model_is_rejected(index, photos, folder, other):
     before = contents(index)
     told = (
         r"with tiny-clip \(32 dimensions, weights [0-9a-f]{12}\.\.\.\), but this is other-clip \(32"
@@ -37,7 +37,7 @@ def test_another_models_index_is_refused(index, photos, folder, other):
     assert contents(index) == before
 
 
-def test_another_dimension_is_another_model(built, clip):
+def test_other_embedding_dimension_is_rejected(built, clip):
     identity = replace(clip.identity, embed_dim=64)
     with pytest.raises(InputError, match=r"\(32 dimensions, .* this is tiny-clip \(64 dimensions"):
         SearchIndex.open(built).check(identity)
@@ -85,7 +85,7 @@ def test_damaged_files_are_named_before_they_are_read(
         ('{"format": "clip search index 1"}', "is damaged: count: missing"),
     ],
 )
-def test_a_damaged_or_foreign_manifest(index, folder, clip, text, message):
+def test_damaged_or_unrelated_manifest_is_rejected(index, folder, clip, text, message):
     (index / "manifest.json").write_text(text)
     before = contents(index)
     for use in (lambda: SearchIndex.open(index), lambda: build(folder, index, clip)):
@@ -94,7 +94,7 @@ def test_a_damaged_or_foreign_manifest(index, folder, clip, text, message):
     assert contents(index) == before
 
 
-def test_a_manifest_names_its_own_files_only(index):
+def test_manifest_with_files_outside_the_index_is_rejected(index):
     file = index / "manifest.json"
     file.write_text(file.read_text().replace("generation-1/paths.jsonl", "../paths.jsonl"))
     with pytest.raises(
@@ -103,12 +103,12 @@ def test_a_manifest_names_its_own_files_only(index):
         SearchIndex.open(index)
 
 
-def test_a_place_that_cannot_be_written(folder, clip):
+def test_unwritable_path_is_rejected(folder, clip):
     with pytest.raises(InputError, match="/proc/index cannot be written"):
         build(folder, Path("/proc/index"), clip)
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, folder, clip, fp32_bundle):
+def test_directory_with_other_files_is_unchanged(tmp_path, folder, clip, fp32_bundle):
     holiday = fill(tmp_path / "holiday", 2)
     half = tmp_path / "pending-of-others"
     (half / "pending").mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, folder, clip
         SearchIndex.open(holiday)
 
 
-def test_folders_without_a_readable_picture(tmp_path, index, clip):
+def test_directories_without_readable_images_are_rejected(tmp_path, index, clip):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"no picture")
@@ -148,14 +148,14 @@ def test_folders_without_a_readable_picture(tmp_path, index, clip):
     assert contents(index) == before
 
 
-def test_another_folders_index_is_left_alone(index, photos, clip):
+def test_index_of_another_directory_is_unchanged(index, photos, clip):
     before = contents(index)
     with pytest.raises(InputError, match=r"is the index of .*, not of .*/photos; give another d"):
         build(photos, index, clip)
     assert contents(index) == before
 
 
-def test_one_writer_at_a_time(index, folder, clip):
+def test_concurrent_writers_are_rejected(index, folder, clip):
     with (index / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for change in (lambda: remove(index, ["*.png"]), lambda: build(folder, index, clip)):
@@ -164,7 +164,7 @@ def test_one_writer_at_a_time(index, folder, clip):
     assert len(SearchIndex.open(index).entries) == 40
 
 
-def test_queries_that_cannot_be_used(built, folder, clip):
+def test_invalid_queries_are_rejected(built, folder, clip):
     opened, file = SearchIndex.open(built), folder / "002.jpg"
     for terms, top, error, message in (
         ([], 5, InputError, "nothing to search for: no term has a positive weight"),
@@ -196,7 +196,7 @@ def test_queries_that_cannot_be_used(built, folder, clip):
     assert cut == opened.find(clip, [Term(text="word " * 75)], 5)
 
 
-def test_without_faiss_it_says_what_to_install(built, folder, tmp_path, clip, monkeypatch):
+def test_missing_faiss_error_names_the_extra(built, folder, tmp_path, clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     for use in (lambda: SearchIndex.open(built), lambda: build(folder, tmp_path / "new", clip)):
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""Ranking against transformers' own logits; answers and captions of drawn pictures."""
+"""Ranking compared with transformers' own logits, and answers and captions of drawings."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ def logits(tiny_checkpoint, files):
 
 @pytest.fixture(scope="module")
 def shapes_bundle(tmp_path_factory):
-    """The shipped checkpoint, in float32."""
+    """The bundle of the shipped checkpoint in float32."""
     from export.checkpoints.load import load_checkpoint
     from export.pipeline import Options, build
     from serving.util.progress import silent
@@ -72,14 +72,14 @@ def shapes_bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shapes(shapes_bundle):
-    """The same, in this process."""
+    """The shipped checkpoint, run in this process."""
     with LocalClip(shapes_bundle.path) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Pictures, each with its caption, `a red circle`, one of every pair."""
+    """Drawings with their captions, such as `a red circle`, one for every pair."""
     return list(draw_labelled(11, DRAWN, 256))
 
 
@@ -101,14 +101,14 @@ def assert_ranked(ranked, logits, atol=2e-3):
 # ------------------------------------------------------------------ rank
 
 
-def test_scores_are_transformers_logits(local, files, logits):
+def test_scores_equal_transformers_logits(local, files, logits):
     assert local.logit_scale == pytest.approx(20)
-    assert np.ptp(logits, axis=0).max() > 0.5  # pictures differ by more than the tolerance
+    assert np.ptp(logits, axis=0).max() > 0.5  # images differ by more than the tolerance
     assert len(set(logits.argmax(axis=1))) > 1
     assert_ranked(rank(local, files, TEXTS), logits)
 
 
-def test_the_same_through_a_real_server(fp32_bundle, files, logits, tmp_path):
+def test_scores_of_a_server_equal_transformers_logits(fp32_bundle, files, logits, tmp_path):
     repository = tmp_path / "repository"
     assemble(fp32_bundle, repository, runner="onnxruntime:fp32")
     with (
@@ -125,7 +125,7 @@ def test_the_same_through_a_real_server(fp32_bundle, files, logits, tmp_path):
         assert len(json.loads(done.stdout.splitlines()[-1])[0]["texts"]) == 2
 
 
-def test_more_pictures_than_a_chunk_keep_their_order(local):
+def test_images_of_several_chunks_keep_their_order(local):
     rng = np.random.default_rng(0)
     many = [rng.integers(0, 256, (33, 40, 3), np.uint8) for _ in range(70)]
     told = []
@@ -138,7 +138,7 @@ def test_more_pictures_than_a_chunk_keep_their_order(local):
 
 
 class Exact:
-    """An embedder of 40 texts along two axes, so that equals are equal to the last bit."""
+    """An embedder of 40 texts along two axes, so that equal scores are equal to the last bit."""
 
     logit_scale = 10.0
 
@@ -149,7 +149,7 @@ class Exact:
         return np.eye(2, dtype=np.float32)[[int(text) % 3 % 2 for text in texts]]
 
 
-def test_of_equals_the_first_comes_first():
+def test_equal_scores_keep_the_order_of_the_texts():
     texts = [str(number) for number in range(40)]
     (scores,) = rank(Exact(), ["picture"], texts)
     expected = sorted(texts, key=lambda text: -(int(text) % 3 % 2))
@@ -157,11 +157,11 @@ def test_of_equals_the_first_comes_first():
     assert [score.logit for score in scores] == pytest.approx([8] * 13 + [6] * 27)
 
 
-def test_one_text_is_certain(local, files):
+def test_single_text_has_probability_1(local, files):
     assert rank(local, files[:1], ["a cat"])[0][0].probability == 1
 
 
-def test_long_texts_are_cut_only_when_asked(local, files):
+def test_long_texts_are_truncated_only_on_request(local, files):
     long = "word " * 100
     with pytest.raises(TextTooLongError, match="more than the model's 77"):
         rank(local, files[:1], ["a cat", long])
@@ -178,12 +178,12 @@ def test_long_texts_are_cut_only_when_asked(local, files):
         (["a cat", "half \ud800"], r"^texts\[1\]: the text has a lone surrogate"),
     ],
 )
-def test_texts_that_cannot_be_ranked(local, files, texts, shown):
+def test_invalid_texts_are_rejected(local, files, texts, shown):
     with pytest.raises(TextError, match=shown):
         rank(local, files, texts)
 
 
-def test_pictures_that_cannot_be_used(local, files, tmp_path):
+def test_invalid_images_are_rejected(local, files, tmp_path):
     with pytest.raises(ImageError, match="no images to rank texts for; give at least one"):
         rank(local, [], ["a cat"])
     with pytest.raises(ImageError, match="expected a sequence of images, got one str"):
@@ -201,7 +201,7 @@ def test_pictures_that_cannot_be_used(local, files, tmp_path):
 # ------------------------------------------------------------------ answer
 
 
-def test_answers_are_ranked_in_the_template(local, files):
+def test_answers_are_ranked_within_the_template(local, files):
     candidates = ["{question}", "a cat", "two"]
     scores = answer(local, files[0], "how many {answer}?", candidates)
     texts = [f"how many {{answer}}? {candidate}" for candidate in candidates]
@@ -210,8 +210,8 @@ def test_answers_are_ranked_in_the_template(local, files):
     assert [score.logit for score in scores] == [score.logit for score in expected]
 
 
-def test_answers_about_drawn_pictures_are_right(shapes, drawn):
-    """A question as a beginning, and one that the template leaves out."""
+def test_answers_about_drawings_are_correct(shapes, drawn):
+    """One question starts the text, and the template omits the other one."""
     colours = right = 0
     for picture, text in drawn:
         _, colour, shape = text.split()
@@ -240,7 +240,7 @@ def test_answers_about_drawn_pictures_are_right(shapes, drawn):
         ("word " * 80, ["a", "b"], "{question} {answer}", r"^texts\[0\]: .* the model's 77"),
     ],
 )
-def test_questions_that_cannot_be_answered(local, files, question, candidates, template, shown):
+def test_invalid_questions_are_rejected(local, files, question, candidates, template, shown):
     with pytest.raises(TextError, match=shown):
         answer(local, files[0], question, candidates, template=template)
 
@@ -255,7 +255,7 @@ def shapes_toml(tmp_path_factory):
     return file
 
 
-def test_zero_shot_accuracy_by_a_server_is_that_in_process(
+def test_zero_shot_accuracy_of_a_server_equals_local_accuracy(
     shapes_bundle, shapes, drawn, tmp_path, figure
 ):
     pictures, names = [picture for picture, _ in drawn], [name for _, name in drawn]
@@ -276,7 +276,7 @@ def test_zero_shot_accuracy_by_a_server_is_that_in_process(
     figure("zero-shot", f"{right[1]} of {DRAWN} right by a server, {right[0]} in process")
 
 
-def test_captions_of_drawn_pictures_are_right(shapes, drawn, shapes_toml):
+def test_captions_of_drawings_are_correct(shapes, drawn, shapes_toml):
     categories = read_vocabulary(shapes_toml)
     assert [set(category.words) for category in categories] == [set(COLOURS), set(SHAPES)]
     pictures = [picture for picture, _ in drawn]
@@ -285,14 +285,14 @@ def test_captions_of_drawn_pictures_are_right(shapes, drawn, shapes_toml):
     assert sum(right) >= 0.9 * DRAWN
     certain = caption(shapes, pictures, categories, threshold=0.9, separator=" ")
     full = [c.text for c in certain if " " in c.text]
-    assert 0.5 * DRAWN < len(full) < DRAWN  # the threshold leaves out what is doubtful
+    assert 0.5 * DRAWN < len(full) < DRAWN  # the threshold omits uncertain words
     for sure, every in zip(certain, captions, strict=True):
         assert sure.best == every.best
         kept = [s.text for s in sure.best.values() if s.probability >= 0.9]
         assert sure.text.split() == kept
 
 
-def test_a_captions_words_are_zero_shots(local, files):
+def test_caption_words_equal_zero_shot_labels(local, files):
     categories = [
         Category(name="what", words=("cat", "dog", "sea"), templates=("a {}", "the {}")),
         Category(name="where", words=("indoors", "outdoors")),
@@ -308,7 +308,7 @@ def test_a_captions_words_are_zero_shots(local, files):
         assert shares == pytest.approx((what.max(), where.max()), abs=1e-5)
 
 
-def test_nothing_is_said_where_nothing_is_certain(local, files):
+def test_caption_is_empty_below_the_threshold(local, files):
     categories = [Category(name="what", words=("cat", "dog"))]
     (got,) = caption(local, files[:1], categories, threshold=1)
     assert got.text == ""
@@ -327,19 +327,19 @@ def test_nothing_is_said_where_nothing_is_certain(local, files):
         ([("a", ["x"], "no place")], r"category 'a': template 'no place' has no \{\}"),
     ],
 )
-def test_vocabularies_that_cannot_be_used(local, files, categories, shown):
+def test_invalid_vocabularies_are_rejected(local, files, categories, shown):
     made = [Category(name=n, words=tuple(w), templates=tuple(t) or None) for n, w, *t in categories]
     with pytest.raises(TextError, match=shown):
         caption(local, files[:1], made)
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
-def test_thresholds_that_cannot_be_used(local, files, threshold):
+def test_invalid_thresholds_are_rejected(local, files, threshold):
     with pytest.raises(InputError, match="expected a threshold from 0 to 1"):
         caption(local, files[:1], [Category(name="a", words=("x",))], threshold=threshold)
 
 
-def test_vocabularies_in_both_forms(tmp_path):
+def test_vocabularies_are_read_in_both_formats(tmp_path):
     expected = [
         Category(name="b", words=("x", "y")),
         Category(name="a", words=("z",), templates=("the {}",)),
@@ -375,14 +375,14 @@ def test_vocabularies_in_both_forms(tmp_path):
         ("v.json", b"\xff\xfe", "cannot be read"),
     ],
 )
-def test_vocabulary_files_that_cannot_be_used(tmp_path, name, content, shown):
+def test_invalid_vocabulary_files_are_rejected(tmp_path, name, content, shown):
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=shown):
         read_vocabulary(file)
 
 
-def test_a_vocabulary_that_is_not_there(tmp_path):
+def test_missing_vocabulary_file_is_rejected(tmp_path):
     with pytest.raises(InputError, match=r"none\.json cannot be read"):
         read_vocabulary(tmp_path / "none.json")
 
@@ -410,7 +410,7 @@ def test_help_names_the_three_commands():
     assert "--candidate" in missing.stderr
 
 
-def test_rank_by_command(fp32_bundle, local, files, tmp_path):
+def test_rank_command_equals_rank(fp32_bundle, local, files, tmp_path):
     listing = tmp_path / "texts.txt"
     listing.write_text("".join(f"{text}\n" for text in TEXTS))
     done = command("rank", *files[:2], "--texts", listing, "--json", bundle=fp32_bundle)
@@ -429,7 +429,7 @@ def test_rank_by_command(fp32_bundle, local, files, tmp_path):
     assert third not in shown.stdout
 
 
-def test_answer_by_command(fp32_bundle, files):
+def test_answer_command_prints_answers(fp32_bundle, files):
     options = ["--question", "it is", "--candidate", "[a] cat", "--candidate", "a dog"]
     done = command("answer", files[0], *options, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
@@ -438,10 +438,10 @@ def test_answer_by_command(fp32_bundle, files):
     assert {score["text"] for score in document["answers"]} == {"[a] cat", "a dog"}
     assert sum(score["probability"] for score in document["answers"]) == pytest.approx(1)
     shown = command("answer", files[0], *options, bundle=fp32_bundle)
-    assert "[a] cat" in shown.stdout  # not taken for markup
+    assert "[a] cat" in shown.stdout  # not interpreted as markup
 
 
-def test_caption_by_command(fp32_bundle, files, shapes_toml):
+def test_caption_command_prints_captions(fp32_bundle, files, shapes_toml):
     options = ["--categories", shapes_toml, "--threshold", "0", "--separator", " / "]
     done = command("caption", *files, *options, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
@@ -453,7 +453,7 @@ def test_caption_by_command(fp32_bundle, files, shapes_toml):
     shown = command("caption", files[0], *options, bundle=fp32_bundle)
     assert shown.returncode == 0, shown.stderr
     assert "colour" in shown.stdout
-    assert "│ - " in shown.stdout  # no caption
+    assert "│ - " in shown.stdout  # an empty caption
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Classification against transformers' own logits; search against brute force."""
+"""Classification compared with transformers' own logits, and search with brute force."""
 
 import html
 import json
@@ -54,7 +54,7 @@ def files(pictures):
 
 
 def references(reference, files, texts):
-    """transformers' output for picture files and texts."""
+    """transformers' output for image files and texts."""
     model, processor, tokenizer = reference
     pixels = processor([Image.open(file) for file in files], return_tensors="np")["pixel_values"]
     rows = [tokenizer(text)["input_ids"] for text in texts]
@@ -64,18 +64,18 @@ def references(reference, files, texts):
         return model(input_ids=torch.tensor(ids), pixel_values=torch.from_numpy(np.asarray(pixels)))
 
 
-def test_equal_to_transformers_logits(local, reference, files):
-    """A default template each: then zero-shot is CLIP's own softmax over `logits_per_image`."""
+def test_probabilities_equal_transformers(local, reference, files):
+    """With one template per label, zero-shot equals CLIP's softmax over `logits_per_image`."""
     got = local.classify(files, LABELS, ["a photo of a {}."])
     texts = [f"a photo of a {label}." for label in LABELS]
     expected = references(reference, files, texts).logits_per_image.softmax(dim=1).numpy()
     assert (got.shape, got.dtype) == ((len(files), 3), np.float32)
     np.testing.assert_allclose(got, expected, atol=2e-3)
     np.testing.assert_allclose(got.sum(axis=1), 1, atol=1e-6)
-    assert np.ptp(expected, axis=0).max() > 0.05  # pictures do differ by more than the tolerance
+    assert np.ptp(expected, axis=0).max() > 0.05  # images differ by more than the tolerance
 
 
-def test_several_templates_are_averaged_and_normalised(local, reference, files):
+def test_several_templates_are_averaged_and_normalized(local, reference, files):
     texts = [template.replace("{}", label) for label in LABELS for template in TEMPLATES]
     out = references(reference, files, texts)
     means = out.text_embeds.reshape(3, len(TEMPLATES), -1).mean(dim=1)
@@ -88,18 +88,18 @@ def test_several_templates_are_averaged_and_normalised(local, reference, files):
     np.testing.assert_allclose(labels, means.numpy(), atol=1e-4)
 
 
-def test_the_checkpoints_own_templates_are_the_default(local):
+def test_templates_of_the_checkpoint_are_the_default(local):
     assert local.templates == ("a photo of a {}.",)
     assert np.array_equal(
         embed_labels(local, LABELS), embed_labels(local, LABELS, ["a photo of a {}."])
     )
 
 
-def test_one_label_is_certain(local, files):
+def test_single_label_has_probability_1(local, files):
     np.testing.assert_array_equal(local.classify(files[:2], ["cat"]), [[1], [1]])
 
 
-def test_braces_in_a_label_are_text(local):
+def test_braces_in_a_label_are_literal(local):
     labels = embed_labels(local, ["{}", "{0} {x}"], ["the {}"])
     np.testing.assert_allclose(labels, local.embed_texts(["the {}", "the {0} {x}"]), atol=1e-6)
 
@@ -128,7 +128,7 @@ def test_braces_in_a_label_are_text(local):
         (("cat", "dog", "a\0b"), ("{}",), r"^labels\[2\]: in prompt .*: the text has a NUL char"),
     ],
 )
-def test_labels_and_templates_that_cannot_be_used(local, labels, templates, shown):
+def test_invalid_labels_and_templates_are_rejected(local, labels, templates, shown):
     with pytest.raises(TextError, match=shown):
         embed_labels(local, labels, templates)
 
@@ -142,8 +142,9 @@ def test_large_scales_do_not_overflow():
 # ------------------------------------------------------------------ many texts
 
 
-def test_texts_of_any_length_in_any_order(local, tiny_bundle):
-    """Sorted and cut to their own length, as padded to the whole context one by one."""
+def test_mixed_text_lengths_equal_single_padded_texts(local, tiny_bundle):
+    """Sorted and truncated texts give the same embeddings as single texts padded to the context
+    length."""
     rng = np.random.default_rng(0)
     words = ["cat", "a", "naïve", "🐈", "photograph", "bus", "42"]
     texts = [" ".join(rng.choice(words, rng.integers(1, 14))) for _ in range(200)]
@@ -157,16 +158,16 @@ def test_texts_of_any_length_in_any_order(local, tiny_bundle):
     np.testing.assert_allclose(local.embed_texts(texts), expected, atol=1e-6)
 
 
-def test_a_bad_text_among_many_is_named(local):
+def test_invalid_text_among_many_is_named(local):
     with pytest.raises(TextError, match="the text is empty") as caught:
         local.embed_texts([*["a cat"] * 70, " ", "a dog"])
     assert (caught.value.kind, caught.value.index) == ("texts", 70)
 
 
-def test_many_texts_are_embedded_in_groups_of_labels(local, monkeypatch):
+def test_many_texts_are_embedded_in_groups(local, monkeypatch):
     labels = [f"thing {index}" for index in range(10)]
     whole, told = embed_labels(local, labels, TEMPLATES), []
-    monkeypatch.setattr(zero_shot, "_GROUP", 7)  # not even a template
+    monkeypatch.setattr(zero_shot, "_GROUP", 7)  # fewer texts than one template has
     grouped = embed_labels(local, labels, TEMPLATES, progress=lambda *step: told.append(step))
     np.testing.assert_allclose(grouped, whole, atol=1e-6)
     assert told == [("embedding texts", done, 30) for done in (0, 7, 14, 21, 28)]
@@ -175,7 +176,7 @@ def test_many_texts_are_embedded_in_groups_of_labels(local, monkeypatch):
     assert (caught.value.kind, caught.value.index) == ("labels", 9)
 
 
-def test_texts_of_a_set_are_labels_by_templates():
+def test_label_set_combines_labels_and_templates():
     labels = LabelSet(("x", "y", "z"), ("a {}", "{} b"))
     assert labels.texts() == ["a x", "x b", "a y", "y b", "a z", "z b"]
     assert labels.texts(1, 4) == ["x b", "a y", "y b"]
@@ -190,8 +191,8 @@ def test_texts_of_a_set_are_labels_by_templates():
     assert blamed.reason == "in prompt template '{} b': is bad"
 
 
-def test_plain_ascii_is_cleaned_as_ftfy_would():
-    """`clean` leaves ftfy out where it changes nothing; this holds it to that."""
+def test_plain_ascii_is_cleaned_like_ftfy():
+    """`clean` skips ftfy for texts that ftfy would not change. This test verifies that."""
     drawn, characters = random.Random(0), [chr(code) for code in range(32, 127)]
     for _ in range(3000):
         text = "".join(drawn.choice(characters) for _ in range(drawn.randint(1, 25)))
@@ -208,7 +209,7 @@ def classifier(local):
     return ZeroShotClassifier(local, LABELS, TEMPLATES)
 
 
-def test_a_classifier_says_what_classify_does(classifier, local, files):
+def test_classifier_equals_classify(classifier, local, files):
     expected = local.classify(files, LABELS, TEMPLATES)
     np.testing.assert_array_equal(classifier.classify(files), expected)
     np.testing.assert_array_equal(
@@ -219,17 +220,17 @@ def test_a_classifier_says_what_classify_does(classifier, local, files):
     np.testing.assert_allclose(np.concatenate(parts), expected, atol=1e-6)
 
 
-def test_batches_count_all_pictures(classifier, files, tmp_path):
+def test_error_index_counts_images_of_all_batches(classifier, files, tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"nothing like it")
-    for before, after in ((4, files[:1]), (3, [])):  # with others in its batch, and alone
+    for before, after in ((4, files[:1]), (3, [])):  # with other images in its batch, and alone
         with pytest.raises(ImageError, match=r"bad\.jpg\): expected one of") as caught:
             list(classifier.batches([*files[:before], bad, *after], 3))
         assert (caught.value.kind, caught.value.index) == ("images", before)
         assert caught.value.name == str(bad)
 
 
-def test_top_k(classifier, files):
+def test_top_k_returns_the_best_labels(classifier, files):
     scores = classifier.classify(files)
     for k in (1, 2, 3, 10):
         for row, best in zip(scores, classifier.top_k(files, k), strict=True):
@@ -239,7 +240,7 @@ def test_top_k(classifier, files):
         classifier.top_k(files, 0)
 
 
-def test_a_saved_classifier_is_the_same(classifier, local, files, tmp_path):
+def test_saved_classifier_round_trip(classifier, local, files, tmp_path):
     path = tmp_path / "labels.npz"
     classifier.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["labels.npz"]
@@ -250,7 +251,7 @@ def test_a_saved_classifier_is_the_same(classifier, local, files, tmp_path):
 
 
 class Other:
-    """An embedder of other weights."""
+    """An embedder with other weights."""
 
     def __init__(self, embedder, **changes):
         self.identity = replace(embedder.identity, **changes)
@@ -263,12 +264,12 @@ class Other:
         ({"embed_dim": 64}, r"by tiny-clip \(64 dimensions"),
     ],
 )
-def test_another_model_is_refused(classifier, local, tmp_path, changes, shown):
+def test_classifier_of_another_model_is_rejected(classifier, local, tmp_path, changes, shown):
     path = tmp_path / "labels.npz"
     classifier.save(path)
     with pytest.raises(InputError, match=r"embedded by tiny-clip \(32 dimensions.*" + shown):
         ZeroShotClassifier.load(path, Other(local, **changes))
-    # The same weights under another name, such as in another precision, are the same model.
+    # Equal weights under another name, for example in another precision, are the same model.
     ZeroShotClassifier.load(path, Other(local, name="tiny-clip-int8"))
 
 
@@ -277,7 +278,7 @@ def damaged(data: bytes) -> bytes:
     return data[:middle] + bytes(8) + data[middle + 8 :]
 
 
-def test_what_is_no_classifier_is_refused(classifier, local, tmp_path):
+def test_invalid_classifier_file_is_rejected(classifier, local, tmp_path):
     path = tmp_path / "labels.npz"
     with pytest.raises(InputError, match=r"labels\.npz: no such file"):
         ZeroShotClassifier.load(path, local)
@@ -304,7 +305,7 @@ def test_what_is_no_classifier_is_refused(classifier, local, tmp_path):
         ZeroShotClassifier.load(path, local)
 
 
-def test_templates_by_name_and_from_a_file(tmp_path):
+def test_templates_are_read_by_name_and_from_a_file(tmp_path):
     assert read_templates("openai-7") is BUILT_IN["openai-7"]
     assert len(BUILT_IN["openai-7"]) == 7
     for name, templates in BUILT_IN.items():
@@ -336,18 +337,18 @@ def test_nearest_equals_brute_force():
         np.testing.assert_allclose(values, [-c for c, _ in every], atol=1e-6)
 
 
-def test_of_equals_the_first_comes_first():
+def test_equal_scores_keep_the_order_of_the_rows():
     kinds = np.array([[0, 1], [1, 0], [-1, 0]], np.float32)
     rows = kinds[
         np.random.default_rng(2).integers(0, 3, 300)
-    ]  # a short list is sorted stably anyway
+    ]  # the sort of a short list is stable anyway
     indices, cosines = nearest(kinds[1:2], rows, 250)
     expected = sorted(range(300), key=lambda index: (-rows[index, 0], index))[:250]
     assert indices[0].tolist() == expected
     assert cosines[0].tolist() == [rows[index, 0] for index in expected]
 
 
-def test_no_more_hits_than_there_are():
+def test_hits_are_limited_to_the_number_of_rows():
     rows = unit(np.random.default_rng(1), 3, 4)
     indices, cosines = nearest(rows[:1], rows, 10)
     assert sorted(indices[0].tolist()) == [0, 1, 2]
@@ -356,6 +357,6 @@ def test_no_more_hits_than_there_are():
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5,), (1, 4, 1)])
-def test_shapes_that_do_not_fit(shape):
+def test_mismatched_shapes_are_rejected(shape):
     with pytest.raises(InputError, match=r"expected queries \[q, dim\] and embeddings \[n, dim\]"):
         nearest(np.zeros(shape, np.float32), np.zeros((3, 4), np.float32), 1)

@@ -1,4 +1,4 @@
-"""Assembly: the committed configurations, the facts of a bundle, and what is refused."""
+"""Assembly: the committed configurations, the facts of a bundle, and rejected artifacts."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def read(path: Path):
 
 
 def bundle_with(tiny_bundle: Bundle, tmp_path: Path, change) -> Bundle:
-    """A bundle beside the tiny one, with another manifest and the same files."""
+    """A bundle beside the tiny one with a changed manifest and the same files."""
     path = tmp_path / "bundle"
     path.mkdir()
     for file in tiny_bundle.path.iterdir():
@@ -67,13 +67,13 @@ def test_every_committed_configuration_is_complete():
     for name in found:
         config = read(SOURCE / name / "config.pbtxt")
         assert config.name == name
-        assert (config.max_batch_size > 0) == (name != "clip_zero_shot")  # which batches by itself
+        assert (config.max_batch_size > 0) == (name != "clip_zero_shot")  # it batches by itself
         assert config.backend or config.platform
         assert config.input[0].dims
         assert config.output[0].dims
 
 
-def test_assembled_facts(tiny_bundle, tmp_path):
+def test_configurations_have_the_facts_of_the_bundle(tiny_bundle, tmp_path):
     target = assemble(
         tiny_bundle, tmp_path / "repository", runner="onnxruntime:fp32", max_batch_size=16
     )
@@ -99,7 +99,7 @@ def test_assembled_facts(tiny_bundle, tmp_path):
         tiny_bundle.manifest.provenance.weights_sha256
     )
     assert parameters["embed_dim"].string_value == "32"
-    # A tower carries its graph, the tokenizer its file, and neither carries the other's.
+    # A tower contains only its graph, and the tokenizer only its file.
     names = {p.name for p in (target / "text_tower" / "1" / "bundle").iterdir()}
     assert names == {"manifest.json", "text.fp32.onnx"}
     for name in ("text_tokenize", "clip_zero_shot"):
@@ -109,8 +109,9 @@ def test_assembled_facts(tiny_bundle, tmp_path):
 
 @pytest.mark.parametrize("backend", ["python", "onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("most", [None, 7])
-def test_every_queue_has_an_end(tiny_bundle, backend, most):
-    """By our Python models; by Triton only where a model has several processes."""
+def test_every_queue_is_bounded(tiny_bundle, backend, most):
+    """Our Python models bound their queues. Triton does it only for a model with several
+    processes."""
     for name in MODELS:
         options = {} if most is None else {"max_queue": most}
         config = model_config(name, tiny_bundle.manifest, backend, 16, **options)
@@ -127,7 +128,7 @@ def test_every_queue_has_an_end(tiny_bundle, backend, most):
         assert policy.timeout_action == policy.REJECT
 
 
-def test_a_native_backend_gets_the_graph_and_a_warm_up(tiny_bundle, tmp_path):
+def test_native_backend_gets_the_graph_and_a_warm_up(tiny_bundle, tmp_path):
     target = assemble(tiny_bundle, tmp_path / "repository", backend="onnxruntime")
     config = read(target / "text_tower" / "config.pbtxt")
     assert config.backend == "onnxruntime"
@@ -138,7 +139,7 @@ def test_a_native_backend_gets_the_graph_and_a_warm_up(tiny_bundle, tmp_path):
     assert list(config.dynamic_batching.preferred_batch_size) == [8, 32]
 
 
-def test_tensorrt_configuration(tiny_bundle):
+def test_tensorrt_configuration_has_profiles_and_a_warm_up(tiny_bundle):
     image = model_config("image_tower", tiny_bundle.manifest, "tensorrt", 32)
     text = model_config("text_tower", tiny_bundle.manifest, "tensorrt", 32)
     kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -152,7 +153,8 @@ def test_tensorrt_configuration(tiny_bundle):
 
 
 def with_plans(bundle: Bundle, path: Path, **changes) -> Bundle:
-    """A copy with a plan of each fp16 tower: the facts are made up, and nothing runs the bytes."""
+    """A copy with an engine of each fp16 tower. The facts are invented, and the files are never
+    run."""
     copy = bundle_with(bundle, path, lambda manifest: manifest)
     artifacts = list(copy.manifest.artifacts)
     ends_of: dict[Tower, list[tuple[int, ...]]] = {
@@ -189,13 +191,13 @@ def with_plans(bundle: Bundle, path: Path, **changes) -> Bundle:
 
 @pytest.fixture
 def h200(monkeypatch):
-    """The facts of a machine that none of these tests runs on."""
+    """The facts of a machine that runs none of these tests."""
     device = Gpu(name="NVIDIA H200", compute_capability="9.0", memory_bytes=1 << 37, cuda="13.0")
     monkeypatch.setattr(tensor_rt, "gpu", lambda: device)
     monkeypatch.setattr(tensor_rt, "library_version", lambda _: "10.16.1.11")
 
 
-def test_plans_become_a_tensorrt_repository(tiny_bundle, tmp_path, h200):
+def test_engines_are_assembled_for_the_tensorrt_backend(tiny_bundle, tmp_path, h200):
     bundle = with_plans(tiny_bundle, tmp_path)
     target = assemble(
         bundle,
@@ -230,10 +232,10 @@ def test_plans_become_a_tensorrt_repository(tiny_bundle, tmp_path, h200):
         ({}, {"precision": "int8"}, r"has no int8 image engine of tensorrt"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(
+def test_engine_that_does_not_fit_is_rejected(
     tiny_bundle, tmp_path, h200, changes, options, message
 ):
-    """It says which fact differs and what builds a fitting one; or the graphs are served."""
+    """The error names the mismatch and the command that builds a fitting engine."""
     bundle = with_plans(tiny_bundle, tmp_path, **changes)
     options = {"precision": "fp16", "max_batch_size": 32} | options
     target = tmp_path / "repository"
@@ -252,7 +254,7 @@ def test_a_plan_that_does_not_fit_is_refused(
     assert "falling back from TensorRT to ONNX Runtime" in said[0]
 
 
-def test_here_no_plan_fits(tiny_bundle, tmp_path):
+def test_engines_are_rejected_without_a_gpu(tiny_bundle, tmp_path):
     if gpu() is not None:
         pytest.skip("this machine has an NVIDIA GPU")
     with pytest.raises(RunnerError, match="this machine has no NVIDIA GPU"):
@@ -264,7 +266,7 @@ def test_here_no_plan_fits(tiny_bundle, tmp_path):
         )
 
 
-def test_a_plan_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
+def test_engine_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
     bundle = with_plans(tiny_bundle, tmp_path)
     artifacts = tuple(
         replace(a, verdicts=()) if a.kind == "engine" else a for a in bundle.manifest.artifacts
@@ -282,7 +284,7 @@ def test_a_plan_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path, h200):
         )
 
 
-def test_what_failed_the_gate_is_not_assembled(tiny_bundle, tmp_path):
+def test_failed_artifact_is_not_assembled(tiny_bundle, tmp_path):
     bundle = bundle_with(tiny_bundle, tmp_path, failed)
     with pytest.raises(
         BundleError, match=r"no runner for the text tower: none passed the parity gate"
@@ -294,7 +296,7 @@ def test_what_failed_the_gate_is_not_assembled(tiny_bundle, tmp_path):
     assert assemble(bundle, tmp_path / "repository", allow_failed=True).is_dir()
 
 
-def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
+def test_artifact_without_a_verdict_is_not_assembled(tiny_bundle, tmp_path):
     def unjudged(manifest: dict) -> dict:
         for artifact in manifest["artifacts"]:
             artifact["verdicts"] = []
@@ -311,7 +313,7 @@ def test_without_a_verdict_nothing_is_assembled(tiny_bundle, tmp_path):
         assemble(bundle, tmp_path / "repository", backend="onnxruntime", precision="fp16")
 
 
-def test_a_failed_assembly_leaves_the_old_repository_whole(tiny_bundle, tmp_path):
+def test_failed_assembly_keeps_the_old_repository(tiny_bundle, tmp_path):
     target = assemble(tiny_bundle, tmp_path / "repository", max_batch_size=4)
     before = {p.relative_to(target): p.read_bytes() for p in target.rglob("*") if p.is_file()}
     bundle = bundle_with(tiny_bundle, tmp_path, lambda manifest: manifest)
@@ -327,14 +329,14 @@ def test_a_failed_assembly_leaves_the_old_repository_whole(tiny_bundle, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "repository"]
 
 
-def test_a_precision_that_is_not_there(tiny_bundle, tmp_path):
+def test_missing_precision_is_rejected(tiny_bundle, tmp_path):
     with pytest.raises(RunnerError, match=r"unknown runner 'onnxruntime:int7'; expected one of"):
         assemble(tiny_bundle, tmp_path / "repository", backend="onnxruntime", precision="int7")
     with pytest.raises(BundleError, match=r"no int8-dynamic image graph, only fp16, fp32, int8"):
         assemble(tiny_bundle, tmp_path / "repository", runner="onnxruntime:int8-dynamic")
 
 
-def test_auto_takes_the_fastest_that_passed(tiny_bundle, tmp_path):
+def test_auto_selects_the_fastest_passed_runner(tiny_bundle, tmp_path):
     target = assemble(tiny_bundle, tmp_path / "repository")
     latencies = assembled_latencies(target)
     for tower in ("image", "text"):
@@ -346,7 +348,7 @@ def test_auto_takes_the_fastest_that_passed(tiny_bundle, tmp_path):
         assert config.parameters["runner"].string_value == timed[0].runner
 
 
-def test_auto_does_not_time_what_failed(tiny_bundle, tmp_path):
+def test_auto_does_not_time_failed_runners(tiny_bundle, tmp_path):
     def only_one_passed(manifest: dict) -> dict:
         for artifact in manifest["artifacts"]:
             for verdict in artifact["verdicts"]:

@@ -1,4 +1,5 @@
-"""What is too much for a queue, as a server's metrics tell; with real servers: test_overload.py."""
+"""Admission control based on a server's metrics. Tests with real servers are in
+test_overload.py."""
 
 import socket
 import sys
@@ -16,7 +17,7 @@ from serving.triton_models.admission import LOOK_S, SHORT_S, Ahead, Behind, Metr
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes when it is told to."""
+    """A clock that the test advances."""
 
     class Clock:
         now = 100.0
@@ -30,7 +31,7 @@ def clock(monkeypatch):
 
 
 class Server:
-    """Tells how many wait, and counts how often it was asked."""
+    """Reports the length of the queue, and counts the queries."""
 
     def __init__(self):
         self.waiting, self.looks = 0, 0
@@ -41,14 +42,14 @@ class Server:
         return self.waiting
 
 
-def test_while_little_comes_nobody_looks(clock):
+def test_metrics_are_not_read_below_the_limit(clock):
     server = Server()
     ahead = Ahead("tower", 8, look=server.look)
     assert [ahead.room(1) for _ in range(8)] == [1] * 8
     assert server.looks == 0
 
 
-def test_what_passed_counts_until_a_look_shows_that_it_is_done(clock):
+def test_admitted_requests_count_until_metrics_show_them_done(clock):
     server = Server()
     ahead = Ahead("tower", 8, look=server.look)
     assert ahead.room(6) == 6
@@ -58,13 +59,13 @@ def test_what_passed_counts_until_a_look_shows_that_it_is_done(clock):
     server.waiting = 8
     assert ahead.room(4) == 0
     server.waiting = 0
-    assert ahead.room(4) == 0  # too soon to look again
+    assert ahead.room(4) == 0  # too early for the next look
     clock.now += 1.1 * LOOK_S
     assert ahead.room(4) == 4
     assert server.looks == 3
 
 
-def test_what_others_sent_counts_too(clock):
+def test_requests_of_other_senders_count(clock):
     server = Server()
     server.waiting = 20
     ahead = Ahead("tower", 8, look=server.look)
@@ -84,8 +85,8 @@ def test_feeders_share_the_room(clock, limit, feeders):
     assert limit <= sum(passed) < limit + feeders
 
 
-def test_room_is_looked_for_again_while_there_is_some(clock):
-    """A short queue in front of a tower that keeps up is never called full."""
+def test_room_is_checked_again_while_the_queue_drains(clock):
+    """The short queue of a tower that keeps up is never considered full."""
     server = Server()
     ahead = Ahead("tower", 1, look=server.look)
     for _ in range(20):
@@ -93,7 +94,7 @@ def test_room_is_looked_for_again_while_there_is_some(clock):
         clock.now += LOOK_S / 4
 
 
-def test_a_model_that_is_idle_looks_once_a_second(clock):
+def test_idle_model_reads_metrics_once_per_second(clock):
     server = Server()
     behind = Behind("tower", 8, look=server.look)
     for _ in range(50):
@@ -103,7 +104,7 @@ def test_a_model_that_is_idle_looks_once_a_second(clock):
     assert 8 <= server.looks <= 10
 
 
-def test_a_short_queue_is_looked_at_rarely(clock):
+def test_short_queue_is_checked_rarely(clock):
     server = Server()
     behind = Behind("tower", 8, look=server.look)
     for _ in range(100):
@@ -113,12 +114,12 @@ def test_a_short_queue_is_looked_at_rarely(clock):
     assert server.looks == pytest.approx(100 * 0.9 * LOOK_S / SHORT_S, rel=0.25)
 
 
-def test_a_busy_model_refuses_what_is_too_much_and_no_more(clock):
+def test_busy_model_rejects_only_the_excess(clock):
     server = Server()
     behind = Behind("tower", 8, look=server.look)
     behind.excess(4)
     behind.done()
-    server.waiting = 17  # ten more than seven eighths
+    server.waiting = 17  # ten more than seven eighths of the limit
     assert behind.excess(4) == 4
     behind.done()
     server.waiting = 99  # seen at the next look
@@ -129,8 +130,8 @@ def test_a_busy_model_refuses_what_is_too_much_and_no_more(clock):
     assert server.looks == 2
 
 
-def test_what_was_too_much_and_went_away_is_not_refused_later(clock):
-    """Clients that give up leave the queue without ever being taken from it."""
+def test_excess_that_disappeared_is_not_rejected_later(clock):
+    """Clients that give up leave the queue without being served."""
     server = Server()
     behind = Behind("tower", 8, look=server.look)
     behind.done()
@@ -142,7 +143,7 @@ def test_what_was_too_much_and_went_away_is_not_refused_later(clock):
     assert behind.excess(4) == 0
 
 
-def test_a_starved_model_looks_although_its_batches_are_far_apart(clock):
+def test_starved_model_reads_metrics_between_rare_batches(clock):
     server = Server()
     server.waiting = 50
     behind = Behind("tower", 8, look=server.look)
@@ -160,7 +161,7 @@ nv_inference_request_success{model="tower",version="1"} 700
 
 @pytest.fixture
 def serve():
-    """Serve a body, and a status, as metrics; returns host:port."""
+    """Serve a body with a status as metrics. Returns host:port."""
     with ExitStack() as stack:
 
         def serve(body, status=200):
@@ -186,14 +187,14 @@ def serve():
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What is logged by way of the module that only Triton's stub has."""
+    """Messages logged through the module that only Triton's stub provides."""
     lines = []
     stub = SimpleNamespace(Logger=SimpleNamespace(log_warn=lines.append))
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stub)
     return lines
 
 
-def test_the_servers_metrics_tell(serve, monkeypatch):
+def test_queue_length_is_read_from_metrics(serve, monkeypatch):
     monkeypatch.setenv(admission.METRICS, serve(METRICS.encode()))
     metrics = Metrics()
     assert [metrics.waiting(model) for model in ("tower", "tower_2", "clip_text")] == [3, 5, 9]
@@ -207,7 +208,7 @@ def test_the_servers_metrics_tell(serve, monkeypatch):
         (METRICS.replace("tower", "other").encode(), 200, "no queue length of tower"),
     ],
 )
-def test_what_are_no_metrics_of_ours_is_logged_once(serve, logged, body, status, reason):
+def test_invalid_metrics_are_logged_once(serve, logged, body, status, reason):
     metrics = Metrics(serve(body, status))
     assert [metrics.waiting("tower") for _ in range(3)] == [0, 0, 0]
     assert len(logged) == 1
@@ -218,12 +219,12 @@ def test_what_are_no_metrics_of_ours_is_logged_once(serve, logged, body, status,
 @pytest.mark.parametrize(
     "address", ["http://localhost:8002/metrics", "..:8002", "nowhere.invalid:1", "127.0.0.1:1"]
 )
-def test_an_address_that_is_none_raises_nothing(logged, address):
+def test_invalid_address_is_logged(logged, address):
     assert Metrics(address).waiting("tower") == 0
     assert address in logged[0]
 
 
-def test_metrics_that_never_answer_are_waited_for_once(logged):
+def test_unresponsive_metrics_are_awaited_once(logged):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         metrics = Metrics(f"127.0.0.1:{silent.getsockname()[1]}")
         begin = time.monotonic()

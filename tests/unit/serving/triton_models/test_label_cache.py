@@ -1,4 +1,4 @@
-"""The cache of label sets: what it keeps, shares, drops, and in which order it works."""
+"""The cache of label sets: contents, shared work, eviction, and order of the work."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ ROW = 4 * 8  # bytes of one label of 8 dimensions
 
 
 class Asker:
-    """A waiter that remembers what it was told."""
+    """A waiter that records its answers."""
 
     def __init__(self):
         self.here, self.told, self.answers = True, threading.Event(), []
@@ -37,7 +37,7 @@ class Asker:
 
 
 class Tower:
-    """Works on sets chunk by chunk, each when it is let, and writes down what it did."""
+    """Works on sets chunk by chunk, waits for permission before each, and records the work."""
 
     def __init__(self):
         self.done, self.let = [], threading.Semaphore(0)
@@ -81,7 +81,7 @@ def embed(cache, tower, name, rows):
     return asker.answer()
 
 
-def test_many_who_ask_share_the_work(cache, tower):
+def test_equal_requests_share_the_work(cache, tower):
     askers = [ask(cache, tower, "a", 3) for _ in range(5)]
     tower.let.release(3)
     answers = [asker.answer() for asker in askers]
@@ -91,8 +91,8 @@ def test_many_who_ask_share_the_work(cache, tower):
     assert all(len(asker.answers) == 1 for asker in askers)
 
 
-def test_sets_take_turns(cache, tower):
-    """A small set that comes later is done before a large one."""
+def test_label_sets_are_processed_alternately(cache, tower):
+    """A small set that arrives later is finished before a large one."""
     large = ask(cache, tower, "l", 40)
     tower.let.release(2)
     while len(tower.done) < 2:
@@ -105,10 +105,10 @@ def test_sets_take_turns(cache, tower):
     assert places[-1] < 10
 
 
-def test_bounded_in_bytes_least_recently_used_first(cache, tower):
+def test_least_recently_used_set_is_evicted(cache, tower):
     a, b = embed(cache, tower, "a", 2), embed(cache, tower, "b", 2)
     assert ask(cache, tower, "a", 1) is a
-    embed(cache, tower, "c", 1)  # five rows: b, used before a, goes
+    embed(cache, tower, "c", 1)  # five rows: b, used before a, is evicted
     assert ask(cache, tower, "a", 1) is a
     assert isinstance(ask(cache, tower, "c", 1), np.ndarray)
     again = embed(cache, tower, "b", 2)
@@ -116,16 +116,16 @@ def test_bounded_in_bytes_least_recently_used_first(cache, tower):
     np.testing.assert_array_equal(again, b)
 
 
-def test_a_set_larger_than_the_cache_is_answered_and_not_kept(cache, tower):
+def test_set_larger_than_the_cache_is_answered_but_not_kept(cache, tower):
     assert embed(cache, tower, "x", 5).shape == (5, 8)
     assert embed(cache, tower, "x", 5).shape == (5, 8)
     assert tower.done == [("x", 0)] * 2
 
 
-def test_what_nobody_wants_is_dropped(cache, tower):
+def test_abandoned_work_is_dropped(cache, tower):
     one, other = ask(cache, tower, "a", 50), ask(cache, tower, "a", 50)
     tower.let.release(3)
-    one.here = False  # the other still wants it
+    one.here = False  # the other request still waits
     while len(tower.done) < 3:
         time.sleep(0.001)
     assert not one.told.is_set()
@@ -135,13 +135,13 @@ def test_what_nobody_wants_is_dropped(cache, tower):
     assert isinstance(other.answer(), Abandoned)
     assert tower.done[-1] == ("a", "dropped")
     assert len(tower.done) <= 6
-    # Who comes later begins anew.
+    # A later request starts again.
     later = ask(cache, tower, "a", 2)
     tower.let.release(10)
     assert later.answer().shape == (1, 8)
 
 
-def test_an_error_goes_to_those_who_wait_for_it_and_is_not_kept(cache, tower):
+def test_error_is_sent_to_its_waiters_and_not_cached(cache, tower):
     good = ask(cache, tower, "g", 3)
     bad = [ask(cache, tower, "b", 1, error=TextError("no")) for _ in range(2)]
     tower.let.release(10)
@@ -150,8 +150,8 @@ def test_an_error_goes_to_those_who_wait_for_it_and_is_not_kept(cache, tower):
     assert isinstance(ask(cache, tower, "b", 1).answer(), np.ndarray)
 
 
-def test_what_is_too_much_is_refused_and_begins_nothing(cache, tower):
-    """Up to 100 texts and 8 who wait; a set that is larger goes alone."""
+def test_excess_requests_are_rejected_without_work(cache, tower):
+    """The limits are 100 texts and 8 waiters. A set above the limit is accepted if it is alone."""
     large = ask(cache, tower, "l", 120)
     with pytest.raises(Full, match="120 label texts wait"):
         ask(cache, tower, "s", 1)
@@ -171,7 +171,7 @@ def test_what_is_too_much_is_refused_and_begins_nothing(cache, tower):
     assert isinstance(ask(cache, tower, "c", 1).answer(), np.ndarray)
 
 
-def test_closing_tells_those_who_wait(tower):
+def test_closing_answers_all_waiters(tower):
     cache = LabelSetCache(ROW, max_texts=100, max_waiters=8)
     asker = ask(cache, tower, "a", 50)
     tower.let.release(1)
@@ -184,7 +184,7 @@ def test_closing_tells_those_who_wait(tower):
     assert isinstance(asker.answer(), Abandoned)
 
 
-def test_keys():
+def test_different_label_sets_have_different_keys():
     sets = [
         LabelSet(("a", "b"), ("{}",)),
         LabelSet(("b", "a"), ("{}",)),
@@ -199,7 +199,7 @@ def test_keys():
     assert key_of("one", LabelSet(("a", "b"), ("{}",))) == keys[0]
 
 
-def test_a_busy_tower_is_asked_for_the_same_again(tiny_bundle):
+def test_batch_is_sent_again_to_a_busy_tower(tiny_bundle):
     tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)
     labels = LabelSet(("cat", "dog", "a bird that sings all the day long in a tree"), ("{}",))
     asked = []
@@ -220,7 +220,7 @@ def test_a_busy_tower_is_asked_for_the_same_again(tiny_bundle):
     np.testing.assert_allclose(found[0], np.full((3, 8), 8**-0.5), rtol=1e-6)
 
 
-def test_the_work_of_trees_asks_for_texts_that_begin_alike(tiny_bundle):
+def test_prefix_tree_batches_have_shared_prefixes(tiny_bundle):
     tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)
     labels = LabelSet(tuple("abcdefg"), ("{} photo", "the {}", "one long template before {}"))
     asked = []
@@ -244,8 +244,9 @@ def test_the_work_of_trees_asks_for_texts_that_begin_alike(tiny_bundle):
     np.testing.assert_allclose(found[0], means, atol=1e-6)
 
 
-def test_the_work_asks_for_short_batches_of_buckets(tiny_bundle):
-    """Every text once, in batches of at most `chunk`, sorted by length; the ensemble is right."""
+def test_batches_are_sorted_by_length_and_limited_to_the_chunk(tiny_bundle):
+    """Every text occurs once, in batches of at most `chunk`, sorted by length. The averages are
+    correct."""
     tokenizer = Tokenizer(tiny_bundle.tokenizer, tiny_bundle.manifest.text)
     labels = LabelSet(
         tuple(f"{'very ' * (index % 20)}thing {index}" for index in range(50)),

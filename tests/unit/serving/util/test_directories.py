@@ -1,4 +1,4 @@
-"""Which files of a directory are found: `find_images` itself is tested with the data sets."""
+"""Files that are found in a directory. `find_images` itself is tested with the data sets."""
 
 import os
 
@@ -8,8 +8,9 @@ from serving.errors import InputError
 from serving.util.directories import find_images, walk
 
 
-def test_links_pipes_and_names_that_mislead(tmp_path):
-    """A link that leads nowhere is found, to be reported; what could block or repeat is not."""
+def test_directory_links_and_pipes_are_skipped(tmp_path):
+    """A dangling link is found, so that it is reported. Files that could block or repeat are
+    skipped."""
     inner = tmp_path / "album.jpg"
     inner.mkdir()
     (inner / "b.jpg").touch()
@@ -24,6 +25,6 @@ def test_links_pipes_and_names_that_mislead(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == images
 
 
-def test_a_directory_that_cannot_be_listed(tmp_path):
+def test_unlistable_directory_is_rejected(tmp_path):
     with pytest.raises(InputError, match="absent cannot be listed"):
         list(walk(tmp_path / "absent"))

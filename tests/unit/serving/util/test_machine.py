@@ -1,4 +1,4 @@
-"""How many CPUs we may use, and what this machine is called."""
+"""The number of usable CPUs, and the description of this machine."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from serving.util import machine
     ],
     ids=str,
 )
-def test_quota_of_a_cgroup(tmp_path, files, quota):
+def test_cgroup_quota_is_read(tmp_path, files, quota):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -36,13 +36,13 @@ def test_quota_of_a_cgroup(tmp_path, files, quota):
     ("affinity", "quota", "count"),
     [(8, 2, 2), (8, 1.5, 2), (2, 16, 2), (4, math.inf, 4), (64, 0.1, 1)],
 )
-def test_cpu_count_is_the_smaller_rounded_up(monkeypatch, affinity, quota, count):
+def test_cpu_count_is_the_smaller_limit_rounded_up(monkeypatch, affinity, quota, count):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)))
     monkeypatch.setattr(machine, "_cgroup_quota", lambda _: quota)
     assert machine.cpu_count.__wrapped__() == count
 
 
-def test_this_machine():
+def test_description_names_cpu_model_and_count():
     assert 1 <= machine.cpu_count() <= os.cpu_count()
     model, flags = machine.cpu_info()
     assert model

@@ -1,4 +1,4 @@
-"""Errors through Triton are read as they were written, and its own messages are classified."""
+"""Errors are restored after a transfer through Triton, and its own messages are classified."""
 
 import pytest
 
@@ -32,8 +32,9 @@ def same(error: ClipDeployError, other: ClipDeployError | None) -> bool:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_what_is_written_is_read(error):
-    """The type and every field, whatever the sentence contains; through an ensemble too."""
+def test_error_round_trip(error):
+    """The type and every field are kept, whatever the message contains, also through an
+    ensemble."""
     text = to_text(error)
     assert text.startswith(str(error))
     assert same(error, from_text(text))
@@ -58,12 +59,12 @@ def test_what_is_written_is_read(error):
         '\n#clip {"type": "OverloadedError", "reason": "", "index": 3}',
     ],
 )
-def test_what_is_not_ours_has_no_fields(message):
+def test_other_messages_have_no_fields(message):
     assert from_text(message) is None
 
 
-def test_an_error_that_no_client_is_told_of_is_not_read():
-    """A client rebuilds only what a server sends it."""
+def test_error_that_servers_do_not_send_is_not_rebuilt():
+    """A client rebuilds only errors that a server sends."""
     assert from_text(to_text(ClipDeployError("the disk is full"))) is None
 
 
@@ -77,6 +78,10 @@ RECORDED = {
     ],
     "full": ["in ensemble 'clip_image', [request id: <id_unknown>] Exceeds maximum queue size"],
     "unknown model": ["Request for unknown model: 'nobody' is not found"],
+    "restricted": [
+        "This API is restricted, expecting header 'admin-key'",
+        "This protocol is restricted, expecting header 'triton-grpc-protocol-admin-key'",
+    ],
     "other": [
         "[request id: <id_unknown>] inference input 'input_ids' data-type is 'INT64', but model "
         "'text_tower' expects 'INT32'",
@@ -90,7 +95,7 @@ RECORDED = {
 @pytest.mark.parametrize(
     ("fault", "message"), [(fault, message) for fault in RECORDED for message in RECORDED[fault]]
 )
-def test_messages_of_triton(fault, message):
+def test_triton_messages_are_classified(fault, message):
     assert triton_fault(message) == triton_fault(own_words(message)) == fault
     assert from_text(message) is None
     assert not own_words(message).startswith("in ensemble")

@@ -310,6 +310,7 @@ def test_commands_work_with_a_server(server, tiny_bundle, tmp_path):
         (("up", "/nowhere"), "expected a model repository"),
     ],
 )
+@pytest.mark.wording
 def test_command_errors_are_printed_without_traceback(arguments, message):
     done = serving(*arguments)
     assert done.returncode == 2

@@ -173,7 +173,9 @@ def test_asyncio_client_counts_errors_and_continues(server, wire):
 def test_asyncio_client_raises_without_any_answer(server, wire):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(ServerError, match=r"no request was answered .* failed, the last with: .+"):
+    with pytest.raises(
+        ServerError, match=r"no request was answered .* failed, the last one with: .+"
+    ):
         AsyncClient().measure(replace(load_of(server, wire, window_s=0.1), address=address))
 
 

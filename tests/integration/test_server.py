@@ -281,7 +281,7 @@ def test_failed_model_load_is_reported_at_once(tmp_path):
         pass
     assert time.monotonic() - started < 2 * shutdown.UNLOAD_S + 5
     for part in ("broken", "the engine is for another GPU\nrun make engine", str(tmp_path / "log")):
-        assert part in str(failure.value)
+        assert part in failure.value.reason
     assert processes_about(repository) == []
 
 

@@ -156,7 +156,7 @@ def token_ids(towers, tiny_bundle, tokenizer):
         clean(towers["text"], list(rows)),
         [
             ({"input_ids": beyond}, "expected 0 to 49407"),
-            ({"input_ids": below}, "hold -1 to"),
+            ({"input_ids": below}, "range from -1 to"),
             ({"input_ids": endless}, "lack the end-of-text token"),
         ],
     )

@@ -39,7 +39,17 @@ def reworded(tmp_path) -> Path:
 
 
 def test_behaviour_does_not_depend_on_wording(reworded, tmp_path):
-    options = ["-p", "tests.support.any_case", "-p", "no:cacheprovider", "-m", "not wording", "-q"]
+    options = [
+        "-p",
+        "tests.support.any_case",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not wording",
+        "-q",
+        "-n",
+        "2",
+    ]
     command = [sys.executable, "-m", "pytest", *options, *BEHAVIOUR]
     environment = os.environ | {"PYTHONPATH": str(reworded)}
     code = "import serving.errors as e; print(e.InputError('in capitals'), e.__file__)"

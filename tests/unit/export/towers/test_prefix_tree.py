@@ -151,7 +151,7 @@ def test_lint_checks_prefix_tree_graphs(bundle, tmp_path):
     onnx.save(model, path)
     assert lint(path, "prefix_tree") == [
         "prefix_tree.fp32.onnx: trees has shape ['rows', 2, 9]; of 3 axes 0 and 2 must be dynamic",
-        "prefix_tree.fp32.onnx: 2 NonZero nodes; expected the one that finds the end-of-text token",
+        "prefix_tree.fp32.onnx: 2 NonZero nodes; expected one, which finds the end-of-text token",
     ]
 
 

@@ -39,18 +39,9 @@ def reworded(tmp_path) -> Path:
 
 
 def test_behaviour_does_not_depend_on_wording(reworded, tmp_path):
-    options = [
-        "-p",
-        "tests.support.any_case",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not wording",
-        "-q",
-        "-n",
-        "2",
-    ]
-    command = [sys.executable, "-m", "pytest", *options, *BEHAVIOUR]
+    plugins = ["-p", "tests.support.any_case", "-p", "no:cacheprovider"]
+    options = ["-q", "-n", "2", "--dist", "loadfile", "-m", "not wording"]
+    command = [sys.executable, "-m", "pytest", *plugins, *options, *BEHAVIOUR]
     environment = os.environ | {"PYTHONPATH": str(reworded)}
     code = "import serving.errors as e; print(e.InputError('in capitals'), e.__file__)"
     said = subprocess.run(

@@ -154,7 +154,8 @@ def test_index_replaced_during_open_is_read_again(index, monkeypatch):
 def test_killed_build_resumes(tmp_path, fp32_bundle, clip, counted):
     """The command is killed by SIGKILL after it has written the first of three chunks."""
     photos, path = fill(tmp_path / "photos", 600), tmp_path / "new"
-    command = (*SERVING, "build", str(photos), "--output", str(path), *bundle_of(fp32_bundle))
+    local = (*bundle_of(fp32_bundle), "--runner", "onnxruntime:fp32")  # as `clip` does
+    command = (*SERVING, "build", str(photos), "--output", str(path), *local)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     first = path / "pending" / "000001.npz"
     while not first.exists() and process.poll() is None:

@@ -20,7 +20,7 @@ TENSORRT_APIS := 10.16.1.11 11.4.0.106
 unexport PYTHONDONTWRITEBYTECODE
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test package check soak bench engines clean
+.PHONY: setup demo test wording package check soak bench engines clean
 
 setup: .venv/.installed
 
@@ -62,7 +62,12 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 # --max-worker-restart=0: when a worker process dies, xdist (3.8) would otherwise wait forever for its
 # test files.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
+	  --ignore=tests/robustness/test_wording.py
+
+# Runs many tests a second time, with every error worded in capital letters. Takes about 6 minutes.
+wording: setup
+	$(BIN)/python -m pytest tests/robustness/test_wording.py
 
 # Requires access to a package index.
 package: setup

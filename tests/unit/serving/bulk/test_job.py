@@ -189,10 +189,13 @@ def children_of(pid: int) -> dict[int, str]:
 
 
 def test_job_survives_a_killed_worker(cluster, fp32_bundle, many, local, tmp_path):
-    killed = []
+    def map_workers() -> set[int]:
+        return {pid for pid, name in children_of(os.getpid()).items() if "MapWorker" in name}
+
+    killed, earlier = [], map_workers()  # workers of another job may still be ending
 
     def kill(step: str, done: int = 0, total: int = 0) -> None:
-        workers = [p for p, name in children_of(os.getpid()).items() if "MapWorker" in name]
+        workers = sorted(map_workers() - earlier)
         if done == 4 and not killed:
             assert len(workers) == 2
             os.kill(workers[0], signal.SIGKILL)

@@ -39,12 +39,12 @@ def test_unreadable_files_are_named_and_skipped(photos, tmp_path, counted):
     (photos / "folder.jpg").mkdir()  # an image by its name only
     os.mkfifo(photos / "pipe.jpg")  # reading a pipe would block forever
     outcome = build(photos, tmp_path / "new", counted, chunk=8)
-    told = {item.path: item.reason for item in outcome.manifest.skipped}
+    told = {item.path: item.reason.lower() for item in outcome.manifest.skipped}
     assert set(told) == {*BAD, "gone.jpg"}
-    assert told["animals/text.jpg"].startswith("expected one of JPEG, PNG")
+    assert told["animals/text.jpg"].startswith("expected one of jpeg, png")
     assert "0 bytes" in told["empty.png"]
     assert re.search("truncated|incomplete|damaged|broken", told["zzz/cut.jpg"])
-    assert "No such file" in told["gone.jpg"]
+    assert "no such file" in told["gone.jpg"]
     assert outcome.embedded == outcome.manifest.count == 40
     assert counted.embedded < 40 + 4 * 8  # a bad file costs its chunk at most one more attempt
     assert set(paths(tmp_path / "new")).isdisjoint(told)
@@ -225,7 +225,7 @@ def test_unfinished_index_of_another_build_is_unchanged(half_built, folder, phot
     before = contents(half_built)
     with pytest.raises(InputError, match=r"built with tiny-clip .* this is other-clip \(32 dimen"):
         build(folder, half_built, other)
-    with pytest.raises(InputError, match=r"an unfinished index of .*photos0, not of .*/photos;"):
+    with pytest.raises(InputError, match=r"an unfinished index of .*photos\d, not of .*/photos;"):
         build(photos, half_built, clip)
     assert contents(half_built) == before
 

@@ -18,6 +18,15 @@ million pixels. The slowest image of this size that the tests construct, a JPEG 
 scans, takes 4 s to decode on one core of a 2-core server; the other formats take 1 to 3 s. Decoding
 needs 1 GB of memory for a WebP, 0.3 to 0.5 GB for the others."""
 
+LARGE_PIXELS = 16 << 20
+"""Number of pixels above which a server leaves an image to the few processes of
+`image_preprocess_large`. An image of this size takes up to 0.25 GB of memory to decode; cameras
+make images of 12 to 24 million pixels."""
+
+LARGE_REQUEST_PIXELS = 64 << 20
+"""Number of pixels above which a server leaves all images of a request to
+`image_preprocess_large`."""
+
 MAX_WHOLE_PIXELS = 4 << 20
 """Maximum size, in pixels, of the result when an image is resized as a whole before the crop: about
 16 MB. If the result would be larger, as for an image of 1 x 60,000 pixels, only the area that

@@ -188,8 +188,10 @@ def _version(binary: Path, libraries: Path) -> str:
 
 def input_data(workload: Workload) -> str:
     """Return the JSON for `--input-data`: one item per request, BYTES as base64."""
+    # perf_analyzer adds the batch dimension of models that have a maximum batch size.
+    shape = [1] if workload.model == "clip_image" else [1, 1]
     rows = [
-        {workload.tensor: {"content": {"b64": _wire_bytes(item)}, "shape": [1]}}
+        {workload.tensor: {"content": {"b64": _wire_bytes(item)}, "shape": shape}}
         for item in workload.items
     ]
     return json.dumps({"data": rows})

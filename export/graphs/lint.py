@@ -44,7 +44,7 @@ def lint(path: Path, form: Graph) -> list[str]:
         _constants(graph, path.parent),
         _softmax(graph),
     ]
-    pooled_by = {"text": "ArgMax", "prefix_tree": "NonZero"}.get(form)
+    pooled_by = {"text": "ReduceMin", "prefix_tree": "NonZero"}.get(form)
     rules.append(_pooling(graph, pooled_by) if pooled_by else _pixels(graph))
     return [f"{path.name}: {problem}" for rule in rules for problem in rule]
 

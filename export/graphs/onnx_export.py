@@ -39,7 +39,8 @@ def example_batch(tower: nn.Module) -> tuple[torch.Tensor, dict[int, torch.expor
     if isinstance(tower, TextTower):
         config = tower.config
         ids = torch.full((2, config.context_length), config.end_id, dtype=torch.int32)
-        length = torch.export.Dim("length", min=2, max=config.context_length)
+        # Longer texts are cut off in the graph, which the exporter would otherwise leave out.
+        length = torch.export.Dim("length", min=2, max=2 * config.context_length)
         return ids, {0: batch, 1: length}
     if isinstance(tower, PrefixTreeTower):
         trees = torch.full((2, 2, 9), tower.tower.config.end_id, dtype=torch.int32)

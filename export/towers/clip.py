@@ -145,9 +145,14 @@ class TextTower(nn.Module):
     Embeddings have unit length. The tower pools the first end-of-text token. Attention is causal,
     so padding after that token does not change the result, and a batch can be cut to the length of
     its longest text.
+
+    Any token ids give an embedding, so that a wrong text cannot fail the other texts of its batch:
+    ids outside the vocabulary are replaced by 0, tokens beyond the context length are cut off, and
+    a text without an end-of-text token is pooled at its last position.
     """
 
     causal_mask: Tensor
+    positions: Tensor
 
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
@@ -161,15 +166,22 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(config.width, embed_dim, bias=False)
         mask = torch.full((config.context_length, config.context_length), MASKED).triu(1)
         self.register_buffer("causal_mask", mask, persistent=False)
+        positions = torch.arange(config.context_length, dtype=torch.int32)
+        self.register_buffer("positions", positions, persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.projection.weight, std=config.width**-0.5)
 
     def forward(self, input_ids: Tensor) -> Tensor:  # noqa: D102
+        input_ids = input_ids[:, : self.config.context_length]
         length = input_ids.shape[1]
-        x = self.token_embedding(input_ids) + self.position_embedding[:length]
+        # Not `clamp`: ONNX Runtime's CUDA provider has no Clip of int32.
+        known = (input_ids >= 0) & (input_ids < self.config.vocab_size)
+        ids = torch.where(known, input_ids, 0)
+        x = self.token_embedding(ids) + self.position_embedding[:length]
         mask = self.causal_mask[:length, :length]
         # Compared as integers, because 49406 and 49407 are the same number in float16.
-        end = (input_ids == self.config.end_id).int().argmax(dim=1)
+        places = torch.where(input_ids == self.config.end_id, self.positions[:length], length - 1)
+        end = places.amin(dim=1).long()
         index = end[:, None, None]
         *blocks, last = self.blocks
         for block in blocks:

@@ -1,5 +1,6 @@
 """Command `up`, which runs the embedded server and optionally restarts it after a crash."""
 
+import math
 import signal
 import time
 from collections import deque
@@ -28,10 +29,11 @@ from serving.triton.network import HOST, Ports
 from serving.triton.repository import check_assembled
 from serving.triton.server import EXIT_TIMEOUT_S, TritonServer
 
-MOST_RESTARTS, WITHIN_S = 5, 600.0
-"""Maximum number of restarts within a period in seconds. A server that dies more often has a fault
-that restarting does not fix."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+MAX_EARLY_ENDS, STABLE_S = 5, 60.0
+"""The server is restarted until it has ended this often in a row within `STABLE_S` seconds of being
+ready: it then has a fault that restarting does not fix. A server that ran for longer, and was ended
+by a request, for example, is always restarted."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S, WITHIN_S = 1.0, 30.0, 600.0
 """Pause before a restart, which doubles with each restart within `WITHIN_S`, and its maximum."""
 LOOK_S = 0.5
 """Interval between two checks of the server, in seconds."""
@@ -43,9 +45,15 @@ def up(
     repository: Annotated[
         Path, typer.Argument(help="Model repository that `clip-deploy assemble` wrote.")
     ] = REPOSITORY,
-    http_port: Annotated[int, typer.Option(help="HTTP port; 0 selects a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 selects a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="Metrics port; 0 selects a free one.")] = 8002,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="HTTP port; 0 selects a free one.")
+    ] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="gRPC port; 0 selects a free one.")
+    ] = 8001,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Metrics port; 0 selects a free one.")
+    ] = 8002,
     log_file: Annotated[
         Path | None, typer.Option("--log", help="Log file of Triton. Default: a temporary file.")
     ] = None,
@@ -58,8 +66,8 @@ def up(
         bool,
         typer.Option(
             "--restart",
-            help="Restart the server when it or the process of a model dies, up to "
-            f"{MOST_RESTARTS} times in {WITHIN_S / 60:g} minutes.",
+            help="Restart the server when it or the process of a model dies, unless it has died "
+            f"{MAX_EARLY_ENDS + 1} times in a row within {STABLE_S:g} s of its start.",
         ),
     ] = False,
     as_json: Json = False,
@@ -125,8 +133,10 @@ def keep_up(
     """
     restarts, was_ready = Restarts(), False
     while True:
+        ready_at = math.inf
         try:
             with server(ports) as running:
+                ready_at = time.monotonic()
                 if was_ready:
                     note(f"Triton is running again; its log is {running.log}")
                 else:
@@ -142,37 +152,46 @@ def keep_up(
             fault = error.reason
         if not restart:
             raise ServerError(fault, advice="start the server again, or give --restart")
-        pause = restarts.pause(time.monotonic())
+        now = time.monotonic()
+        pause = restarts.pause(now, now - ready_at)
         if pause is None:
             raise ServerError(
-                f"{fault}. The server is not restarted, because it has already been restarted "
-                f"{MOST_RESTARTS} times within {WITHIN_S:g} s",
+                f"{fault}. The server is not restarted: it has ended {restarts.early} times in a "
+                f"row within {STABLE_S:g} s of its start",
                 advice="read its log",
             )
         note(
             f"{fault}. Restarting in {pause:g} s "
-            f"(restart {restarts.count} of {MOST_RESTARTS} within {WITHIN_S:g} s)"
+            f"(restart {restarts.count} within {WITHIN_S / 60:g} minutes)"
         )
         time.sleep(pause)
 
 
 class Restarts:
-    """Counter of recent restarts, which sets the pause before the next one."""
+    """Record of the ends of a server, which decides on the next restart."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
+        self.early = 0
+        """Number of ends in a row within `STABLE_S` seconds of the server being ready."""
 
     @property
     def count(self) -> int:
         """Number of restarts in the last `WITHIN_S` seconds, at the last call of `pause`."""
         return len(self._times)
 
-    def pause(self, now: float) -> float | None:
-        """Count a restart and return the pause before it in seconds, or None after too many."""
+    def pause(self, now: float, ran: float) -> float | None:
+        """Count a restart and return the pause before it in seconds, or None for no restart.
+
+        Args:
+            now: the current time, in seconds.
+            ran: seconds that the server was ready for; not positive if it never was.
+        """
+        self.early = 0 if ran >= STABLE_S else self.early + 1
+        if self.early > MAX_EARLY_ENDS:
+            return None
         while self._times and now - self._times[0] >= WITHIN_S:
             self._times.popleft()
-        if len(self._times) == MOST_RESTARTS:
-            return None
         self._times.append(now)
         return float(min(FIRST_PAUSE_S * 2 ** (len(self._times) - 1), LONGEST_PAUSE_S))
 

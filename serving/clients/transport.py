@@ -61,7 +61,7 @@ class Calls:
         found = self._call(lambda connection, _: connection.get_model_config(model))
         return found if isinstance(found, dict) else _as_dict(found.config)
 
-    def infer(self, model: str, tensors: list[Any], target: str, parameters: dict[str, Any]) -> Any:
+    def infer(self, model: str, tensors: list[Any], target: str) -> Any:
         """Run a model and return one of its outputs as an array.
 
         The request carries the remaining time as its timeout.
@@ -70,7 +70,6 @@ class Calls:
             model: name of the model.
             tensors: inputs, as `InferInput` of `self.protocol`.
             target: name of the output.
-            parameters: parameters of the request.
 
         Raises:
             InputError: the server rejected the inputs.
@@ -80,7 +79,7 @@ class Calls:
         """
 
         def request(connection: Any, left: float) -> Any:
-            options: dict[str, Any] = {"timeout": int(left * 1e6) or 1, "parameters": parameters}
+            options: dict[str, Any] = {"timeout": int(left * 1e6) or 1}
             if self._endpoint.protocol == "grpc":
                 options["client_timeout"] = left
             return connection.infer(model, tensors, **options)

@@ -134,8 +134,8 @@ class ClipClient:
             OverloadedError: the server's queues were full at every attempt.
             ServerError: the server failed, or did not answer in time.
         """
-        whole = functools.partial(self._infer_bytes, "clip_text", "text", "text_embeds")
-        infer = self._infer_truncated if truncate else whole
+        model = "clip_text_truncate" if truncate else "clip_text"
+        infer = functools.partial(self._infer_bytes, model, "text", "text_embeds")
         return self._embed("texts", texts, _encode_text, infer, TextError)
 
     def classify(
@@ -171,7 +171,7 @@ class ClipClient:
 
         def infer(data: list[bytes]) -> Floats:
             tensors = [self._strings("IMAGE", data), *given]
-            scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", {})
+            scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES")
             return scores
 
         return self._embed("images", images, encode_picture, infer, ImageError)
@@ -211,27 +211,8 @@ class ClipClient:
             for future in futures:
                 future.cancel()
 
-    def _infer_truncated(self, data: list[bytes]) -> Floats:
-        """Tokenize and embed with two requests.
-
-        The response cache of the ensemble ignores request parameters: it would answer requests
-        without `truncate` with embeddings of truncated texts.
-        """
-        ids = self._infer_bytes("text_tokenize", "text", "input_ids", data, {"truncate": True})
-        tensor = self._calls.protocol.InferInput("input_ids", ids.shape, "INT32")
-        tensor.set_data_from_numpy(ids)
-        embeddings: Floats = self._calls.infer("text_tower", [tensor], "text_embeds", {})
-        return embeddings
-
-    def _infer_bytes(
-        self,
-        model: str,
-        source: str,
-        target: str,
-        data: list[bytes],
-        parameters: dict[str, Any] | None = None,
-    ) -> Any:
-        return self._calls.infer(model, [self._strings(source, data, 1)], target, parameters or {})
+    def _infer_bytes(self, model: str, source: str, target: str, data: list[bytes]) -> Any:
+        return self._calls.infer(model, [self._strings(source, data, 1)], target)
 
     def _strings(self, name: str, data: list[bytes], *rest: int) -> Any:
         """Return an input tensor of shape [len(data), *rest]."""

@@ -68,6 +68,15 @@ def decode(data: bytes) -> Image.Image:
         ImageError: `data` is empty, of another format, truncated or corrupt, or exceeds a limit.
             Limits are checked before decoding.
     """
+    return loaded(open_image(data))
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Read the header of an encoded image. `loaded` decodes the pixels.
+
+    Raises:
+        ImageError: `data` is empty, of another format, too large, or its header is damaged.
+    """
     if len(data) > MAX_PICTURE_BYTES:
         raise ImageError(too_large(len(data)), advice=_SHRINK)
     parts = BytesIO(pixel_parts(data))
@@ -82,7 +91,8 @@ def decode(data: bytes) -> Image.Image:
         ) from error
     except Exception as error:  # damaged headers raise many types, such as struct.error
         raise ImageError(f"the image's header is damaged: {error}") from error
-    return loaded(image)
+    _check_pixels(image)
+    return image
 
 
 def loaded(image: Image.Image) -> Image.Image:
@@ -91,12 +101,8 @@ def loaded(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: the image is truncated or corrupt, or exceeds a limit.
     """
+    _check_pixels(image)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} allowed",
-            advice="scale it down first",
-        )
     tiles = getattr(image, "tile", None)  # parts not yet decoded, each with its decoder's name
     if tiles and tiles[0][0] == "bmp_rle" and width * height > MAX_RLE_PIXELS:
         raise ImageError(
@@ -111,6 +117,15 @@ def loaded(image: Image.Image) -> Image.Image:
             f"the image is truncated or corrupt ({error})", advice="copy or download it again"
         ) from error
     return image
+
+
+def _check_pixels(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} allowed",
+            advice="scale it down first",
+        )
 
 
 @contextmanager

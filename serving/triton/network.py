@@ -21,6 +21,7 @@ ADMIN_APIS = ("model-repository", "shared-memory", "statistics", "trace", "loggi
 """APIs that require the administrative key. Triton restricts APIs by nine names, the same for HTTP
 and gRPC and in 2.51 and 26.x (src/restricted_features.h); clients use the others, `OPEN_APIS`."""
 OPEN_APIS = ("health", "metadata", "model-config", "inference")
+_MAX_PORT = 65535
 _KEY = re.compile(r"[A-Za-z0-9_-]{16,}")
 
 
@@ -167,10 +168,16 @@ def choose_ports(http: int, grpc: int, metrics: int, exposure: Exposure | None =
     """Return the given ports, with 0 replaced by a free port.
 
     Raises:
-        InputError: the host of `exposure` is not an address of this machine.
+        InputError: a port is out of range, or the host of `exposure` is not an address of this
+            machine.
         ServerError: a port is not free.
     """
     exposure, chosen = exposure or Exposure(), []
+    for port in (http, grpc, metrics):
+        if not 0 <= port <= _MAX_PORT:
+            raise InputError(
+                f"expected a port from 1 to {_MAX_PORT}, or 0 for a free one, got {port}"
+            )
     hosts = (exposure.http, exposure.host, HOST)
     with ExitStack() as held:  # all three at once, so that no port is chosen twice
         for host, port in zip(hosts, (http, grpc, metrics), strict=True):

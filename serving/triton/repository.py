@@ -41,6 +41,9 @@ _SIGN = "image_tower/config.pbtxt"
 _TOWERS: dict[str, Tower] = {"image_tower": "image", "text_tower": "text"}
 _WITH_TOKENIZER = ("text_tokenize", "clip_zero_shot")
 _WARM_UP_BATCHES = (1, 8, 32)
+_PREPROCESS = ("image_preprocess", "image_preprocess_large")
+_CPUS_PER_LARGE = 4  # CPUs for each process that decodes large images
+_LARGE_WAITING = 8  # requests with large images that wait for each of these processes
 _TREE_TEXTS = 256  # texts in a request to `prefix_tree`: a few batches, one chunk of a label set
 
 MAX_QUEUE = 512
@@ -154,7 +157,7 @@ def _assemble(
                 config.parameters["prefix_tree_chunk"].string_value = str(_TREE_TEXTS)
             if source.name in towers:
                 _add_tower(bundle, *towers[source.name], config, version)
-            elif source.name in ("image_preprocess", *_WITH_TOKENIZER):
+            elif source.name in (*_PREPROCESS, *_WITH_TOKENIZER):
                 files = [bundle.tokenizer] if source.name in _WITH_TOKENIZER else []
                 _add_python_model(bundle, source.name, version, files)
             (work / source.name / "config.pbtxt").write_text(text_format.MessageToString(config))
@@ -238,21 +241,34 @@ def model_config(
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     if name == "clip_zero_shot":  # splits its inputs into batches itself
         config.parameters["chunk"].string_value = str(max_batch_size)
-    else:
+    elif config.max_batch_size:
         config.max_batch_size = _TREE_TEXTS if name == "prefix_tree" else max_batch_size
     _set_dimensions(config, manifest)
     if config.platform == "ensemble":  # has no queue of its own
         _set_facts(config, manifest)
+    elif name in _PREPROCESS:
+        _set_processes(config, max_queue)
     elif name not in _TOWERS or backend == "python":
         config.parameters["max_queue"].string_value = str(max_queue)
-    if name == "image_preprocess":
-        # Triton's own queue bound works with two or more instances only; see admission.py.
-        config.instance_group[0].count = max(2, cpu_count())
-        config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
     if name in _TOWERS and backend != "python":
         _set_backend(config, backend, manifest)
         _set_warm_up(config, manifest)
     return config
+
+
+def _set_processes(config: ModelConfig, max_queue: int) -> None:
+    """Set the numbers of processes that decode images, and of requests that wait for them."""
+    # Triton's own queue bound works with two or more instances only; see admission.py.
+    processes = max(2, cpu_count())
+    large = max(1, cpu_count() // _CPUS_PER_LARGE)
+    if config.name != "image_preprocess":
+        config.instance_group[0].count = large
+        return
+    config.instance_group[0].count = processes
+    config.dynamic_batching.default_queue_policy.max_queue_size = max_queue
+    config.parameters["max_queue"].string_value = str(max_queue)
+    waiting = max(1, _LARGE_WAITING * large // processes)
+    config.parameters["max_large"].string_value = str(waiting)
 
 
 def _add_tower(
@@ -303,7 +319,8 @@ def _set_dimensions(config: ModelConfig, manifest: Manifest) -> None:
     }
     for tensor in (*config.input, *config.output):
         if tensor.name in dimensions:
-            tensor.dims[:] = dimensions[tensor.name]
+            batch = [] if config.max_batch_size else [-1]
+            tensor.dims[:] = batch + dimensions[tensor.name]
 
 
 def _set_facts(config: ModelConfig, manifest: Manifest) -> None:

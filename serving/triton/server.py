@@ -54,6 +54,7 @@ _LOAD_FAILURE = re.compile(r"failed to load '|Poll failed ")
 _RACE = "boost::interprocess::lock_exception"
 _STARTS = 3
 _LOST_PORT = re.compile(r"Socket '([\d.]+):(\d+)' already in use")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]+")
 # Logged at level E but not a cause: the first two appear on every machine without a GPU (the second
 # for each ensemble), the third repeats a "failed to load" line.
 _NOISE = (
@@ -261,10 +262,16 @@ class TritonServer:
     def _start(self, embedded: Embedded) -> subprocess.Popen[bytes]:
         self.http_url, self.grpc_url = self._exposure.urls(self.ports)
         self.metrics_url = f"{HOST}:{self.ports.metrics}"
-        scratch = Path(tempfile.mkdtemp(prefix="clip-deploy-triton-"))  # the supervisor removes it
+        scratch = _scratch()
+        self._served = self.repository
+        if not _PLAIN_PATH.fullmatch(str(self.repository)):
+            # The Python backend inserts the path into a shell command without quotes, and the
+            # interpreter in its stub expects ASCII.
+            self._served = scratch / "repository"
+            self._served.symlink_to(self.repository)
         flags = server_flags(
             VERSION,
-            repository=self.repository,
+            repository=self._served,
             ports=self.ports,
             cache_bytes=self._cache_bytes,
             exit_timeout=self._exit_timeout,
@@ -323,12 +330,20 @@ class TritonServer:
         )
 
     def _failure(self, what: str) -> ServerError:
-        reasons = "".join(f"\n{line}" for line in log_errors(self._logged()))
+        log = self._logged().replace(str(self._served), str(self.repository))
+        reasons = "".join(f"\n{line}" for line in log_errors(log))
         return ServerError(f"{what} on {self.repository}; its log is {self.log}{reasons}")
 
     def _logged(self) -> str:
         """Return what this server has written to its log; the file may contain older output."""
         return self.log.read_bytes()[self._log_start :].decode(errors="replace")
+
+
+def _scratch() -> Path:
+    """Return a new directory, which the supervisor removes, at a path that needs no quotes."""
+    safe = _PLAIN_PATH.fullmatch(tempfile.gettempdir())
+    directory = None if safe else "/tmp"
+    return Path(tempfile.mkdtemp(prefix="clip-deploy-triton-", dir=directory))
 
 
 def _temporary_log() -> Path:

@@ -1,48 +1,161 @@
-"""Python model `image_preprocess`: decodes, resizes and crops encoded images."""
+"""Python models that decode, resize and crop encoded images.
+
+`image_preprocess` passes requests with large images to `image_preprocess_large`, which has few
+processes. An image of `MAX_PIXELS` takes seconds and up to 1 GB of memory to decode. Without the
+second model, a few of them would keep all processes busy while everyone else waits.
+"""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+from PIL import Image
 
 from serving.bundles.bundle import Bundle
-from serving.errors import ImageError
+from serving.errors import DeadlineError, ImageError, OverloadedError, UnavailableError
+from serving.inputs.decode import open_image
 from serving.inputs.preprocess import preprocess
+from serving.limits import LARGE_PIXELS, LARGE_REQUEST_PIXELS
 from serving.triton_models.admission import Ahead
-from serving.triton_models.responses import answered, full
+from serving.triton_models.counters import Counters
+from serving.triton_models.requests import deadline_s, infer, required
+from serving.triton_models.responses import Responses
+
+_LARGE = "image_preprocess_large"
 
 
-class ImagePreprocess:
+class _Preprocess:
     """`image` BYTES [n, 1] -> `pixels` uint8 [n, 3, size, size]."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the image specification of the bundle."""
         bundle = Path(args["model_repository"], args["model_version"], "bundle")
         self.spec = Bundle.open(bundle).manifest.image
-        config = json.loads(args["model_config"])
-        self.max_queue = int(config["parameters"]["max_queue"]["string_value"])
-        processes = config["instance_group"][0]["count"]
-        self.ahead = Ahead("image_tower", self.max_queue, feeders=processes)
+        self.config = json.loads(args["model_config"])
+        self.counters = Counters(self.config["name"])
+        self.responses = Responses(self.config["name"], self.counters)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Return a response for each request; a bad request does not affect the others."""
-        room = self.ahead.room(len(requests))
-        answers = [answered("image_preprocess", self.respond, each) for each in requests[:room]]
-        return answers + full("image_tower", self.max_queue, len(requests) - room)
-
-    def respond(self, request: Any) -> Any:
-        """Return the response with the pixels of one request.
+    def pixels(self, raw: NDArray[np.object_], images: list[Image.Image]) -> list[Any]:
+        """Return the output with the pixels of opened images.
 
         Raises:
             ImageError: the first image that cannot be decoded.
         """
-        images = pb_utils.get_input_tensor_by_name(request, "image").as_numpy().ravel()
         pixels = np.empty((len(images), 3, self.spec.size, self.spec.size), np.uint8)
-        for index, image in enumerate(images):
+        decoded = sum(image.width * image.height for image in images)
+        for index in range(len(images)):
             try:
-                pixels[index] = preprocess(image, self.spec)
+                pixels[index] = preprocess(images[index], self.spec)
             except ImageError as error:
                 raise error.at("images", index) from error
-        return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])
+            images[index].close()
+        self.counters.images(sum(map(len, raw)), decoded)
+        return [pb_utils.Tensor("pixels", pixels)]
+
+    def finalize(self) -> None:
+        """Send the last counts."""
+        self.counters.close()
+
+
+class ImagePreprocess(_Preprocess):
+    """Model `image_preprocess`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the image specification of the bundle, and start the thread for large images."""
+        super().initialize(args)
+        settings = {k: int(v["string_value"]) for k, v in self.config["parameters"].items()}
+        self.max_queue, self.max_large = settings["max_queue"], settings["max_large"]
+        processes = self.config["instance_group"][0]["count"]
+        self.ahead = Ahead("image_tower", self.max_queue, feeders=processes)
+        self.room_for_large = threading.Semaphore(self.max_large)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="large-images")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Return a response for each request, or None if another thread will send it.
+
+        A bad request does not affect the others.
+        """
+        room = self.ahead.room(len(requests))
+        answers = [self.answer(request) for request in requests[:room]]
+        full = self.responses.full("image_tower", self.max_queue, len(requests) - room)
+        return answers + full
+
+    def answer(self, request: Any) -> Any:
+        """Return the response to a request; None if it has large images, which a thread embeds."""
+        try:
+            raw = required(request, "image", None, 1).ravel()
+            images = _opened(raw)
+            if not _are_large(images):
+                return self.responses.ok(self.pixels(raw, images))
+            if not self.room_for_large.acquire(blocking=False):
+                raise OverloadedError(
+                    f"{_LARGE} is full: {self.max_large} requests with large images wait for it",
+                    advice="try again later, or scale the images down first",
+                )
+        except Exception as error:
+            return self.responses.failed(error)
+        deadline = time.monotonic() + deadline_s(request)
+        self.thread.submit(self.forward, request.get_response_sender(), raw, deadline)
+        return None
+
+    def forward(self, sender: Any, raw: NDArray[np.object_], deadline: float) -> None:
+        """Pass a request to the model for large images, and send its response."""
+        try:
+            if sender.is_cancelled():
+                raise UnavailableError("the client disconnected before its images were decoded")
+            if (left := deadline - time.monotonic()) <= 0:
+                raise DeadlineError(f"the deadline passed while the request waited for {_LARGE}")
+            pixels = infer(_LARGE, "image", raw.reshape(-1, 1), "pixels", left)
+            response = self.responses.ok([pb_utils.Tensor("pixels", pixels)])
+        except Exception as error:
+            response = self.responses.failed(error)
+        finally:
+            self.room_for_large.release()
+        try:
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"image_preprocess: a response could not be sent: {error}")
+
+    def finalize(self) -> None:
+        """Finish the requests in the thread, and send the last counts."""
+        self.thread.shutdown()
+        super().finalize()
+
+
+class LargeImagePreprocess(_Preprocess):
+    """Model `image_preprocess_large`, called by `image_preprocess` only."""
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Return a response for each request."""
+        return [self.responses.of(self.respond, request) for request in requests]
+
+    def respond(self, request: Any) -> list[Any]:
+        """Return the pixels of a request's images."""
+        raw = required(request, "image", None, 1).ravel()
+        return self.pixels(raw, _opened(raw))
+
+
+def _opened(raw: NDArray[np.object_]) -> list[Image.Image]:
+    """Read the headers of encoded images.
+
+    Raises:
+        ImageError: the first image that is not one, or exceeds a limit.
+    """
+    images = []
+    for index, data in enumerate(raw):
+        try:
+            images.append(open_image(data))
+        except ImageError as error:
+            raise error.at("images", index) from error
+    return images
+
+
+def _are_large(images: list[Image.Image]) -> bool:
+    pixels = [image.width * image.height for image in images]
+    return max(pixels, default=0) > LARGE_PIXELS or sum(pixels) > LARGE_REQUEST_PIXELS

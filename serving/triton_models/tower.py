@@ -18,7 +18,9 @@ from serving.runners.base import Batch
 from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
 from serving.triton_models.admission import Behind
-from serving.triton_models.responses import full, refused
+from serving.triton_models.counters import Counters
+from serving.triton_models.requests import required
+from serving.triton_models.responses import Responses
 
 
 class TowerModel:
@@ -36,11 +38,14 @@ class TowerModel:
         name = config["parameters"]["runner"]["string_value"]
         self._max_queue = int(config["parameters"]["max_queue"]["string_value"])
         self._queue = Behind(self._name, self._max_queue)
+        self._counters = Counters(self._name)
+        self._responses = Responses(self._name, self._counters)
         if self.graph == "prefix_tree":
             self._runner = open_prefix_tree(bundle, name).__enter__()
         else:
             self._runner = open_runner(bundle, self.graph, name).__enter__()
         size = bundle.manifest.image.size
+        self._dims = (None, 3, size, size) if self._text is None else (None, None)
         for count in (1, min(8, config["max_batch_size"])):
             if self._text is None:
                 self._runner.run(np.zeros((count, 3, size, size), np.uint8))
@@ -55,15 +60,16 @@ class TowerModel:
         error response.
         """
         excess = self._queue.excess(len(requests))
-        answers = full(self._name, self._max_queue, excess) + [None] * (len(requests) - excess)
+        answers = self._responses.full(self._name, self._max_queue, excess)
+        answers += [None] * (len(requests) - excess)
         good, batches = [], []
         for index, request in enumerate(requests[excess:], excess):
             try:
-                batch = pb_utils.get_input_tensor_by_name(request, self._input).as_numpy()
+                batch = required(request, self._input, *self._dims)
                 if self._text is not None:
                     check_ids(batch, self._text)
             except Exception as error:  # raised from here, it would fail the whole batch
-                answers[index] = refused(self._name, error)
+                answers[index] = self._responses.failed(error)
                 continue
             good.append(index)
             batches.append(batch)
@@ -82,10 +88,10 @@ class TowerModel:
         try:
             embeddings = self._runner.run(self._joined(batches))
             parts = np.split(embeddings, np.cumsum([len(batch) for batch in batches])[:-1])
-            return [pb_utils.InferenceResponse([pb_utils.Tensor(self._output, p)]) for p in parts]
+            return [self._responses.ok([pb_utils.Tensor(self._output, part)]) for part in parts]
         except Exception as error:
             if len(batches) == 1:
-                return [refused(self._name, error)]
+                return [self._responses.failed(error)]
         return [answer for batch in batches for answer in self._run([batch])]
 
     def _joined(self, batches: list[Any]) -> Any:
@@ -102,7 +108,8 @@ class TowerModel:
         return joined
 
     def finalize(self) -> None:
-        """Close the runner."""
+        """Close the runner and send the last counts."""
+        self._counters.close()
         self._runner.__exit__(None, None, None)
 
 

@@ -7,7 +7,6 @@ one process keeps all label sets. (Response senders in models that are not decou
 """
 
 import json
-import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +30,10 @@ from serving.inputs.tokenizer import Tokenizer, decode_text, each
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
 from serving.tasks.zero_shot import softmax
 from serving.triton_models.admission import Behind
+from serving.triton_models.counters import Counters
 from serving.triton_models.label_cache import Abandoned, Full, LabelSetCache, embedding_work, key_of
-from serving.triton_models.responses import refused
-from serving.util.wire import from_text, own_words, triton_fault
+from serving.triton_models.requests import deadline_s, infer, tensor
+from serving.triton_models.responses import Responses
 
 Floats = NDArray[np.float32]
 
@@ -60,6 +60,8 @@ class ZeroShot:
             max_texts=_LARGEST_SETS * MAX_LABEL_TEXTS,
             max_waiters=_WAITING,
         )
+        self.counters = Counters("clip_zero_shot")
+        self.responses = Responses("clip_zero_shot", self.counters)
         self.queue = Behind("clip_zero_shot", settings["max_queue"])
         self.free = threading.Semaphore(_IN_FLIGHT)
         self.threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="clip-zero-shot")
@@ -68,7 +70,7 @@ class ZeroShot:
         """Start a thread for each request."""
         excess = self.queue.excess(len(requests))
         for index, request in enumerate(requests):
-            call = Call(request, self.manifest.logit_scale)
+            call = Call(request, self.manifest.logit_scale, self.responses)
             if index < excess:
                 call.failed(Full("too many requests wait for the embeddings of their images"))
                 continue
@@ -92,12 +94,13 @@ class ZeroShot:
         except Full as error:
             call.failed(error)
             return
+        self.counters.label_set("miss" if kept is None else "hit")
         if kept is not None:
             call.ready(kept)
 
     def label_set(self, request: Any) -> LabelSet:
         """Return the labels and templates of a request."""
-        labels, templates = strings(request, "LABELS"), strings(request, "TEMPLATES")
+        labels, templates = tensor(request, "LABELS", None), tensor(request, "TEMPLATES", None)
         own = self.manifest.templates
         refuse_numbers(
             0 if labels is None else len(labels), len(own if templates is None else templates)
@@ -109,7 +112,7 @@ class ZeroShot:
 
     def embed_images(self, call: "Call") -> Floats:
         """Embed the images of a request with `clip_image`."""
-        images = strings(call.request, "IMAGE")
+        images = tensor(call.request, "IMAGE", None)
         # Triton (2.51) does not check the required inputs of a model that has an optional one.
         if images is None or not len(images):
             raise ImageError("no images to classify", advice="give at least one")
@@ -147,6 +150,7 @@ class ZeroShot:
         """Stop the threads and drop unfinished work."""
         self.threads.shutdown()
         self.cache.close()
+        self.counters.close()
 
 
 class Call:
@@ -154,9 +158,10 @@ class Call:
 
     images: Floats
 
-    def __init__(self, request: Any, logit_scale: float) -> None:
+    def __init__(self, request: Any, logit_scale: float, responses: Responses) -> None:
         self.request, self.sender = request, request.get_response_sender()
-        self.seconds = request.timeout() * 1e-6 or math.inf
+        self.responses = responses
+        self.seconds = deadline_s(request)
         self.deadline = time.monotonic() + self.seconds
         self.logit_scale = np.float32(logit_scale)
 
@@ -180,7 +185,7 @@ class Call:
         except Exception as error:  # such as MemoryError; the cache's thread must go on
             self.failed(error)
             return
-        self.send(pb_utils.InferenceResponse(tensors))
+        self.send(self.responses.ok(tensors))
 
     def failed(self, error: Exception) -> None:
         """Answer with an error."""
@@ -196,7 +201,7 @@ class Call:
                 )
         elif isinstance(error, Full):
             error = OverloadedError(f"clip_zero_shot is full: {error}", advice="try again later")
-        self.send(refused("clip_zero_shot", error))
+        self.send(self.responses.failed(error))
 
     def send(self, answer: Any) -> None:
         """Send the only response."""
@@ -204,51 +209,6 @@ class Call:
             self.sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:
             pb_utils.Logger.log_error(f"clip_zero_shot: a response could not be sent: {error}")
-
-
-class ModelError(Exception):
-    """Error of another model of this server that our code did not raise.
-
-    Triton (2.51) reports every error of a called model with code INTERNAL.
-    """
-
-
-def infer(
-    model: str, source: str, data: NDArray[Any], target: str, seconds: float = math.inf
-) -> Any:
-    """Call another model of this server and return one of its outputs.
-
-    Args:
-        model: name of the model.
-        source: name of its input.
-        data: the input.
-        target: name of the output.
-        seconds: timeout; `image_preprocess` rejects requests that wait for longer.
-
-    Raises:
-        ClipDeployError: the error of one of our models, with its fields.
-        OverloadedError: Triton's queue for the model is full.
-        DeadlineError: the request waited for longer than `seconds`.
-        ModelError: the model failed in another way.
-    """
-    response = pb_utils.InferenceRequest(
-        model_name=model,
-        requested_output_names=[target],
-        inputs=[pb_utils.Tensor(source, data)],
-        timeout=0 if seconds == math.inf else max(1, int(seconds * 1e6)),
-        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
-    ).exec()
-    if response.has_error():
-        message = own_words(response.error().message())
-        if (error := from_text(message)) is not None:
-            raise error
-        fault = triton_fault(message)
-        if fault == "full":
-            raise OverloadedError(f"{model} is overloaded", advice="try again later")
-        if fault == "late":
-            raise DeadlineError(f"the deadline passed while the request waited for {model}")
-        raise ModelError(f"{model}: {message}")
-    return pb_utils.get_output_tensor_by_name(response, target).as_numpy()
 
 
 def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
@@ -259,12 +219,6 @@ def embed_texts(model: str, ids: NDArray[np.int32]) -> Floats | None:
         time.sleep(_BUSY_S)
         return None
     return embeddings
-
-
-def strings(request: Any, name: str) -> NDArray[np.object_] | None:
-    """Return an input of encoded strings, or None if the request does not have it."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy().ravel()
 
 
 def texts(encoded: NDArray[np.object_], kind: str) -> tuple[str, ...]:

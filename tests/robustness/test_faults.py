@@ -7,6 +7,7 @@ server.
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -49,7 +50,10 @@ FAILURES = (InferenceServerException, OSError, HTTPException)  # raised by trito
 RECOVERY_S = 90.0
 """Long, because other tests may use the CPUs at the same time."""
 ANY = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-PYTHON_MODELS = ("image_preprocess", "image_tower", "text_tokenize", "text_tower", "clip_zero_shot")
+PYTHON_MODELS = (
+    *("image_preprocess", "image_preprocess_large", "image_tower"),
+    *("text_tokenize", "text_tower", "clip_zero_shot"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def tensors(protocol, model, number, picture=SMALL, many=1):
         tensor.set_data_from_numpy(data)
         return tensor
 
-    if model in ("clip_image", "image_preprocess"):
+    if model in ("clip_image", "image_preprocess", "image_preprocess_large"):
         return [strings("image", [picture] * many, 1)]
     if model in ("clip_text", "text_tokenize"):
         return [strings("text", [f"text {number} {i}".encode() for i in range(many)], 1)]
@@ -201,13 +205,16 @@ class Up:
     @property
     def triton(self):
         """Process id of tritonserver."""
-        wanted = f"--model-repository={self.repository}".encode()
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 program, *arguments = path.read_bytes().split(b"\0")
             except OSError:
                 continue
-            if program.endswith(b"/tritonserver") and wanted in arguments:
+            if not program.endswith(b"/tritonserver"):
+                continue
+            flags = dict(argument.partition(b"=")[::2] for argument in arguments)
+            served = Path(os.fsdecode(flags[b"--model-repository"]))  # a link to the repository
+            if served.resolve() == self.repository.resolve():
                 return int(path.parent.name)
         raise AssertionError("tritonserver does not run")
 
@@ -274,9 +281,9 @@ def test_up_restart_recovers_from_killed_processes(repository, tmp_path, figure)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(30) == 0
     told = running.errors.read_text()
-    assert re.search(r"a process of text_tower died; .*Restarting in 1 s \(restart 1 of 5", told)
+    assert re.search(r"a process of text_tower died; .*Restarting in 1 s \(restart 1 within", told)
     assert re.search(
-        r"Triton ended unexpectedly \(status 137\); .*Restarting in 2 s \(restart 2 of 5", told
+        r"Triton ended unexpectedly \(status 137\); .*Restarting in 2 s \(restart 2 within", told
     )
     assert "Triton is running again" in told
     assert "stopping; requests in flight have up to 25 s" in told
@@ -350,7 +357,7 @@ def test_up_gives_up_after_repeated_crashes(tmp_path, monkeypatch, capsys):
     model.mkdir(parents=True)
     (model.parent / "config.pbtxt").write_text(CONFIG)
     (model / "model.py").write_text(MURDEROUS)
-    monkeypatch.setattr(up_command, "MOST_RESTARTS", 2)
+    monkeypatch.setattr(up_command, "MAX_EARLY_ENDS", 2)
     monkeypatch.setattr(up_command, "FIRST_PAUSE_S", 0.1)
     started = []
 
@@ -363,20 +370,34 @@ def test_up_gives_up_after_repeated_crashes(tmp_path, monkeypatch, capsys):
             log=tmp_path / "log",
         )
 
-    with pytest.raises(ServerError, match="already been restarted 2 times within 600 s; read"):
+    with pytest.raises(
+        ServerError, match="has ended 3 times in a row within 60 s of its start; read"
+    ):
         keep_up(server, Ports(0, 0, 0), started.append, restart=True)
     assert len(started) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "Restarting in 0.1 s (restart 1 of 2 within 600 s)" in told
-    assert "Restarting in 0.2 s (restart 2 of 2 within 600 s)" in told
+    assert "Restarting in 0.1 s (restart 1 within 10 minutes)" in told
+    assert "Restarting in 0.2 s (restart 2 within 10 minutes)" in told
 
 
-def test_restart_pauses_grow_and_restarts_expire():
+def test_restart_pauses_grow_until_the_server_ends_early_too_often():
     restarts = Restarts()
-    assert [restarts.pause(now) for now in (0, 10, 20, 30, 40, 50)] == [1, 2, 4, 8, 16, None]
-    assert restarts.pause(599) is None
-    assert restarts.pause(600) == 16  # the first restart no longer counts
-    assert restarts.pause(5000) == 1
+    ran = [-math.inf, 0, 1, 30, 59, 5]
+    pauses = [restarts.pause(10 * index, seconds) for index, seconds in enumerate(ran)]
+    assert pauses == [1, 2, 4, 8, 16, None]
+
+
+def test_server_that_runs_for_a_minute_is_always_restarted():
+    """Requests that end the server, one a minute, do not end the service."""
+    restarts = Restarts()
+    pauses = [restarts.pause(61 * index, 60) for index in range(20)]
+    assert pauses[:6] == [1, 2, 4, 8, 16, 30]
+    assert set(pauses[6:]) == {30}
+    assert restarts.early == 0
+    assert [restarts.pause(1300, 5) for _ in range(4)] == [30] * 4
+    assert restarts.pause(1360, 60) == 30  # ends in a row start at 0 again
+    assert [restarts.pause(1400, 5) for _ in range(6)] == [30] * 5 + [None]
+    assert restarts.pause(5000, 60) == 1
 
 
 def test_hanging_server_is_detected(repository, monkeypatch):

@@ -19,7 +19,10 @@ WITH_TENSORRT = {"export/engines/builder.py", "serving/runners/tensor_rt.py"}
 WITH_TRANSFORMERS = {"benchmarks/latency/peers.py"}  # a peer in benchmarks, a reference in tests
 IN_TRITON_ONLY = {  # they import a module that only Triton's Python backend provides
     f"serving.triton_models.{name}"
-    for name in ("image_preprocess", "text_tokenize", "tower", "zero_shot")
+    for name in (
+        *("image_preprocess", "text_tokenize", "tower", "zero_shot"),
+        *("counters", "requests", "responses"),
+    )
 }
 
 

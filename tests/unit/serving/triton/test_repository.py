@@ -28,12 +28,16 @@ from serving.util.nvidia import Gpu, gpu
 MODELS = {
     "clip_image",
     "clip_text",
+    "clip_text_truncate",
     "clip_zero_shot",
     "image_preprocess",
+    "image_preprocess_large",
     "image_tower",
     "text_tokenize",
     "text_tower",
 }
+UNBATCHED = {"clip_zero_shot", "clip_text", "clip_text_truncate"}
+"""The first divides its inputs into batches itself; the others have a cache."""
 OPTIONAL = {"prefix_tree"}  # tests/integration/test_prefix_trees.py assembles it
 
 
@@ -67,7 +71,7 @@ def test_every_committed_configuration_is_complete():
     for name in found:
         config = read(SOURCE / name / "config.pbtxt")
         assert config.name == name
-        assert (config.max_batch_size > 0) == (name != "clip_zero_shot")  # it batches by itself
+        assert (config.max_batch_size > 0) == (name not in UNBATCHED)
         assert config.backend or config.platform
         assert config.input[0].dims
         assert config.output[0].dims
@@ -83,10 +87,13 @@ def test_configurations_have_the_facts_of_the_bundle(tiny_bundle, tmp_path):
     assert zero_shot.max_batch_size == 0
     assert zero_shot.parameters["chunk"].string_value == "16"
     assert int(zero_shot.parameters["cache_bytes"].string_value) == 64 << 20
-    assert {c.max_batch_size for c in configs.values() if c is not zero_shot} == {16}
+    assert {c.max_batch_size for name, c in configs.items() if name not in UNBATCHED} == {16}
+    assert {configs[name].max_batch_size for name in UNBATCHED} == {0}
     assert list(configs["image_preprocess"].output[0].dims) == [3, 32, 32]
     assert list(configs["image_tower"].input[0].dims) == [3, 32, 32]
     assert list(configs["clip_image"].output[0].dims) == [32]
+    assert list(configs["clip_text"].input[0].dims) == [-1, 1]
+    assert list(configs["clip_text_truncate"].output[0].dims) == [-1, 32]
     assert list(configs["text_tower"].input[0].dims) == [-1]
     assert configs["clip_text"].response_cache.enable
     assert configs["image_tower"].parameters["runner"].string_value == "onnxruntime:fp32"
@@ -116,12 +123,17 @@ def test_every_queue_is_bounded(tiny_bundle, backend, most):
         options = {} if most is None else {"max_queue": most}
         config = model_config(name, tiny_bundle.manifest, backend, 16, **options)
         bound = config.parameters["max_queue"].string_value
+        policy = config.dynamic_batching.default_queue_policy
+        if name == "image_preprocess_large":  # image_preprocess bounds what it passes on
+            assert (bound, policy.max_queue_size) == ("", 0)
+            assert policy.allow_timeout_override
+            continue
         assert bound == (str(most or 512) if config.backend == "python" else "")
         if name != "image_preprocess":
             assert not config.dynamic_batching.HasField("default_queue_policy")
             continue
         assert config.instance_group[0].count >= 2
-        policy = config.dynamic_batching.default_queue_policy
+        assert int(config.parameters["max_large"].string_value) >= 1
         assert policy.max_queue_size == (most or 512)
         assert policy.default_timeout_microseconds == 30_000_000
         assert policy.allow_timeout_override

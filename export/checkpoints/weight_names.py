@@ -5,7 +5,6 @@ OpenAI's layout also packs query, key and value into one matrix and stores proje
 `unpack_openai` and `pack_openai` convert from and to this form.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from export.checkpoints.configs import config_to_hugging_face, config_to_open_cl
 from export.towers.clip import Clip, ResNetConfig
 from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
+from serving.util.typed_json import json_text, parse_json
 
 State = Mapping[str, Tensor]
 Layout = Literal["hugging_face", "openai"]
@@ -235,7 +235,7 @@ def save_checkpoint(
     save_file(to_layout(clip, layout), temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors creates files that only their owner can read
     temporary.replace(directory / weights)
-    for name, document in {**documents, "tokenizer.json": json.loads(tokenizer.to_str())}.items():
+    for name, document in {**documents, "tokenizer.json": parse_json(tokenizer.to_str())}.items():
         temporary = directory / f".{name}.tmp"
-        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json_text(document, indent=2, ascii_only=False) + "\n")
         temporary.replace(directory / name)

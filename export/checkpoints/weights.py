@@ -5,7 +5,6 @@ archive, the form of OpenAI's published files, is read by `torch.jit.load`, whic
 """
 
 import hashlib
-import json
 import os
 import pickle
 import warnings
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from export.checkpoints.weight_names import State
 from serving.errors import CheckpointError
 from serving.util.files import sha256_of
+from serving.util.typed_json import parse_json
 
 
 def read_weights(path: Path) -> tuple[State, str]:
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or is not a JSON object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):

@@ -9,7 +9,6 @@ This module does not know how the server is started (`serving.triton`) or which 
 
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from serving.inputs.preprocess import Picture
 from serving.inputs.tokenizer import each
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
+from serving.util.typed_json import parse_json
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class ClipClient:
             config = self._calls.config("clip_image")
             facts = {key: v["string_value"] for key, v in config.get("parameters", {}).items()}
             self.logit_scale = float(facts["logit_scale"])
-            self.templates: tuple[str, ...] = tuple(json.loads(facts["templates"]))
+            self.templates: tuple[str, ...] = tuple(parse_json(facts["templates"]))
             self.facts: dict[str, str] = facts
             self.identity = ModelIdentity(
                 name=facts["model"],

@@ -1,6 +1,5 @@
 """Python model `image_preprocess`: decodes, resizes and crops encoded images."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from serving.errors import ImageError
 from serving.inputs.preprocess import preprocess
 from serving.triton_models.admission import Ahead
 from serving.triton_models.responses import answered, full
+from serving.util.typed_json import parse_json
 
 
 class ImagePreprocess:
@@ -21,7 +21,7 @@ class ImagePreprocess:
         """Load the image specification of the bundle."""
         bundle = Path(args["model_repository"], args["model_version"], "bundle")
         self.spec = Bundle.open(bundle).manifest.image
-        config = json.loads(args["model_config"])
+        config = parse_json(args["model_config"])
         self.max_queue = int(config["parameters"]["max_queue"]["string_value"])
         processes = config["instance_group"][0]["count"]
         self.ahead = Ahead("image_tower", self.max_queue, feeders=processes)

@@ -1,6 +1,5 @@
 """Python model `text_tokenize`: converts strings to token ids."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from serving.bundles.bundle import Bundle
 from serving.inputs.tokenizer import Tokenizer, decode_text, each
 from serving.triton_models.admission import Ahead, Behind
 from serving.triton_models.responses import answered, full
+from serving.util.typed_json import parse_json
 
 
 class TextTokenize:
@@ -19,7 +19,7 @@ class TextTokenize:
         """Load the tokenizer of the bundle."""
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        parameters = json.loads(args["model_config"])["parameters"]
+        parameters = parse_json(args["model_config"])["parameters"]
         self.max_queue = int(parameters["max_queue"]["string_value"])
         self.behind = Behind("text_tokenize", self.max_queue)
         self.ahead = Ahead("text_tower", self.max_queue)
@@ -41,7 +41,7 @@ class TextTokenize:
             TextError: the first text that cannot be tokenized or is too long.
         """
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
-        truncate = bool(json.loads(request.parameters()).get("truncate", False))
+        truncate = bool(parse_json(request.parameters()).get("truncate", False))
         texts = each("texts", raw, decode_text)
         ids = self.tokenizer(texts, truncate=truncate)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])

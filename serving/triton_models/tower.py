@@ -3,7 +3,6 @@
 Imported only inside Triton's Python stub, which provides `triton_python_backend_utils`.
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
 from serving.triton_models.admission import Behind
 from serving.triton_models.responses import full, refused
+from serving.util.typed_json import parse_json
 
 
 class TowerModel:
@@ -28,7 +28,7 @@ class TowerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly selected, and warm it up on typical shapes."""
-        config = json.loads(args["model_config"])
+        config = parse_json(args["model_config"])
         self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]

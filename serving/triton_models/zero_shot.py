@@ -6,7 +6,6 @@ one process keeps all label sets. (Response senders in models that are not decou
 24.07 or later.)
 """
 
-import json
 import math
 import threading
 import time
@@ -33,6 +32,7 @@ from serving.tasks.zero_shot import softmax
 from serving.triton_models.admission import Behind
 from serving.triton_models.label_cache import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.triton_models.responses import refused
+from serving.util.typed_json import parse_json
 from serving.util.wire import from_text, own_words, triton_fault
 
 Floats = NDArray[np.float32]
@@ -48,7 +48,7 @@ class ZeroShot:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle and the settings, and start the threads."""
-        parameters = json.loads(args["model_config"])["parameters"]
+        parameters = parse_json(args["model_config"])["parameters"]
         settings = {key: int(value["string_value"]) for key, value in parameters.items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest

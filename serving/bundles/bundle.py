@@ -44,7 +44,8 @@ class Bundle:
 
         Raises:
             BundleError: there is no bundle at `path`, or its manifest has another format, was
-                edited or damaged, or names files outside the bundle.
+                edited or damaged, has a number out of range, or names files outside the
+                bundle.
         """
         file = path / "manifest.json"
         if not file.exists():
@@ -61,6 +62,7 @@ class Bundle:
                     advice="export the checkpoint again",
                 )
             manifest = from_json(Manifest, unsealed(document))
+            manifest.check()
             check_seal(document)
             check_names(listed.name for listed in manifest.files)
             return cls(path, manifest)

@@ -17,7 +17,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.main import get_command
 
+from serving.cli.numbers import restrict_numbers
 from serving.errors import ClipDeployError
 from serving.util.files import NO_SPACE
 from serving.util.progress import Progress
@@ -117,8 +119,10 @@ class DefaultCommandGroup(TyperGroup):
 
 def run(app: typer.Typer) -> None:
     """Run an application; errors of this project become a message and exit code 2."""
+    command = get_command(app)
+    restrict_numbers(command)
     try:
-        app()
+        command()
     except ClipDeployError as error:
         _fail(str(error))
     except OSError as error:  # from a file that was not written with `serving.util.files`

@@ -28,6 +28,7 @@ from serving.inputs.preprocess import Picture
 from serving.inputs.tokenizer import each
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
+from serving.util.numbers import check_count
 from serving.util.typed_json import parse_json
 
 T = TypeVar("T")
@@ -61,6 +62,8 @@ class ClipClient:
         attempts: int = 4,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
+        check_count("batch_size", batch_size)
+        check_count("in_flight", in_flight)
         self._calls = Calls(url, timeout=timeout, attempts=attempts, credentials=credentials)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
         try:

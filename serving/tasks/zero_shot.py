@@ -250,6 +250,8 @@ def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, 
         expected = (len(facts["labels"]), model.embed_dim)
         if embeddings.dtype != np.float32 or embeddings.shape != expected:
             raise ValueError(f"embeddings {embeddings.dtype} {list(embeddings.shape)}")
+        if not np.isfinite(embeddings).all():
+            raise ValueError("an embedding is not finite")
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such file", advice="give a file that ZeroShotClassifier.save() wrote"

@@ -86,7 +86,7 @@ def test_key_that_occurs_twice_is_not_read():
 
 @pytest.mark.parametrize("text", ["", "{", "[1,]", b"\xff", "[" * 100_000])
 def test_text_that_is_not_json_is_a_value_error(text):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError):  # noqa: PT011  the libraries' messages
         parse_json(text)
 
 

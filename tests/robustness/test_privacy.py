@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from serving.util.telemetry import OFF
+from serving.util.telemetry import ABSENT, OFF
 from tests.support.network import record, why_not
 from tests.support.paths import CHECKOUT
 
@@ -44,6 +44,7 @@ def silent(traffic):
 @pytest.mark.parametrize("package", ["serving", "export", "benchmarks", "training"])
 def test_every_package_turns_telemetry_off_before_other_imports(package):
     code = f"import os, sys, {package}; print([os.environ.get(n) for n in {list(OFF)!r}])\n"
+    code += f"assert sys.modules[{ABSENT!r}] is None\n"
     code += "assert not {'onnxruntime', 'openvino', 'ray', 'huggingface_hub'} & set(sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name not in OFF}
     for given, expected in ({}, OFF), (dict.fromkeys(OFF, "kept"), dict.fromkeys(OFF, "kept")):
@@ -75,6 +76,13 @@ def test_onnx_runtime_stores_events_only_with_telemetry(tmp_path, on):
     code = SESSION if on else f"import serving\n{SESSION}"
     stored = record([sys.executable, "-c", code], tmp_path / "home").stored
     assert bool(stored) == on
+
+
+@recorded
+def test_openvino_is_imported_without_an_event(tmp_path):
+    silent(record([sys.executable, "-c", "import serving, openvino"], tmp_path / "off"))
+    traffic = record([sys.executable, "-c", "import openvino"], tmp_path / "on")
+    assert traffic.names == {"www.google-analytics.com"}
 
 
 @recorded

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from export.towers.clip import Clip
 from export.towers.resnet import ResNetConfig
 from serving.errors import CheckpointError, InputError
-from serving.util.numbers import is_float32
+from serving.util.finite import is_float32
 from serving.util.progress import Progress, silent
 from training.batches import MixedBatches, Pairs
 

@@ -32,7 +32,7 @@ from export.checkpoints.weight_names import check_state, load_state
 from export.towers.clip import Activation, Clip, ClipConfig
 from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
-from serving.util.numbers import INT32_MAX
+from serving.util.finite import INT32_MAX
 
 _NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
 _TOKENIZER_ADVICE = (

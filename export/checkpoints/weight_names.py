@@ -19,7 +19,7 @@ from export.checkpoints.configs import config_to_hugging_face, config_to_open_cl
 from export.towers.clip import Clip, ResNetConfig
 from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
-from serving.util.numbers import FLOAT32_MAX
+from serving.util.finite import FLOAT32_MAX
 from serving.util.typed_json import json_text, parse_json
 
 State = Mapping[str, Tensor]

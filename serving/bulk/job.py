@@ -42,7 +42,7 @@ from serving.bundles.bundle import Bundle
 from serving.errors import InputError, RunnerError
 from serving.runners.registry import missing
 from serving.runners.spec import graph_of, known, runtime_of
-from serving.util.numbers import check_count
+from serving.util.finite import check_count
 from serving.util.progress import Progress, silent
 
 

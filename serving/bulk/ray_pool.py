@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from serving.bulk.worker import Job, Worker, fastest_runner
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, ServerError
 from serving.runners.spec import known, runtime_of
+from serving.util.finite import check_count, check_positive
 from serving.util.machine import cpu_count
-from serving.util.numbers import check_count, check_positive
 from serving.util.progress import Progress
 
 _MAX_THREADS = 4

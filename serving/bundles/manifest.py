@@ -9,7 +9,7 @@ from typing import Literal
 
 from serving.bundles.engine_facts import Engine
 from serving.bundles.integrity import sealed
-from serving.util.numbers import FLOAT32_MAX, INT32_MAX
+from serving.util.finite import FLOAT32_MAX, INT32_MAX
 
 MANIFEST_FORMAT = 3
 """Format version of `manifest.json`; readers reject any other version."""

@@ -19,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from serving.cli.numbers import restrict_numbers
+from serving.cli.option_numbers import restrict_numbers
 from serving.errors import ClipDeployError
 from serving.util.files import NO_SPACE
 from serving.util.progress import Progress

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tritonclient.utils import InferenceServerException
 
 from serving.errors import InputError, ServerError, UnavailableError
-from serving.util.numbers import check_positive
+from serving.util.finite import check_positive
 
 Protocol = Literal["grpc", "http"]
 

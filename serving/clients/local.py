@@ -24,7 +24,7 @@ from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
 from serving.runners.spec import RunnerSpec, known, runtime_of
 from serving.tasks.zero_shot import ZeroShotClassifier
-from serving.util.numbers import check_count
+from serving.util.finite import check_count
 
 _TREE_TOKENS = 4096
 """Minimum number of tokens in shared prefixes for embedding texts as prefix trees. The prefix-tree

@@ -19,7 +19,7 @@ from serving.errors import (
     ServerError,
     UnavailableError,
 )
-from serving.util.numbers import check_count, check_positive
+from serving.util.finite import check_count, check_positive
 from serving.util.wire import from_text, own_words, triton_fault
 
 

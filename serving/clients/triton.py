@@ -28,7 +28,7 @@ from serving.inputs.preprocess import Picture
 from serving.inputs.tokenizer import each
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
-from serving.util.numbers import check_count
+from serving.util.finite import check_count
 from serving.util.typed_json import parse_json
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from serving.errors import InputError
 from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
-from serving.util.numbers import is_float32
+from serving.util.finite import is_float32
 
 _CANCELLED = 1e-4
 """Minimum length of a sum of terms. Below it, its direction is rounding error."""

@@ -38,7 +38,7 @@ from serving.triton.network import (
 )
 from serving.triton.processes import has_ended, stubs_of
 from serving.triton_models.admission import METRICS
-from serving.util.numbers import check_positive
+from serving.util.finite import check_positive
 
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is stopped
 MAX_REQUEST_BYTES = 64 << 20

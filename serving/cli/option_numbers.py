@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from serving.util.numbers import INT32_MAX, is_float32
+from serving.util.finite import INT32_MAX, is_float32
 
 
 def restrict_numbers(command: Any) -> None:

@@ -58,11 +58,13 @@ def latency(
     runner: Runners = None,
     budget: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Approximate time per runner and batch."),
+        typer.Option(metavar="SECONDS", min=0, help="Approximate time per runner and batch."),
     ] = None,
     stop_after: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Start no further measurement after this time."),
+        typer.Option(
+            metavar="SECONDS", min=0, help="Start no further measurement after this time."
+        ),
     ] = None,
     output: Output = RESULTS,
     as_json: Json = False,

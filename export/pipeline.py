@@ -29,6 +29,7 @@ from export.towers.clip import (
     ImageTower,
     ResNetConfig,
     TextTower,
+    float16_overflow,
     for_inference,
     half_precision,
 )
@@ -97,6 +98,7 @@ def build(
     """
     options = options or Options()
     _check_weight_size(checkpoint, options)
+    _check_float16(checkpoint, options)
     with new_directory(output, "manifest.json") as directory:
         checkpoint.tokenizer.save(str(directory / "tokenizer.json"))
         data = data_for(
@@ -135,6 +137,26 @@ def _check_weight_size(checkpoint: Checkpoint, options: Options) -> None:
                 f"the {tower} tower of {checkpoint.name} has {size / 1e9:.1f} GB of weights, "
                 "but INT8 needs a tower of at most 2 GB",
                 advice="leave INT8 out: --precision fp32 --precision fp16",
+            )
+
+
+def _check_float16(checkpoint: Checkpoint, options: Options) -> None:
+    """Check that float16 graphs can hold the weights.
+
+    An infinite weight makes embeddings NaN, if need be only those of inputs that the parity gate
+    does not try, such as those with one token.
+    """
+    if not {Precision.FP16, Precision.INT8_FP16} & set(options.precisions):
+        return
+    others = [p for p in options.precisions if p not in (Precision.FP16, Precision.INT8_FP16)]
+    kept = " ".join(f"--precision {name}" for name in dict.fromkeys((Precision.FP32, *others)))
+    for tower in TOWERS:
+        if (found := float16_overflow(tower_of(checkpoint, tower))) is not None:
+            name, value = found
+            raise InputError(
+                f"it has a value of {value:g}, but float16 ends at 65504",
+                name=f"{checkpoint.name}, {tower} tower, weight {name}",
+                advice=f"leave out fp16 and int8-fp16: {kept}",
             )
 
 

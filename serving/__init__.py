@@ -1,7 +1,7 @@
 """CLIP served by Triton, with clients for Python and the command line.
 
 The names below are the public interface. They are imported on first use, so that `import serving`
-is fast and needs no optional dependency.
+is fast and needs no optional dependency. `import serving` turns off the telemetry of libraries.
 """
 
 import importlib
@@ -24,6 +24,7 @@ from serving.errors import (
     TextTooLongError,
     UnavailableError,
 )
+from serving.util.telemetry import turn_off
 
 if TYPE_CHECKING:
     from serving.clients.endpoint import Credentials
@@ -52,6 +53,8 @@ __all__ = [
     "UnavailableError",
     "ZeroShotClassifier",
 ]
+
+turn_off()
 
 _MODULES = {
     "ClipClient": "serving.clients.triton",

@@ -6,7 +6,7 @@
     │   ├── TextError            a text, label or prompt template
     │   │   └── TextTooLongError   a text with more tokens than the model takes
     │   └── CheckpointError      a checkpoint: name, directory, weights
-    ├── ExportError            a graph that a compiler cannot parse or build
+    ├── ExportError            a graph that cannot be quantized, parsed or built
     ├── BundleError            a bundle that is missing, incomplete, or failed the parity gate
     ├── MissingPackageError    an optional dependency that is not installed
     ├── RunnerError            a runner that is not available, or does not run a batch
@@ -118,7 +118,7 @@ class CheckpointError(InputError):
 
 
 class ExportError(ClipDeployError):
-    """A graph that a compiler cannot parse or build."""
+    """A graph that cannot be quantized, or that a compiler cannot parse or build."""
 
 
 class BundleError(ClipDeployError):

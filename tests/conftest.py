@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, len(os.sched_getaffinity(0)))))
 
+import serving  # noqa: F401, I001  turns off the telemetry of libraries before they are imported
+
 import fcntl
 import hashlib
 import json

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from export.towers.clip import Clip
 from export.towers.resnet import ResNetConfig
-from serving.errors import CheckpointError
+from serving.errors import CheckpointError, InputError
+from serving.util.finite import is_float32
 from serving.util.progress import Progress, silent
 from training.batches import MixedBatches, Pairs
 
@@ -50,6 +51,17 @@ class Settings:
     """Freeze both towers; train only their projections and the logit scale."""
     checkpoint_every: int = 500
     """Steps between two saved states."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: a setting is negative, or not finite in float32.
+        """
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            if not (is_float32(value) and value >= 0):
+                raise InputError(f"expected a finite number, 0 or more, got {value:g}", name=name)
 
 
 def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -130,7 +142,7 @@ def train(
         The loss of every step, in nats.
 
     Raises:
-        InputError: there are fewer pairs than one batch needs.
+        InputError: there are fewer pairs than one batch needs, or the loss is not finite.
         CheckpointError: with `resume`, `state` is missing or was written with other settings.
     """
     batches = MixedBatches(pairs.kinds, settings.batch_size, settings.seed)
@@ -169,7 +181,13 @@ def _step(
     pixels = pairs.pixels[pairs.picture_of[chosen]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     loss = _backward(clip, parameters, pixels, input_ids[:, : int(ends.max()) + 1], settings)
-    nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(
+            f"training diverged at step {step}: the loss is {loss:g}, the norm of its gradient "
+            f"{norm:g}",
+            advice="give a smaller learning rate",
+        )
     optimizer.step()
     with torch.no_grad():
         clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

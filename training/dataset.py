@@ -5,7 +5,6 @@ A directory has a `captions.txt` (one `file, caption` per line) or a `dataset.js
 caption.
 """
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import END, START
 from serving.inputs.tokenizer import Tokenizer as ServingTokenizer
 from serving.util.progress import Progress, silent, tracked
+from serving.util.typed_json import parse_json
 
 END_OF_WORD = "</w>"
 MIN_VOCABULARY = 514
@@ -48,7 +48,7 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [(merge[0], merge[1]) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [(merge[0], merge[1]) for merge in parse_json(learner.to_str())["model"]["merges"]]
     # OpenAI's order: bytes, bytes at the end of a word, merges, special tokens.
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters)]
@@ -146,8 +146,8 @@ def _read_captions(path: Path) -> list[tuple[str, str]]:
 def _read_table(path: Path) -> list[tuple[str, str]]:
     """Read a JSON list of objects with the strings `image_path` and `text`."""
     try:
-        rows: Any = json.loads(_read_utf8(path))
-    except json.JSONDecodeError as error:
+        rows: Any = parse_json(_read_utf8(path))
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of objects, got {type(rows).__name__}")
@@ -157,7 +157,7 @@ def _read_table(path: Path) -> list[tuple[str, str]]:
         if not values or not all(isinstance(value, str) and value.strip() for value in values):
             raise InputError(
                 f'{path}, item {number}: expected {{"image_path": "...", "text": "..."}}, '
-                f"got {json.dumps(row)[:100]}"
+                f"got {repr(row)[:100]}"
             )
         pairs.append((str(values[0]), str(values[1])))
     return pairs

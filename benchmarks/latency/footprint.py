@@ -5,7 +5,6 @@
 earlier imports and allocations are not counted.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from serving.bundles.manifest import TOWERS, Tower
 from serving.runners.base import Batch
 from serving.runners.registry import open_runner
 from serving.runners.spec import RUNNERS, RunnerSpec
+from serving.util.typed_json import json_text
 
 BATCH, LENGTH = 32, 16
 
@@ -121,4 +121,4 @@ def _memory(field: str) -> float:
 
 if __name__ == "__main__":
     paths = [Path(argument) for argument in sys.argv[1:4]]
-    print(json.dumps(measure(Bundle.open(paths[0]), paths[1], paths[2], sys.argv[4])))
+    print(json_text(measure(Bundle.open(paths[0]), paths[1], paths[2], sys.argv[4])))

@@ -1,10 +1,9 @@
 """Record of a latency run: a pytest plugin that writes the run to `results.json`."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +31,7 @@ from serving.util.results import (
     StageLatency,
     TowerLatency,
 )
+from serving.util.typed_json import json_text
 
 PARTIAL = "latency.partial.json"
 """File with the unfinished run, rewritten after each measurement and removed at the end."""
@@ -86,7 +86,7 @@ class Record:
                 self.footprints.append(entry)
         if self.directory is not None and (run := self.run()) is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / PARTIAL, json.dumps(asdict(run)))
+            write_text(self.directory / PARTIAL, json_text(run))
 
     def leave_out(self, what: str, reason: str) -> NoReturn:
         """Record why something is not measured, and skip the test."""

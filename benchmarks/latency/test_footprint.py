@@ -1,6 +1,5 @@
 """Startup time and peak memory of a process that loads both towers with a runner."""
 
-import json
 import subprocess
 import sys
 from statistics import median
@@ -12,6 +11,7 @@ from benchmarks.latency.candidates import Inputs, candidate
 from benchmarks.latency.record import Record
 from serving.bundles.manifest import TOWERS, Tower
 from serving.util.results import Footprint
+from serving.util.typed_json import parse_json
 
 _NOT_MEASURED = ("compiled", "transformers-longest")
 """Runners whose weights are those of another runner."""
@@ -44,7 +44,7 @@ def test_footprint(
     def run() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
-        printed.append(json.loads(done.stdout.splitlines()[-1]))
+        printed.append(parse_json(done.stdout.splitlines()[-1]))
 
     benchmark.group = "footprint"
     benchmark.pedantic(run, rounds=3 if full else 1)  # type: ignore[no-untyped-call]

@@ -14,7 +14,6 @@ Surprising behavior, observed with 2.50.0:
 
 import base64
 import csv
-import json
 import math
 import os
 import re
@@ -36,6 +35,7 @@ from serving.clients.endpoint import admin_headers
 from serving.errors import RunnerError, ServerError
 from serving.util.extras import install_command
 from serving.util.machine import cpu_count
+from serving.util.typed_json import json_text
 
 INSTALL = (
     "python -m pip install --no-deps --target .venv/perf_analyzer tritonclient==2.50.0 "
@@ -194,7 +194,7 @@ def input_data(workload: Workload) -> str:
         {workload.tensor: {"content": {"b64": _wire_bytes(item)}, "shape": shape}}
         for item in workload.items
     ]
-    return json.dumps({"data": rows})
+    return json_text({"data": rows})
 
 
 def _wire_bytes(item: bytes) -> str:

@@ -62,8 +62,11 @@ def compare(old: Path, new: Path, threshold: float = 0.15) -> Comparison:
         threshold: relative decrease of a ratio that is tolerated.
 
     Raises:
-        InputError: a file does not have this schema, or the results have no entry in common.
+        InputError: a file does not have this schema, the results have no entry in common, or the
+            threshold is not from 0 to 1.
     """
+    if not 0 <= threshold <= 1:
+        raise InputError(f"expected a number from 0 to 1, got {threshold:g}", name="threshold")
     before, after = Results.read(old), Results.read(new)
     first, second = dict(_entries(before)), dict(_entries(after))
     both = [name for name in first if name in second]

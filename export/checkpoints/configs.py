@@ -6,6 +6,7 @@ The only weight names used here are those whose shapes determine the configurati
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,13 @@ from serving.errors import CheckpointError
 
 State = Mapping[str, Tensor]
 
+LARGEST = 1 << 24
+"""Maximum of any size in a configuration. The largest that models have are vocabularies of about a
+million tokens."""
+SMALLEST_EPSILON = 1e-12
+"""Minimum epsilon of LayerNorm. With 0, a constant input becomes NaN."""
+_MOST_LAYERS = 1000
+
 _ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 
 
@@ -29,6 +37,59 @@ def _activation(name: str) -> Activation:
     if name not in _ACTIVATIONS:
         raise CheckpointError(f"activation {name!r} is not supported; expected quick_gelu or gelu")
     return _ACTIVATIONS[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Object of a configuration, whose numbers are checked when they are read."""
+
+    place: str
+    """File, and place of the object in it, for errors."""
+    values: Mapping[str, Any]
+
+    def section(self, key: str) -> "Section":
+        """Return an object in this one; empty if it is missing or null.
+
+        Raises:
+            CheckpointError: it is not an object.
+        """
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict):
+            raise CheckpointError(f"expected an object, found {value!r}", name=self._name(key))
+        return Section(self._name(key), value)
+
+    def size(self, key: str, default: int, smallest: int = 1) -> int:
+        """Return an integer from `smallest` to `LARGEST`.
+
+        Raises:
+            CheckpointError: it is not; the error has its name.
+        """
+        value = self.values.get(key, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not smallest <= value <= LARGEST:
+            raise CheckpointError(
+                f"expected an integer from {smallest} to {LARGEST:,}, found {value!r}",
+                name=self._name(key),
+            )
+        return value
+
+    def number(self, key: str, default: float, smallest: float, largest: float) -> float:
+        """Return a number from `smallest` to `largest`.
+
+        Raises:
+            CheckpointError: it is not; the error has its name.
+        """
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not smallest <= value <= largest:
+            raise CheckpointError(
+                f"expected a number from {smallest:g} to {largest:g}, found {value!r}",
+                name=self._name(key),
+            )
+        return float(value)
+
+    def _name(self, key: str) -> str:
+        return f"{self.place}, {key}"
 
 
 def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
@@ -44,40 +105,35 @@ def config_from_hugging_face(config: Mapping[str, Any]) -> ClipConfig:
         raise CheckpointError(
             f"config.json has model_type {config.get('model_type')!r}; expected 'clip'"
         )
-    try:
-        return _checked(_hugging_face_sizes(config), "config.json")
-    except (AttributeError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"config.json: a size is invalid: {error}") from error
+    return _checked(_hugging_face_sizes(Section("config.json", config)), "config.json")
 
 
-def _hugging_face_sizes(config: Mapping[str, Any]) -> ClipConfig:
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    vocab_size = int(text.get("vocab_size", 49408))
+def _hugging_face_sizes(config: Section) -> ClipConfig:
+    text, vision = config.section("text_config"), config.section("vision_config")
+    vocab_size = text.size("vocab_size", 49408)
     # Configurations written before 2023 have an eos_token_id of 2, which is wrong: the end-of-text
     # token has the highest id (transformers, modeling_clip.py, CLIPTextTransformer.forward).
-    end_id = int(text.get("eos_token_id", 49407))
+    end_id = text.size("eos_token_id", 49407, 0)
     return ClipConfig(
-        embed_dim=int(config.get("projection_dim", 512)),
+        embed_dim=config.size("projection_dim", 512),
         image=VisionTransformerConfig(
-            width=int(vision.get("hidden_size", 768)),
-            layers=int(vision.get("num_hidden_layers", 12)),
-            heads=int(vision.get("num_attention_heads", 12)),
-            mlp_width=int(vision.get("intermediate_size", 3072)),
-            activation=_activation(vision.get("hidden_act", "quick_gelu")),
-            norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
-            image_size=int(vision.get("image_size", 224)),
-            patch_size=int(vision.get("patch_size", 32)),
+            width=vision.size("hidden_size", 768),
+            layers=vision.size("num_hidden_layers", 12),
+            heads=vision.size("num_attention_heads", 12),
+            mlp_width=vision.size("intermediate_size", 3072),
+            activation=_activation(vision.values.get("hidden_act", "quick_gelu")),
+            norm_eps=vision.number("layer_norm_eps", 1e-5, SMALLEST_EPSILON, 1),
+            image_size=vision.size("image_size", 224),
+            patch_size=vision.size("patch_size", 32),
         ),
         text=TextConfig(
-            width=int(text.get("hidden_size", 512)),
-            layers=int(text.get("num_hidden_layers", 12)),
-            heads=int(text.get("num_attention_heads", 8)),
-            mlp_width=int(text.get("intermediate_size", 2048)),
-            activation=_activation(text.get("hidden_act", "quick_gelu")),
-            norm_eps=float(text.get("layer_norm_eps", 1e-5)),
-            context_length=int(text.get("max_position_embeddings", 77)),
+            width=text.size("hidden_size", 512),
+            layers=text.size("num_hidden_layers", 12),
+            heads=text.size("num_attention_heads", 8),
+            mlp_width=text.size("intermediate_size", 2048),
+            activation=_activation(text.values.get("hidden_act", "quick_gelu")),
+            norm_eps=text.number("layer_norm_eps", 1e-5, SMALLEST_EPSILON, 1),
+            context_length=text.size("max_position_embeddings", 77),
             vocab_size=vocab_size,
             end_id=vocab_size - 1 if end_id == 2 else end_id,
         ),
@@ -90,11 +146,11 @@ def _checked(config: ClipConfig, file: str) -> ClipConfig:
         if isinstance(tower, ResNetConfig):
             continue
         smallest = min(tower.width, tower.layers, tower.heads, tower.mlp_width, config.embed_dim)
-        if smallest < 1 or tower.width % tower.heads:
+        if smallest < 1 or tower.width % tower.heads or tower.layers > _MOST_LAYERS:
             raise CheckpointError(
                 f"{file}: the {name} tower has width {tower.width}, {tower.layers} layers and "
-                f"{tower.heads} heads; expected positive sizes and a width divisible by the number "
-                "of heads"
+                f"{tower.heads} heads; expected positive sizes, at most {_MOST_LAYERS} layers, and "
+                "a width divisible by the number of heads"
             )
         if isinstance(tower, VisionTransformerConfig) and not (
             0 < tower.patch_size <= tower.image_size
@@ -210,23 +266,22 @@ def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConf
     Raises:
         CheckpointError: the configuration has a setting that a plain CLIP does not have.
     """
-    model = document.get("model_cfg") or {}
+    model = Section("open_clip_config.json", document).section("model_cfg")
     for section, known in _OPEN_CLIP_KEYS.items():
-        unknown = sorted((model.get(section) or {}).keys() - known)
+        unknown = sorted(model.section(section).values.keys() - known)
         if unknown:
             raise CheckpointError(
                 f"open_clip_config.json: {section} has {', '.join(unknown)}, which a plain CLIP "
                 "does not have; only ViT and ModifiedResNet towers with a causal text tower are "
                 "supported"
             )
-    vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
-    config = config_from_openai(
+    vision, text = model.section("vision_cfg"), model.section("text_cfg")
+    return config_from_openai(
         state,
-        "quick_gelu" if model.get("quick_gelu", False) else "gelu",
-        int(vision.get("head_width", 64)),
-        int(text["heads"]) if "heads" in text else None,
+        "quick_gelu" if model.values.get("quick_gelu", False) else "gelu",
+        vision.size("head_width", 64),
+        text.size("heads", 1) if "heads" in text.values else None,
     )
-    return _checked(config, "open_clip_config.json")
 
 
 def _depth(state: State, prefix: str) -> int:
@@ -257,19 +312,26 @@ def config_from_openai(
         text_heads: heads of the text tower; by default, 64 channels each.
 
     Raises:
-        CheckpointError: a weight whose shape is needed is missing.
+        CheckpointError: a weight whose shape is needed is missing, or has an impossible shape.
     """
     try:
-        return ClipConfig(
+        config = ClipConfig(
             embed_dim=state["text_projection"].shape[1],
             image=_image_config(state, activation, head_width),
             text=_text_config(state, activation, text_heads),
         )
+    except CheckpointError:
+        raise
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"not a CLIP state dict: a weight has another number of dimensions ({error})"
+        ) from error
     except KeyError as error:
         raise CheckpointError(
             f"not a CLIP state dict: weight {error.args[0]!r} is missing; expected the layout of "
             "OpenAI's or OpenCLIP's CLIP ('visual.*', 'transformer.*', 'text_projection')"
         ) from None
+    return _checked(config, "shapes of the weights")
 
 
 def _image_config(

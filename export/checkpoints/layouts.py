@@ -3,13 +3,14 @@
 `export.checkpoints.load` resolves the name of a checkpoint to a path.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from export.checkpoints.architectures import KNOWN_MODELS, OPENAI_MEAN, OPENAI_STD
 from export.checkpoints.configs import (
+    Section,
     config_from_hugging_face,
     config_from_open_clip,
     config_from_openai,
@@ -83,15 +84,20 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
     document = document.get("image_processor", document)
     resample = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
     try:
-        size, crop = document["size"], document["crop_size"]
+        edge, crop = document["size"], document["crop_size"]
+        edges = edge if isinstance(edge, dict) else {"shortest_edge": edge}
+        crops = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
         spec = ImageSpec(
-            size=int(crop["height"] if isinstance(crop, dict) else crop),
-            resize=int(size["shortest_edge"] if isinstance(size, dict) else size),
+            size=Section("crop_size", {"height": crops["height"]}).size("height", 0),
+            resize=Section("size", {"edge": edges["shortest_edge"]}).size("edge", 0),
             interpolation=resample[document.get("resample", 3)],  # type: ignore[arg-type]
-            mean=_per_channel(document["image_mean"]),
-            std=_per_channel(document["image_std"]),
+            mean=_per_channel(document["image_mean"], "image_mean"),
+            std=_per_channel(document["image_std"], "image_std"),
             pipeline="huggingface",
         )
+        if crops.get("width", crops["height"]) != crops["height"]:
+            raise ValueError(f"crop_size is {crop}, which is not square")
+        spec.check("image_")
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing or not supported" if type(error) is KeyError else str(error)
         raise CheckpointError(
@@ -103,21 +109,27 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
         raise CheckpointError(
             f"{path}: {', '.join(off)} is off; expected a CLIPImageProcessor with all steps on"
         )
-    if abs(255 * document.get("rescale_factor", 1 / 255) - 1) > 1e-3:
-        raise CheckpointError(
-            f"{path}: rescale_factor is {document['rescale_factor']}; expected 1/255, as in CLIP"
-        )
+    factor = document.get("rescale_factor", 1 / 255)
+    if type(factor) not in (int, float) or not abs(255 * factor - 1) <= 1e-3:
+        raise CheckpointError(f"{path}: rescale_factor is {factor!r}; expected 1/255, as in CLIP")
     if spec.size != image_size:
         raise CheckpointError(
             f"{path}: images are cropped to {spec.size} px, but the image tower takes "
             f"{image_size} px"
         )
+    if spec.resize < spec.size:
+        raise CheckpointError(
+            f"{path}: images are resized to {spec.resize} px and then cropped to {spec.size} px; "
+            "expected a crop that is no larger than the resized image"
+        )
     return spec
 
 
-def _per_channel(values: Iterable[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
+def _per_channel(values: object, key: str) -> tuple[float, float, float]:
+    match values:
+        case [int() | float() as red, int() | float() as green, int() | float() as blue]:
+            return float(red), float(green), float(blue)
+    raise CheckpointError(f"expected three numbers, found {values!r}", name=key)
 
 
 def _read_open_clip(path: Path) -> Files:
@@ -191,26 +203,39 @@ def read_file(path: Path, activation: Activation | None) -> Files:
     )
 
 
-def openai_image_spec(size: int, preprocess: Mapping[str, Any] | None = None) -> ImageSpec:
+def openai_image_spec(image_size: int, preprocess: Mapping[str, Any] | None = None) -> ImageSpec:
     """Return OpenAI's preprocessing.
 
     Args:
-        size: input size of the image tower, in pixels.
+        image_size: input size of the image tower, in pixels.
         preprocess: `preprocess_cfg` of an `open_clip_config.json`, which overrides the defaults.
 
     Raises:
-        CheckpointError: the resize mode is not 'shortest'.
+        CheckpointError: the resize mode is not 'shortest', or a setting is out of range.
     """
-    facts = preprocess or {}
+    place = "open_clip_config.json, preprocess_cfg"
+    document = Section("open_clip_config.json", {"preprocess_cfg": preprocess})
+    facts = document.section("preprocess_cfg").values
     if facts.get("resize_mode", "shortest") != "shortest":
         raise CheckpointError(
             f"open_clip_config.json: resize_mode is {facts['resize_mode']!r}; expected 'shortest'"
         )
-    return ImageSpec(
-        size=size,
-        resize=size,
-        interpolation=facts.get("interpolation", "bicubic"),
-        mean=_per_channel(facts.get("mean", OPENAI_MEAN)),
-        std=_per_channel(facts.get("std", OPENAI_STD)),
+    interpolation = facts.get("interpolation", "bicubic")
+    if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
+        raise CheckpointError(
+            f"open_clip_config.json: interpolation is {interpolation!r}; expected 'bicubic' or "
+            "'bilinear'"
+        )
+    spec = ImageSpec(
+        size=image_size,
+        resize=image_size,
+        interpolation=interpolation,
+        mean=_per_channel(facts.get("mean", OPENAI_MEAN), f"{place}, mean"),
+        std=_per_channel(facts.get("std", OPENAI_STD), f"{place}, std"),
         pipeline="openai",
     )
+    try:
+        spec.check()
+    except ValueError as error:
+        raise CheckpointError(str(error), name=place) from None
+    return spec

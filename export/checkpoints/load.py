@@ -28,10 +28,11 @@ from export.checkpoints.architectures import (
 from export.checkpoints.download import download_file, download_hub
 from export.checkpoints.layouts import openai_image_spec, read_directory, read_file
 from export.checkpoints.vocabulary import byte_tokenizer, load_tokenizer
-from export.checkpoints.weight_names import load_state
+from export.checkpoints.weight_names import check_state, load_state
 from export.towers.clip import Activation, Clip, ClipConfig
 from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
+from serving.util.finite import INT32_MAX
 
 _NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
 _TOKENIZER_ADVICE = (
@@ -90,6 +91,10 @@ def load_checkpoint(
     else:
         raise _unknown(name)
     tokenizer = load_tokenizer(vocabulary or files.tokenizer or _hub_tokenizer(known))
+    # Compared without memory for the towers, which wrong sizes in a configuration could exhaust.
+    with torch.device("meta"):
+        planned = Clip(files.config, files.image.mean, files.image.std)
+    check_state(planned, files.state, files.layout)
     clip = Clip(files.config, files.image.mean, files.image.std)
     load_state(clip, files.state, files.layout)
     return Checkpoint(
@@ -171,10 +176,10 @@ def _text_spec(config: ClipConfig, tokenizer: tokenizers.Tokenizer) -> TextSpec:
 def _random(name: str, vocabulary: Path | None) -> Checkpoint:
     architecture, _, seed = name.removeprefix("random:").partition("@")
     config = ARCHITECTURES.get(architecture)
-    if config is None or not (seed or "0").isdecimal():
+    if config is None or not (seed or "0").isdecimal() or int(seed or 0) > INT32_MAX:
         raise CheckpointError(
             f"{name!r}: expected random:ARCHITECTURE or random:ARCHITECTURE@SEED, where "
-            f"ARCHITECTURE is one of {', '.join(ARCHITECTURES)}"
+            f"ARCHITECTURE is one of {', '.join(ARCHITECTURES)}, and SEED at most {INT32_MAX:,}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed or 0))

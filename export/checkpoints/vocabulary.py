@@ -4,7 +4,6 @@ The saved `tokenizer.json` has the form that transformers uses for CLIP.
 """
 
 import gzip
-import json
 import zlib
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tokenizers.processors import RobertaProcessing
 
 from serving.errors import CheckpointError
 from serving.inputs.tokenizer import END, START
+from serving.util.typed_json import parse_json
 
 MERGES = 49152 - 256 - 2
 """Number of merges that OpenAI uses (`clip/simple_tokenizer.py`), of the 262144 in the file."""
@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return openai_tokenizer(path)
     try:
         if path.name == "vocab.json":
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
+            vocabulary = parse_json(path.read_text(encoding="utf-8"))
             lines = path.with_name("merges.txt").read_text(encoding="utf-8").splitlines()
             pairs = [line.split() for line in lines if line and not line.startswith("#version")]
             return clip_tokenizer(vocabulary, [(first, second) for first, second in pairs])

@@ -5,7 +5,6 @@ OpenAI's layout also packs query, key and value into one matrix and stores proje
 `unpack_openai` and `pack_openai` convert from and to this form.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from export.checkpoints.configs import config_to_hugging_face, config_to_open_cl
 from export.towers.clip import Clip, ResNetConfig
 from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
+from serving.util.finite import FLOAT32_MAX
+from serving.util.typed_json import json_text, parse_json
 
 State = Mapping[str, Tensor]
 Layout = Literal["hugging_face", "openai"]
@@ -146,16 +147,60 @@ def to_layout(clip: Clip, layout: Layout) -> dict[str, Tensor]:
     return state if layout == "hugging_face" else pack_openai(state)
 
 
-def load_state(clip: Clip, state: State, layout: Layout) -> None:
-    """Copy `state` into `clip`, as float32.
+def check_state(clip: Clip, state: State, layout: Layout) -> None:
+    """Check that `state` fits `clip`, which may be on the meta device.
 
     Raises:
-        CheckpointError: a weight is missing, unknown, or has another shape than in `clip`.
+        CheckpointError: a weight is missing, unknown, not floating point, or has another shape than
+            in `clip`; or a value of it is one that no trained model has.
+    """
+    theirs, wanted = _matched(clip, state, layout)
+    shapes = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+    for name, target in wanted.items():
+        got, expected = tuple(theirs[name].shape), shapes[target]
+        if got != expected:
+            raise CheckpointError(
+                f"weight {name!r} has shape {list(got)}, but the checkpoint's configuration needs "
+                f"{list(expected)}; configuration and weights may be of different models"
+            )
+        if not theirs[name].is_floating_point():
+            raise CheckpointError(
+                f"it has dtype {theirs[name].dtype}; expected floating-point numbers",
+                name=f"weight {name}",
+                advice="use a checkpoint that is not quantized",
+            )
+        if name.endswith("running_var") and theirs[name].min() < 0:
+            raise CheckpointError(
+                f"a variance is {theirs[name].min().item():g}; expected 0 or more",
+                name=f"weight {name}",
+            )
+    logarithm = theirs["logit_scale"].float()
+    if not 0 < (scale := logarithm.exp().item()) <= FLOAT32_MAX:
+        raise CheckpointError(
+            f"the logit scale is e^{logarithm.item():g} = {scale:g}; expected a number greater "
+            "than 0 and finite in float32",
+            name="weight logit_scale",
+            advice="store the logarithm of the scale, such as 4.605 for a scale of 100",
+        )
+
+
+def load_state(clip: Clip, state: State, layout: Layout) -> None:
+    """Copy `state`, which fits `clip`, into it, as float32. See `check_state`."""
+    theirs, wanted = _matched(clip, state, layout)
+    clip.load_state_dict(
+        {target: theirs[name].float() for name, target in wanted.items()}, strict=False
+    )
+
+
+def _matched(clip: Clip, state: State, layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the unpacked `state`, and the name of a parameter of `clip` for each of its weights.
+
+    Raises:
+        CheckpointError: a weight is missing or unknown.
     """
     rename = _namer(layout)
     theirs = dict(state) if layout == "hugging_face" else unpack_openai(state)
-    ours = {name: t for name, t in clip.state_dict().items() if not _IGNORED.match(name)}
-    wanted = {rename(name): name for name in ours}
+    wanted = {rename(name): name for name in clip.state_dict() if not _IGNORED.match(name)}
     missing = sorted(wanted.keys() - theirs.keys())
     extra = sorted(name for name in theirs.keys() - wanted.keys() if not _IGNORED.match(name))
     if missing or extra:
@@ -163,16 +208,7 @@ def load_state(clip: Clip, state: State, layout: Layout) -> None:
             "the weights are not those of a plain CLIP: "
             f"{_some(missing, 'missing')}, {_some(extra, 'unknown')}"
         )
-    for name, target in wanted.items():
-        got, expected = tuple(theirs[name].shape), tuple(ours[target].shape)
-        if got != expected:
-            raise CheckpointError(
-                f"weight {name!r} has shape {list(got)}, but the checkpoint's configuration needs "
-                f"{list(expected)}; configuration and weights may be of different models"
-            )
-    clip.load_state_dict(
-        {target: theirs[name].float() for name, target in wanted.items()}, strict=False
-    )
+    return theirs, wanted
 
 
 def _some(names: list[str], adjective: str) -> str:
@@ -235,7 +271,7 @@ def save_checkpoint(
     save_file(to_layout(clip, layout), temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)  # safetensors creates files that only their owner can read
     temporary.replace(directory / weights)
-    for name, document in {**documents, "tokenizer.json": json.loads(tokenizer.to_str())}.items():
+    for name, document in {**documents, "tokenizer.json": parse_json(tokenizer.to_str())}.items():
         temporary = directory / f".{name}.tmp"
-        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json_text(document, indent=2, ascii_only=False) + "\n")
         temporary.replace(directory / name)

@@ -5,7 +5,6 @@ archive, the form of OpenAI's published files, is read by `torch.jit.load`, whic
 """
 
 import hashlib
-import json
 import os
 import pickle
 import warnings
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from export.checkpoints.weight_names import State
 from serving.errors import CheckpointError
 from serving.util.files import sha256_of
+from serving.util.typed_json import parse_json
 
 
 def read_weights(path: Path) -> tuple[State, str]:
@@ -30,7 +30,8 @@ def read_weights(path: Path) -> tuple[State, str]:
         shards' concatenated hexadecimal sha256.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or contains anything other than tensors.
+        CheckpointError: a file is missing, damaged, or contains anything other than tensors, or a
+            weight is not finite.
     """
     try:
         if path.suffix == ".json":
@@ -38,15 +39,36 @@ def read_weights(path: Path) -> tuple[State, str]:
             parts = [read_weights(path.parent / os.fspath(shard)) for shard in shards]
             merged = {name: tensor for part, _ in parts for name, tensor in part.items()}
             return merged, hashlib.sha256("".join(sha for _, sha in parts).encode()).hexdigest()
-        if path.suffix == ".safetensors":
-            return load_file(path), sha256_of(path)
-        return _read_torch(path), sha256_of(path)
+        state = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+        _check_finite(path, state)
+        return state, sha256_of(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: a weights file is missing: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a complete safetensors file ({error})", advice="download it again"
         ) from error
+
+
+def _check_finite(path: Path, state: State) -> None:
+    """Check that every weight is finite in float32, which the towers compute in.
+
+    Raises:
+        CheckpointError: a weight is not; the error has the name of the tensor.
+    """
+    for name, tensor in state.items():
+        # OpenCLIP saves its attention mask, which contains infinities, in some files.
+        if not tensor.is_floating_point() or name.rpartition(".")[2] == "attn_mask":
+            continue
+        bad = ~torch.isfinite(tensor.float())
+        if bad.any():
+            index = tuple(bad.nonzero()[0].tolist())
+            raise CheckpointError(
+                f"{int(bad.sum()):,} of its {bad.numel():,} values are not finite in float32, the "
+                f"first is {tensor[index].item():g} at {list(index)}; expected finite weights",
+                name=f"{path}, weight {name}",
+                advice="the checkpoint is damaged, or its training diverged: use another one",
+            )
 
 
 def _read_torch(path: Path) -> State:
@@ -117,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or is not a JSON object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(document, dict):

@@ -282,7 +282,7 @@ def verify(
 
 def _report(bundle: Bundle, as_json: bool) -> None:
     failed = [
-        f"{artifact.file} by {verdict.runner}"
+        f"{artifact.file} by {verdict.runner}" + (f" ({verdict.reason})" if verdict.reason else "")
         for artifact in bundle.manifest.artifacts
         for verdict in artifact.verdicts
         if not verdict.passed

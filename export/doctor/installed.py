@@ -5,7 +5,6 @@
 
 import importlib
 import importlib.metadata
-import json
 import os
 import re
 import resource
@@ -22,6 +21,7 @@ from serving.bundles.engine_facts import MODULES
 from serving.errors import ServerError
 from serving.triton.embedded import find_embedded
 from serving.util.extras import install_command
+from serving.util.typed_json import json_text, parse_json
 
 IMPORTS_TIMEOUT_S = 60
 """Time limit for importing all packages. It takes about 3 s, and much longer from a cold disk."""
@@ -99,8 +99,8 @@ _PROGRAMS = {
     ),
 }
 
-_IMPORT_ALL = """import json, sys
-sys.path[:] = json.loads(sys.argv[1])
+_IMPORT_ALL = """import ast, sys
+sys.path[:] = ast.literal_eval(sys.argv[1])
 from export.doctor.installed import import_all
 import_all(sys.argv[2:])"""
 
@@ -113,9 +113,9 @@ def packages() -> list[Software]:
     answers: dict[str, dict[str, Any]] = {}
     while names := [name for name in reversed(_PACKAGES) if name not in answers]:
         # The child gets this process's sys.path, so that it finds the same packages.
-        command = [sys.executable, "-c", _IMPORT_ALL, json.dumps(sys.path), *names]
+        command = [sys.executable, "-c", _IMPORT_ALL, repr(sys.path), *names]
         end, out, err = _run(command, IMPORTS_TIMEOUT_S)
-        answers.update(json.loads(line) for line in out.splitlines())
+        answers.update(parse_json(line) for line in out.splitlines())
         if culprit := next((name for name in names if name not in answers), None):
             last = _last_line(err)
             answers[culprit] = {
@@ -130,7 +130,7 @@ def import_all(names: list[str]) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # some packages print to standard output
     for name in names:
-        answers.write(json.dumps([name, _import(name)]) + "\n")
+        answers.write(json_text([name, _import(name)]) + "\n")
     os._exit(0)  # some packages crash when they are unloaded
 
 

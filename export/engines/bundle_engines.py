@@ -7,7 +7,6 @@ compared with eager float32.
 `export.engines.builder` builds a single engine.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from serving.runners.tensor_rt import library_version
 from serving.util.files import write_bytes, write_text
 from serving.util.nvidia import gpu
 from serving.util.progress import Progress
+from serving.util.typed_json import json_text
 
 
 def add_engines(
@@ -110,7 +110,7 @@ def _write(bundle: Bundle, tower: Tower, precision: str, plan: bytes, engine: En
     file = describe_file(path, root)
     facts = {"tower": tower, "precision": precision, "sha256": file.sha256, **asdict(engine)}
     sidecar = path.with_name(path.name + ".json")
-    write_text(sidecar, json.dumps(facts, indent=2) + "\n")
+    write_text(sidecar, json_text(facts, indent=2) + "\n")
     return Artifact(
         graph=tower,
         kind="engine",

@@ -102,12 +102,14 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     """Run `runner`, which must be open, on the batches of `expected` and compare the embeddings.
 
     A batch gets a cosine of -1, which fails the gate, if the runner raises an error on it or
-    returns another shape or a number that is not finite.
+    returns another shape or a number that is not finite. The verdict has the reason of the first.
     """
     cosine_parts, differences, same = [], [], []
+    reason = None
     for batch, want in expected.probes:
-        got = _run(runner, batch)
-        if got is None or got.shape != want.shape or not np.isfinite(got).all():
+        got, fault = _run(runner, batch, want.shape)
+        if got is None:
+            reason = reason or fault
             cosine_parts.append(np.full(len(want), -1.0))
             differences.append(2.0)
             continue
@@ -123,14 +125,19 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
     tolerance = TOLERANCES[runner.spec.precision]
     accuracy_lost = False
     if expected.labelled is not None and cosines.min() > -1:
-        agreement, accuracy = expected.labelled.scores(runner, tower)
-        fp32 = expected.labelled.accuracy
-        relative = accuracy / fp32 if fp32 else 1.0  # at 0 there is no accuracy to lose
-        # In a small data set, one image can exceed the relative tolerance; one is never enough.
-        images = len(expected.labelled.data.truth)
-        accuracy_lost = relative < tolerance.relative_accuracy and (fp32 - accuracy) * images > 1.5
+        try:
+            agreement, accuracy = expected.labelled.scores(runner, tower)
+        except RunnerError as error:
+            reason = f"labeled data: {error.reason}"
+        else:
+            fp32 = expected.labelled.accuracy
+            relative = accuracy / fp32 if fp32 else 1.0  # at 0 there is no accuracy to lose
+            # In a small data set, one image can exceed the relative tolerance; one is never enough.
+            lost = (fp32 - accuracy) * len(expected.labelled.data.truth)
+            accuracy_lost = relative < tolerance.relative_accuracy and lost > 1.5
     passed = (
-        cosines.min() >= tolerance.min_cosine
+        reason is None
+        and cosines.min() >= tolerance.min_cosine
         and max(differences) <= tolerance.max_abs_difference
         and not accuracy_lost
     )
@@ -146,14 +153,23 @@ def judge(runner: Runner, expected: Expected, tower: Tower) -> Verdict:
         relative_accuracy=relative,
         runtime_version=runner.runtime_version,
         machine=describe(),
+        reason=reason,
     )
 
 
-def _run(runner: Runner, batch: Batch) -> Embeddings | None:
+def _run(
+    runner: Runner, batch: Batch, shape: tuple[int, ...]
+) -> tuple[Embeddings | None, str | None]:
+    """Return finite embeddings of `shape`, or None and the reason why there are none."""
     try:
-        return runner.run(batch)
-    except RunnerError:
-        return None
+        got = runner.run(batch)
+    except RunnerError as error:
+        return None, error.reason
+    if got.shape != shape:
+        return None, f"expected embeddings of shape {list(shape)}, got {list(got.shape)}"
+    if not np.isfinite(got).all():
+        return None, f"{(~np.isfinite(got)).sum()} of {got.size} numbers are not finite"
+    return got, None
 
 
 def judged_plan(

@@ -17,7 +17,7 @@ from export.gate.torch_runners import EagerRunner, TorchScriptRunner
 from export.graphs.lint import lint
 from serving.bundles.bundle import Bundle
 from serving.bundles.manifest import Artifact, Tower
-from serving.errors import BundleError, RunnerError
+from serving.errors import BundleError, CheckpointError, RunnerError
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.base import Runner
 from serving.runners.prefix_tree import open_prefix_tree
@@ -55,14 +55,25 @@ def data_for(
 
 
 def references(checkpoint: Checkpoint, data: Data, progress: Progress) -> dict[Tower, Expected]:
-    """Return the reference results of both towers: eager float32 on probes and labeled data."""
+    """Return the reference results of both towers: eager float32 on probes and labeled data.
+
+    Raises:
+        CheckpointError: eager float32 computes embeddings that are not finite.
+    """
     progress("reference embeddings by eager fp32")
     with EagerRunner(checkpoint.clip.image) as images, EagerRunner(checkpoint.clip.text) as texts:
         labelled: LabelledReference | None = None
-        if data.labelled is not None:
-            labelled = refer(images, texts, data.labelled)
-        image = expect(images, probes("image", checkpoint.image, checkpoint.text), labelled)
-        text = expect(texts, probes("text", checkpoint.image, checkpoint.text), labelled)
+        try:
+            if data.labelled is not None:
+                labelled = refer(images, texts, data.labelled)
+            image = expect(images, probes("image", checkpoint.image, checkpoint.text), labelled)
+            text = expect(texts, probes("text", checkpoint.image, checkpoint.text), labelled)
+        except RunnerError as error:
+            raise CheckpointError(
+                f"its towers do not compute embeddings in float32: {error}",
+                name=checkpoint.name,
+                advice="the weights are finite but overflow: use another checkpoint",
+            ) from error
     return {
         "image": replace(image, candidates=np.concatenate([e for _, e in text.probes])),
         "text": replace(text, candidates=np.concatenate([e for _, e in image.probes])),

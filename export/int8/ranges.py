@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from export.int8 import Method
+from serving.errors import ExportError
 from serving.runners.base import Batch
 from serving.util.machine import cpu_count
 
@@ -44,6 +45,9 @@ def activation_ranges(
 
     Returns:
         For each tensor, the magnitude to map to 127.
+
+    Raises:
+        ExportError: an activation is not finite.
     """
     session = _session_with_outputs(model, tensors)
     feed = session.get_inputs()[0].name
@@ -57,6 +61,13 @@ def activation_ranges(
     largest = dict.fromkeys(tensors, 0.0)
     for batch in batches:
         for name, values in outputs(batch).items():
+            if not np.isfinite(values).all():
+                raise ExportError(
+                    f"the activation {name} is not finite on calibration data, so it cannot be "
+                    "quantized",
+                    advice="leave out the INT8 precision of this graph; int8-fp16 requires "
+                    "activations that fit float16",
+                )
             largest[name] = max(largest[name], float(np.abs(values).max()))
     if method == "minmax":
         return largest

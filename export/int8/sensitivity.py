@@ -1,5 +1,6 @@
 """Choice of layers to exclude from INT8 when the fully quantized graph fails the parity gate."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from serving.runners.base import Batch
 from serving.runners.onnx_runtime import session_options
 from serving.util.machine import cpu_count
 
+_WORST = 2.0
+"""Cosine loss of layers without which embeddings are not finite: that of opposite vectors."""
 LARGEST_SHARE = 0.5
 """Maximum fraction of activations to exclude. With more in floating point, INT8 gains nothing."""
 
@@ -44,7 +47,8 @@ def sensitivity(
         others = [layer.name for layer in candidates if layer.activation != activation]
         embeddings = _embed(quantise(model, ranges, exclude=others), batches)
         loss = 1 - float((embeddings * reference).sum(axis=1).mean())
-        costs.append(LayerCost(layers=group, cosine_loss=max(loss, 0.0)))
+        loss = max(loss, 0.0) if math.isfinite(loss) else _WORST
+        costs.append(LayerCost(layers=group, cosine_loss=loss))
         progress()
     return tuple(sorted(costs, key=lambda cost: -cost.cosine_loss))
 

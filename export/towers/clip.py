@@ -35,6 +35,7 @@ __all__ = [
     "TextConfig",
     "TextTower",
     "VisionTransformerConfig",
+    "float16_overflow",
     "for_inference",
     "half_precision",
 ]
@@ -215,6 +216,18 @@ def half_precision(
     for name, constant in tower.named_buffers(recurse=False):
         setattr(half, name, constant)
     return half
+
+
+def float16_overflow(tower: ImageTower | TextTower) -> tuple[str, float] | None:
+    """Return name and value of a weight of `half_precision(tower)` that is infinite in float16.
+
+    Returns:
+        None if all weights are finite there.
+    """
+    for name, weight in for_inference(tower).state_dict().items():
+        if weight.is_floating_point() and (infinite := weight.half().isinf()).any():
+            return name, weight[infinite][0].item()
+    return None
 
 
 class Clip(nn.Module):

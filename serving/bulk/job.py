@@ -42,6 +42,7 @@ from serving.bundles.bundle import Bundle
 from serving.errors import InputError, RunnerError
 from serving.runners.registry import missing
 from serving.runners.spec import graph_of, known, runtime_of
+from serving.util.finite import check_count
 from serving.util.progress import Progress, silent
 
 
@@ -109,11 +110,15 @@ def bulk_embed(
         progress: receives the number of finished shards.
 
     Raises:
-        InputError: there is nothing to embed, or `output` holds other files or another job.
+        InputError: there is nothing to embed, `output` holds other files or another job, or a
+            number is out of range.
         BundleError: the bundle does not exist or cannot be run.
         RunnerError: a worker failed.
         ServerError: no Ray cluster at the address, or Ray gave up.
     """
+    check_count("batch_size", batch_size)
+    if shard_size is not None:
+        check_count("shard_size", shard_size)
     resources = resources or Resources()
     if resources.address and resources.address.startswith("ray://"):
         there = functools.partial(

@@ -6,10 +6,9 @@ Parquet file per finished shard, which is written atomically.
 This module does not know Ray, or how a shard is embedded (`serving.bulk.worker`).
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from serving.errors import InputError
 from serving.util.files import sha256_of, write_text
 from serving.util.locks import locked
 from serving.util.progress import Progress
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, json_text, parse_json
 
 MANIFEST = "manifest.json"
 PLAN = "shards.jsonl"
@@ -101,7 +100,7 @@ def begun_job(
     if not file.exists():
         return None
     try:
-        begun = from_json(BulkManifest, json.loads(file.read_text(encoding="utf-8")))
+        begun = from_json(BulkManifest, parse_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{file} is not the manifest of a bulk job ({error})",
@@ -146,7 +145,7 @@ def plan_job(
         embed_dim=bundle.manifest.embed_dim,
         runner=runner,
     )
-    write_text(output / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    write_text(output / MANIFEST, json_text(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -155,7 +154,7 @@ def _write_plan(path: Path, source: Source, size: int) -> tuple[int, str]:
     count = 0
     with path.open("w", encoding="ascii") as file:
         for count, shard in enumerate(shards_of(source, size), 1):  # noqa: B007
-            file.write(json.dumps(asdict(shard)) + "\n")
+            file.write(json_text(shard) + "\n")
     return count, sha256_of(path)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from serving.bulk.worker import Job, Worker, fastest_runner
 from serving.errors import BundleError, ClipDeployError, InputError, RunnerError, ServerError
 from serving.runners.spec import known, runtime_of
+from serving.util.finite import check_count, check_positive
 from serving.util.machine import cpu_count
 from serving.util.progress import Progress
 
@@ -36,6 +37,18 @@ class Resources:
     address: str | None = None
     """Address of a running cluster, such as `auto` or `ray://host:port`. None: start Ray here."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            InputError: `workers` or `threads` is less than 1, or `gpus` is negative or not finite.
+        """
+        for name in ("workers", "threads"):
+            if (count := getattr(self, name)) is not None:
+                check_count(name, count)
+        if self.gpus:
+            check_positive("gpus", self.gpus)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
@@ -49,9 +62,8 @@ class Crew:
 @contextmanager
 def connected(address: str | None, progress: Progress) -> Iterator[None]:
     """Connect to Ray: to the one in this process, to the cluster at `address`, or to a new one."""
-    # Ray reads both variables when it is imported.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Otherwise every Ray Data pool logs an error that arguments of its actors may be lost.
+    # Read when Ray is imported. Otherwise every Ray Data pool logs an error that arguments of its
+    # actors may be lost.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 

@@ -6,7 +6,6 @@ embeddings are not passed between processes.
 This module does not know how shards are distributed (`serving.bulk.ray_pool`).
 """
 
-import json
 import os
 import time
 import uuid
@@ -29,7 +28,7 @@ from serving.errors import BundleError, ClipDeployError, InputError, RunnerError
 from serving.inputs.preprocess import preprocess
 from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, parse_json
 
 _AHEAD = 1
 """Number of batches to decode in advance, while another batch is embedded."""
@@ -221,4 +220,4 @@ def _finished(names: list[str], futures: list[Future[Decoded]]) -> Batch:
 def _shard_at(plan: Path, offset: int) -> Shard:
     with plan.open("rb") as file:
         file.seek(offset)
-        return from_json(Shard, json.loads(file.readline()))
+        return from_json(Shard, parse_json(file.readline()))

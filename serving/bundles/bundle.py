@@ -14,7 +14,6 @@ was rebuilt is named `.new.plan`). A file that the manifest does not list is not
 This module does not know how artifacts are made (`export`) or run (`serving.runners`).
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from serving.bundles.integrity import (
 from serving.bundles.manifest import MANIFEST_FORMAT, Artifact, File, Graph, Manifest, Tower
 from serving.errors import BundleError
 from serving.util.files import sha256_of
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, parse_json
 
 
 class Bundle:
@@ -45,7 +44,8 @@ class Bundle:
 
         Raises:
             BundleError: there is no bundle at `path`, or its manifest has another format, was
-                edited or damaged, or names files outside the bundle.
+                edited or damaged, has a number out of range, or names files outside the
+                bundle.
         """
         file = path / "manifest.json"
         if not file.exists():
@@ -54,7 +54,7 @@ class Bundle:
                 advice="make a bundle with `clip-deploy export CHECKPOINT`",
             )
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = parse_json(file.read_text(encoding="utf-8"))
             found = document.get("format") if isinstance(document, dict) else None
             if found != MANIFEST_FORMAT:
                 raise BundleError(
@@ -62,6 +62,7 @@ class Bundle:
                     advice="export the checkpoint again",
                 )
             manifest = from_json(Manifest, unsealed(document))
+            manifest.check()
             check_seal(document)
             check_names(listed.name for listed in manifest.files)
             return cls(path, manifest)

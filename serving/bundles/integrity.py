@@ -6,7 +6,6 @@ bundle, who can also write a matching manifest.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,13 +13,14 @@ from typing import Any
 from serving.bundles.external_data import external_files
 from serving.errors import BundleError
 from serving.util.files import sha256_of
+from serving.util.typed_json import json_text
 
 _SEAL = "checksum"
 
 
 def sealed(document: dict[str, Any]) -> str:
     """Return `document` with its checksum added, as JSON text."""
-    return json.dumps({**document, _SEAL: _checksum(document)}, indent=2) + "\n"
+    return json_text({**document, _SEAL: _checksum(document)}, indent=2) + "\n"
 
 
 def unsealed(document: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def check_seal(document: dict[str, Any]) -> None:
 
 
 def _checksum(document: dict[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    text = json_text(document, canonical=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from serving.bundles.engine_facts import Engine
 from serving.bundles.integrity import sealed
+from serving.util.finite import FLOAT32_MAX, INT32_MAX
 
 MANIFEST_FORMAT = 3
 """Format version of `manifest.json`; readers reject any other version."""
@@ -25,6 +26,9 @@ TOWER_OF: dict[Graph, Tower] = {"image": "image", "text": "text", "prefix_tree":
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 """Prompt templates of checkpoints that do not define their own (Radford et al. 2021, 3.1.4)."""
+
+SMALLEST_STD = 1e-3
+"""Minimum standard deviation of a channel, for pixels scaled to 0..1. CLIP models have 0.2 to 1."""
 
 TEXT_BUCKETS = (8, 16, 24, 32, 48)
 """Lengths, in tokens, that batches of texts are padded to. The context length is added to them."""
@@ -46,6 +50,21 @@ class ImageSpec:
     pipeline: Literal["openai", "huggingface"]
     """Reference pipeline to reproduce. `openai` (also OpenCLIP) resizes, then converts to RGB, and
     rounds the crop's offset half to even; `huggingface` converts first and rounds it down."""
+
+    def check(self, prefix: str = "") -> None:
+        """Check that mean and standard deviation can normalize pixels scaled to 0..1.
+
+        Raises:
+            ValueError: a mean is not from 0 to 1, or a standard deviation is not from
+                `SMALLEST_STD` to 1. The message begins with `prefix` and the field.
+        """
+        for name, lowest in (("mean", 0.0), ("std", SMALLEST_STD)):
+            for channel, value in enumerate(getattr(self, name)):
+                if not lowest <= value <= 1:
+                    raise ValueError(
+                        f"{prefix}{name}[{channel}]: expected {lowest:g} to 1, for pixels scaled "
+                        f"to 0..1, found {value:g}"
+                    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +129,8 @@ class Verdict:
     """`accuracy` as a share of eager float32's."""
     runtime_version: str
     machine: str
+    reason: str | None = None
+    """Reason of a failure that the numbers do not show, such as embeddings that are not finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +243,38 @@ class Manifest:
     latencies: tuple[Latency, ...] = ()
     """Timings that selected the runners. Only in the manifest of an assembled model repository."""
 
+    def check(self) -> None:
+        """Check that the numbers are in the ranges that a model can have.
+
+        Raises:
+            ValueError: a number is not; the message names the field.
+        """
+        sizes = {
+            "embed_dim": self.embed_dim,
+            "image.size": self.image.size,
+            "image.resize": self.image.resize,
+            "text.context_length": self.text.context_length,
+            "text.vocab_size": self.text.vocab_size,
+        }
+        for name, size in sizes.items():
+            if not 1 <= size <= INT32_MAX:
+                raise ValueError(f"{name}: expected 1 to {INT32_MAX:,}, found {size}")
+        for name in ("start_id", "end_id", "pad_id"):
+            if not 0 <= (number := getattr(self.text, name)) < self.text.vocab_size:
+                raise ValueError(f"text.{name}: expected an id of the vocabulary, found {number}")
+        if not 0 < self.logit_scale <= FLOAT32_MAX:
+            raise ValueError(
+                "logit_scale: expected a number greater than 0 and finite in float32, found "
+                f"{self.logit_scale:g}"
+            )
+        self.image.check("image.")
+
     def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
+        """Return the text of `manifest.json`.
+
+        Raises:
+            InputError: a number is NaN or infinite; its `name` is the field.
+        """
         return sealed(asdict(self))
 
     @property

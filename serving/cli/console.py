@@ -4,11 +4,9 @@ Nothing here interprets markup, so that user input, such as labels and file name
 literally.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -19,10 +17,13 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.main import get_command
 
+from serving.cli.option_numbers import restrict_numbers
 from serving.errors import ClipDeployError
 from serving.util.files import NO_SPACE
 from serving.util.progress import Progress
+from serving.util.typed_json import json_text
 
 _OUT = Console(width=None if sys.stdout.isatty() else 120)
 _LOG = Console(stderr=True)
@@ -47,7 +48,7 @@ def note(text: str, style: str = "") -> None:
 
 def document(value: Any) -> None:
     """Print a dataclass, or a list of dataclasses, as one JSON document on standard output."""
-    sys.stdout.write(json.dumps(value, default=_plain) + "\n")
+    sys.stdout.write(json_text(value) + "\n")
     sys.stdout.flush()
 
 
@@ -118,8 +119,10 @@ class DefaultCommandGroup(TyperGroup):
 
 def run(app: typer.Typer) -> None:
     """Run an application; errors of this project become a message and exit code 2."""
+    command = get_command(app)
+    restrict_numbers(command)
     try:
-        app()
+        command()
     except ClipDeployError as error:
         _fail(str(error))
     except OSError as error:  # from a file that was not written with `serving.util.files`
@@ -138,9 +141,3 @@ def _print(console: Console, content: str | Text | Table, style: str = "") -> No
     """Print without interpreting markup or wrapping lines of text."""
     shown = Text(printable(content), style=style) if isinstance(content, str) else content
     console.print(shown, highlight=False, soft_wrap=not isinstance(shown, Table))
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return str(value)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tritonclient.utils import InferenceServerException
 
 from serving.errors import InputError, ServerError, UnavailableError
+from serving.util.finite import check_positive
 
 Protocol = Literal["grpc", "http"]
 
@@ -230,8 +231,9 @@ def attach(url: str, timeout: float = 5.0, credentials: Credentials = NO_CREDENT
     Raises:
         UnavailableError: no server answers, or it is not ready.
         ServerError: the connection fails in a way that a retry cannot fix, or `url` is malformed.
-        InputError: the credentials are unusable.
+        InputError: the credentials are unusable, or `timeout` is not positive and finite.
     """
+    check_positive("timeout", timeout)
     endpoint = Endpoint.of(url, credentials)
     try:
         ready = endpoint.ready(timeout)

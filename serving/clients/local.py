@@ -24,6 +24,7 @@ from serving.runners.prefix_tree import open_prefix_tree
 from serving.runners.registry import open_runner
 from serving.runners.spec import RunnerSpec, known, runtime_of
 from serving.tasks.zero_shot import ZeroShotClassifier
+from serving.util.finite import check_count
 
 _TREE_TOKENS = 4096
 """Minimum number of tokens in shared prefixes for embedding texts as prefix trees. The prefix-tree
@@ -51,6 +52,7 @@ class LocalClip:
         *,
         batch_size: int = 32,
     ) -> None:
+        check_count("batch_size", batch_size)
         self._bundle = Bundle.open(Path(bundle))
         self._batch_size = batch_size
         self._requested_runner = runner

@@ -19,6 +19,7 @@ from serving.errors import (
     ServerError,
     UnavailableError,
 )
+from serving.util.finite import check_count, check_positive
 from serving.util.wire import from_text, own_words, triton_fault
 
 
@@ -34,14 +35,15 @@ class Calls:
     Raises:
         UnavailableError: no server answers, or it is not ready, at the last attempt.
         ServerError: the URL is malformed, or the TLS connection fails.
-        InputError: `attempts` is less than one, or the credentials are unusable.
+        InputError: `timeout` is not positive and finite, `attempts` is less than one, or the
+            credentials are unusable.
     """
 
     def __init__(
         self, url: str, *, timeout: float, attempts: int, credentials: Credentials
     ) -> None:
-        if attempts < 1:
-            raise InputError(f"attempts is {attempts}; expected 1 or more")
+        check_positive("timeout", timeout)
+        check_count("attempts", attempts)
         self._url, self._timeout, self._attempts = url, timeout, attempts
         self._threads = threading.local()
         self._connections: list[Any] = []

@@ -9,7 +9,6 @@ This module does not know how the server is started (`serving.triton`) or which 
 
 import functools
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,8 @@ from serving.inputs.preprocess import Picture
 from serving.inputs.tokenizer import each
 from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
+from serving.util.finite import check_count
+from serving.util.typed_json import parse_json
 
 T = TypeVar("T")
 
@@ -61,13 +62,15 @@ class ClipClient:
         attempts: int = 4,
         credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
+        check_count("batch_size", batch_size)
+        check_count("in_flight", in_flight)
         self._calls = Calls(url, timeout=timeout, attempts=attempts, credentials=credentials)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
         try:
             config = self._calls.config("clip_image")
             facts = {key: v["string_value"] for key, v in config.get("parameters", {}).items()}
             self.logit_scale = float(facts["logit_scale"])
-            self.templates: tuple[str, ...] = tuple(json.loads(facts["templates"]))
+            self.templates: tuple[str, ...] = tuple(parse_json(facts["templates"]))
             self.facts: dict[str, str] = facts
             self.identity = ModelIdentity(
                 name=facts["model"],

@@ -88,13 +88,22 @@ class LoadedRunner(ABC):
         """Embed a batch, see `Runner.run`.
 
         Raises:
-            RunnerError: the runner is not open, or its runtime cannot run this batch.
+            RunnerError: the runner is not open, its runtime cannot run this batch, or an embedding
+                is not finite.
         """
         if self._loaded is None:
             raise RunnerError(f"{self.name} is not open", advice="use it in a `with` statement")
         try:
-            return self._infer(batch)
+            embeddings = self._infer(batch)
         except Exception as error:  # each runtime has its own exception classes
             raise RunnerError(
                 f"{self.name} cannot run {batch.dtype} {list(batch.shape)}: {error}"
             ) from error
+        if not np.isfinite(embeddings).all():
+            bad = ~np.isfinite(embeddings.reshape(len(embeddings), -1)).all(axis=1)
+            raise RunnerError(
+                f"{bad.sum()} of {len(bad)} embeddings are not finite, the first is {bad.argmax()}",
+                runner=self.name,
+                advice="use a higher precision",
+            )
+        return embeddings

@@ -8,7 +8,6 @@
 """
 
 import fnmatch
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from serving.search.faiss_index import Index, library, search
 from serving.search.query import Term, nearest, query_vector
 from serving.search.storage import Entry, IndexManifest, check_model, read_manifest, verify
 from serving.tasks.embedder import Embedder, Floats
+from serving.util.typed_json import parse_json
 
 _BLOCK = 16_384
 """Number of embeddings copied at a time."""
@@ -83,7 +83,7 @@ class SearchIndex:
         index = faiss.read_index(str(path / manifest.index.name), faiss.IO_FLAG_MMAP_IFC)
         embeddings = _mapped(path / manifest.embeddings.name)
         lines = (path / manifest.paths.name).read_text(encoding="utf-8").splitlines()
-        entries = tuple(Entry(**json.loads(line)) for line in lines)
+        entries = tuple(Entry(**parse_json(line)) for line in lines)
         return cls(path, manifest, entries, embeddings, index)
 
     def check(self, model: ModelIdentity) -> None:

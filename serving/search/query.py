@@ -3,7 +3,6 @@
 `serving.search.index` searches an index directory with FAISS.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from serving.errors import InputError
 from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
+from serving.util.finite import is_float32
 
 _CANCELLED = 1e-4
 """Minimum length of a sum of terms. Below it, its direction is rounding error."""
@@ -75,9 +75,9 @@ def query_vector(embedder: Embedder, terms: Sequence[Term], *, truncate: bool = 
                 "expected a query term with either a text or an image, got "
                 + ("neither" if term.text is None else "both")
             )
-        if not math.isfinite(term.weight) or term.weight == 0:
+        if not is_float32(term.weight) or term.weight == 0:
             raise InputError(
-                f"expected a finite weight other than 0, got {term.weight:g}",
+                f"expected a weight other than 0 that is finite in float32, got {term.weight:g}",
                 advice="give a weight such as 1, 0.5 or -1",
             )
     if not any(term.weight > 0 for term in terms):
@@ -92,9 +92,11 @@ def query_vector(embedder: Embedder, terms: Sequence[Term], *, truncate: bool = 
         parts.append(embedder.embed_texts([text for text, _ in texts], truncate=truncate))
     if images:
         parts.append(embedder.embed_images([image for image, _ in images]))
-    total = np.array(weights, np.float32) @ np.concatenate(parts)
+    # Only the direction of the sum matters. Relative to the largest weight, nothing overflows.
+    relative = np.array(weights) / max(map(abs, weights))
+    total = relative.astype(np.float32) @ np.concatenate(parts)
     length = float(np.linalg.norm(total))
-    if length < _CANCELLED * max(map(abs, weights)):
+    if length < _CANCELLED:
         raise InputError(
             "the terms of the query cancel each other out", advice="change the weights"
         )

@@ -5,11 +5,10 @@ They are stored in the directory `pending` as chunk files, which are written ato
 """
 
 import io
-import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from serving.errors import InputError
 from serving.search.storage import INDEX_FORMAT, PENDING, UNFINISHED, Entry, check_model
 from serving.tasks.embedder import Floats
 from serving.util.files import write_bytes, write_text
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, json_text, parse_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ class Pending:
     def _read_owner(self) -> Unfinished | None:
         """Read `unfinished.json`; return None if it does not exist or is not valid."""
         try:
-            document = json.loads((self._path / UNFINISHED).read_text(encoding="utf-8"))
+            document = parse_json((self._path / UNFINISHED).read_text(encoding="utf-8"))
             found = from_json(Unfinished, document)
         except (OSError, ValueError):
             return None
@@ -82,11 +81,11 @@ class Pending:
         """Write a chunk of embeddings, float32 [entries, dim]."""
         directory = self._path / PENDING
         if not directory.exists():
-            write_text(self._path / UNFINISHED, json.dumps(asdict(self._owner)) + "\n")
+            write_text(self._path / UNFINISHED, json_text(self._owner) + "\n")
             directory.mkdir()
         numbers = [int(file.stem) for file in directory.glob("*.npz")]
         file = directory / f"{max(numbers, default=0) + 1:06d}.npz"
-        text = json.dumps([asdict(entry) for entry in entries]).encode()
+        text = json_text(entries).encode()
         buffer = io.BytesIO()
         np.savez(buffer, embeddings=embeddings, entries=np.frombuffer(text, np.uint8))
         write_bytes(file, buffer.getvalue())
@@ -114,5 +113,5 @@ class Pending:
 def _read(file: Path) -> tuple[list[Entry], Floats]:
     # np.load does not close a file that it opened itself and that is not an archive.
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as chunk:
-        entries = [Entry(**fields) for fields in json.loads(chunk["entries"].tobytes())]
+        entries = [Entry(**fields) for fields in parse_json(chunk["entries"].tobytes())]
         return entries, chunk["embeddings"]

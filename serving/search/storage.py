@@ -17,12 +17,11 @@ detect damage and incomplete copies. They do not protect against an attacker who
 directory.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from serving.search.faiss_index import IndexKind, Layout, library, make
 from serving.tasks.embedder import Floats
 from serving.util.files import disk_errors, sha256_of, sync, write_text
 from serving.util.locks import locked
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, json_text, parse_json
 
 INDEX_FORMAT = "clip search index 1"
 MANIFEST, UNFINISHED, PENDING = "manifest.json", "unfinished.json", "pending"
@@ -125,7 +124,7 @@ def read_manifest(path: Path) -> IndexManifest:
             advice=f"build one with `clip-deploy search build DIR --output {path}`",
         )
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(file.read_text(encoding="utf-8"))
         found = document.get("format") if isinstance(document, dict) else None
         if found != INDEX_FORMAT:
             raise InputError(
@@ -243,7 +242,7 @@ def commit(
         embeddings = _created(files[1], (len(entries), model.embed_dim))
         fill(embeddings)
         embeddings.flush()
-        lines = (json.dumps(asdict(entry)) + "\n" for entry in entries)
+        lines = (json_text(entry) + "\n" for entry in entries)
         with files[2].open("w", encoding="utf-8") as file:
             file.writelines(lines)
         index, layout = make(kind, embeddings)
@@ -300,7 +299,7 @@ def amend(
 
 
 def _publish(path: Path, manifest: IndexManifest) -> None:
-    write_text(path / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+    write_text(path / MANIFEST, json_text(manifest, indent=2) + "\n")
 
 
 def _remove_generations(path: Path, kept: IndexManifest | None) -> None:

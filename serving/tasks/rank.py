@@ -10,13 +10,13 @@ softmax over all texts that were ranked together. Probabilities are relative: a 
 has probability 1, whatever the image shows.
 """
 
-import json
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
 from serving.tasks.zero_shot import embed_labels, softmax
 from serving.util.progress import Progress, silent
+from serving.util.typed_json import parse_json
 
 QUESTION_TEMPLATE = "{question} {answer}"
 THRESHOLD = 0.5
@@ -209,7 +210,7 @@ def read_vocabulary(file: Path) -> list[Category]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    readers = {".toml": tomllib.loads, ".json": json.loads}
+    readers: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": parse_json}
     if file.suffix.lower() not in readers:
         raise InputError(f"{file}: expected a vocabulary in a .toml or .json file")
     try:

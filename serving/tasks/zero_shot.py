@@ -11,7 +11,6 @@ unit length. Probabilities are the softmax over the cosines times the checkpoint
 
 import io
 import itertools
-import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from serving.tasks.embedder import Embedder, Floats
 from serving.util.directories import read_lines
 from serving.util.files import write_bytes
 from serving.util.progress import Progress, silent
+from serving.util.typed_json import json_text, parse_json
 
 TEMPLATES = {
     "plain": ("a photo of a {}.",),
@@ -199,7 +199,7 @@ class ZeroShotClassifier:
             "model": asdict(self._embedder.identity),
         }
         buffer = io.BytesIO()
-        np.savez(buffer, embeddings=self.embeddings, facts=np.array(json.dumps(facts)))
+        np.savez(buffer, embeddings=self.embeddings, facts=np.array(json_text(facts)))
         write_bytes(Path(path), buffer.getvalue())
 
     @classmethod
@@ -240,7 +240,7 @@ def in_batches(
 def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, Floats]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            facts, embeddings = json.loads(str(file["facts"])), file["embeddings"]
+            facts, embeddings = parse_json(str(file["facts"])), file["embeddings"]
         if facts["format"] != CLASSIFIER_FORMAT:
             raise InputError(
                 f"{path} has format {facts['format']!r}, expected {CLASSIFIER_FORMAT}",
@@ -250,6 +250,8 @@ def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, 
         expected = (len(facts["labels"]), model.embed_dim)
         if embeddings.dtype != np.float32 or embeddings.shape != expected:
             raise ValueError(f"embeddings {embeddings.dtype} {list(embeddings.shape)}")
+        if not np.isfinite(embeddings).all():
+            raise ValueError("an embedding is not finite")
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such file", advice="give a file that ZeroShotClassifier.save() wrote"

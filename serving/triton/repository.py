@@ -6,7 +6,6 @@ bundle that the model reads. `serving.triton.server` starts the server.
 """
 
 import itertools
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from serving.runners.tensor_rt import fitting_plan
 from serving.util.files import link_or_copy, new_directory
 from serving.util.machine import cpu_count
 from serving.util.progress import Progress, silent
+from serving.util.typed_json import json_text
 
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 ModelConfig = Any  # tritonclient ships no stubs for its protobuf modules
@@ -332,7 +332,7 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
         "weights_sha256": manifest.provenance.weights_sha256,
         "embed_dim": str(manifest.embed_dim),
         "logit_scale": repr(manifest.logit_scale),
-        "templates": json.dumps(manifest.templates),
+        "templates": json_text(manifest.templates),
         "context_length": str(manifest.text.context_length),
     }
     for key, value in facts.items():

@@ -38,6 +38,7 @@ from serving.triton.network import (
 )
 from serving.triton.processes import has_ended, stubs_of
 from serving.triton_models.admission import METRICS
+from serving.util.finite import check_positive
 
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is stopped
 MAX_REQUEST_BYTES = 64 << 20
@@ -168,6 +169,7 @@ class TritonServer:
         tls: ServerTls | None = None,
         admin_key: str | None = None,
     ) -> None:
+        check_positive("ready_timeout", ready_timeout)
         self.repository = repository.resolve()
         self._requested_ports = Ports(http_port, grpc_port, metrics_port)
         self._requested_log = log

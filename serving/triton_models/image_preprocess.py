@@ -5,7 +5,6 @@ processes. An image of `MAX_PIXELS` takes seconds and up to 1 GB of memory to de
 second model, a few of them would keep all processes busy while everyone else waits.
 """
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from serving.triton_models.admission import Ahead
 from serving.triton_models.counters import Counters
 from serving.triton_models.requests import deadline_s, infer, required
 from serving.triton_models.responses import Responses
+from serving.util.typed_json import parse_json
 
 _LARGE = "image_preprocess_large"
 
@@ -37,7 +37,7 @@ class _Preprocess:
         """Load the image specification of the bundle."""
         bundle = Path(args["model_repository"], args["model_version"], "bundle")
         self.spec = Bundle.open(bundle).manifest.image
-        self.config = json.loads(args["model_config"])
+        self.config = parse_json(args["model_config"])
         self.counters = Counters(self.config["name"])
         self.responses = Responses(self.config["name"], self.counters)
 

@@ -1,6 +1,5 @@
 """Python model `text_tokenize`: converts strings to token ids."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from serving.triton_models.admission import Ahead, Behind
 from serving.triton_models.counters import Counters
 from serving.triton_models.requests import required
 from serving.triton_models.responses import Responses
+from serving.util.typed_json import parse_json
 
 
 class TextTokenize:
@@ -26,7 +26,7 @@ class TextTokenize:
         """Load the tokenizer of the bundle."""
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.tokenizer = Tokenizer(bundle.tokenizer, bundle.manifest.text)
-        parameters = json.loads(args["model_config"])["parameters"]
+        parameters = parse_json(args["model_config"])["parameters"]
         self.max_queue = int(parameters["max_queue"]["string_value"])
         self.behind = Behind("text_tokenize", self.max_queue)
         self.ahead = Ahead("text_tower", self.max_queue)

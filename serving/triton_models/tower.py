@@ -3,7 +3,6 @@
 Imported only inside Triton's Python stub, which provides `triton_python_backend_utils`.
 """
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from serving.triton_models.admission import Behind
 from serving.triton_models.counters import Counters
 from serving.triton_models.requests import required
 from serving.triton_models.responses import Responses
+from serving.util.typed_json import parse_json
 
 
 class TowerModel:
@@ -30,7 +30,7 @@ class TowerModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the runner that assembly selected, and warm it up on typical shapes."""
-        config = json.loads(args["model_config"])
+        config = parse_json(args["model_config"])
         self._name = config["name"]
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self._input, self._output = config["input"][0]["name"], config["output"][0]["name"]

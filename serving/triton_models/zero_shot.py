@@ -6,7 +6,6 @@ one process keeps all label sets. (Response senders in models that are not decou
 24.07 or later.)
 """
 
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from serving.triton_models.counters import Counters
 from serving.triton_models.label_cache import Abandoned, Full, LabelSetCache, embedding_work, key_of
 from serving.triton_models.requests import deadline_s, infer, tensor
 from serving.triton_models.responses import Responses
+from serving.util.typed_json import parse_json
 
 Floats = NDArray[np.float32]
 
@@ -48,7 +48,7 @@ class ZeroShot:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle and the settings, and start the threads."""
-        parameters = json.loads(args["model_config"])["parameters"]
+        parameters = parse_json(args["model_config"])["parameters"]
         settings = {key: int(value["string_value"]) for key, value in parameters.items()}
         bundle = Bundle.open(Path(args["model_repository"], args["model_version"], "bundle"))
         self.manifest = bundle.manifest

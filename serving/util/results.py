@@ -6,7 +6,6 @@ compared between machines are ratios to a reference, measured alternately with i
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ from typing import Any, Literal, Self
 from serving.errors import InputError
 from serving.util.files import write_text
 from serving.util.nvidia import Gpu
-from serving.util.typed_json import from_json
+from serving.util.typed_json import from_json, json_text, parse_json
 
 SCHEMA = 1
 """Version of the schema; readers reject any other version."""
@@ -407,7 +406,7 @@ class Results:
         """
         file = path / FILE if path.is_dir() else path
         try:
-            document = json.loads(file.read_text(encoding="utf-8"))
+            document = parse_json(file.read_text(encoding="utf-8"))
             found = document.get("schema") if isinstance(document, dict) else None
             if found != SCHEMA:
                 raise ValueError(
@@ -423,9 +422,15 @@ class Results:
         return dataclasses.replace(self, latency=(*kept, run))
 
     def write(self, path: Path) -> None:
-        """Write a results file, or `results.json` in a directory, with six significant digits."""
+        """Write a results file, or `results.json` in a directory, with six significant digits.
+
+        Raises:
+            InputError: a number is NaN or infinite; its `name` is the place in the file.
+        """
         file = path / FILE if path.is_dir() else path
-        write_text(file, _expanded(_rounded(dataclasses.asdict(self)), _EXPANDED) + "\n")
+        document = _rounded(dataclasses.asdict(self))
+        json_text(document)  # an error here names the place, one of `_expanded` would not
+        write_text(file, _expanded(document, _EXPANDED) + "\n")
 
 
 def _rounded(value: Any) -> Any:
@@ -441,10 +446,10 @@ def _rounded(value: Any) -> Any:
 def _expanded(value: Any, levels: int, indent: str = "") -> str:
     """Return JSON text with one line per item on the first `levels` levels, for readable diffs."""
     if not levels or not isinstance(value, dict | list) or not value:
-        return json.dumps(value)
+        return json_text(value)
     inner = indent + " "
     if isinstance(value, dict):
-        items = [f"{json.dumps(k)}: {_expanded(v, levels - 1, inner)}" for k, v in value.items()]
+        items = [f"{json_text(k)}: {_expanded(v, levels - 1, inner)}" for k, v in value.items()]
     else:
         items = [_expanded(item, levels - 1, inner) for item in value]
     opening, closing = "{}" if isinstance(value, dict) else "[]"

@@ -10,7 +10,6 @@ The Python models of this project write such strings. The client reads them, and
 messages, becomes an error without fields.
 """
 
-import json
 import re
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from serving.errors import (
     TextTooLongError,
     UnavailableError,
 )
+from serving.util.typed_json import json_text, parse_json
 
 _MARK = "\n#clip "
 _TYPES: dict[str, type[ClipDeployError]] = {
@@ -55,7 +55,7 @@ def to_text(error: ClipDeployError) -> str:
     fields = {name: getattr(error, name, None) for name in _FIELDS}
     document = {"type": type(error).__name__, "reason": error.reason}
     document |= {name: value for name, value in fields.items() if value not in ("", None)}
-    return f"{error}{_MARK}{json.dumps(document)}"
+    return f"{error}{_MARK}{json_text(document)}"
 
 
 def from_text(message: str) -> ClipDeployError | None:
@@ -64,7 +64,7 @@ def from_text(message: str) -> ClipDeployError | None:
     if not mark:
         return None
     try:
-        document: Any = json.loads(line)
+        document: Any = parse_json(line)
         kind = _TYPES[document.pop("type")]
         return kind(document.pop("reason", sentence), **document)
     except (ValueError, KeyError, TypeError, AttributeError):  # another version, or truncated

@@ -1,6 +1,7 @@
 """The bundle's manifest and files, atomic replacement of directories, and typed JSON."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -54,6 +55,40 @@ def test_manifest_round_trip(tiny_bundle):
     text = (tiny_bundle.path / "manifest.json").read_text()
     assert Bundle.open(tiny_bundle.path).manifest.to_json() == text
     assert json.loads(text)["format"] == MANIFEST_FORMAT
+
+
+def placed(document: dict, place: str, value: object) -> None:
+    *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
+    for parent in parents:
+        document = document[parent]
+    document[last] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [
+        ("logit_scale", (math.nan, math.inf, 0.0, -1.0, 1e39, 10**400)),
+        ("embed_dim", (0, -1, math.nan, 2**31)),
+        ("image.size", (0, -32, math.inf)),
+        ("image.resize", (0, math.nan)),
+        ("image.mean.1", (math.nan, math.inf, -0.5, 123.7)),
+        ("image.std.2", (math.nan, math.inf, 0.0, -0.2, 58.4)),
+        ("text.context_length", (0, math.nan)),
+        ("text.end_id", (-1, 49408, math.nan)),
+        ("artifacts.0.verdicts.0.min_cosine", (math.nan, -math.inf)),
+        ("artifacts.0.verdicts.0.max_abs_difference", (math.inf,)),
+    ],
+)
+def test_number_that_no_model_has_is_refused_by_the_name_of_its_field(copy, place, values):
+    manifest = copy / "manifest.json"
+    sound = manifest.read_text()
+    name = re.sub(r"\.(\d+)", r"[\1]", place)
+    for value in values:
+        manifest.write_text(sound)
+        edit(copy, lambda document, v=value: placed(document, place, v))
+        with pytest.raises(BundleError) as caught:
+            Bundle.open(copy)
+        assert f"{name}: " in caught.value.reason.lower()
 
 
 @pytest.mark.parametrize("file", ["image.fp32.onnx", "text.fp32.onnx", "tokenizer.json"])

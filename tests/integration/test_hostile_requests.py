@@ -1,4 +1,4 @@
-"""Tests of requests that could hurt other clients: the cache, the stack, large images, counters."""
+"""Tests of requests that could hurt other clients, and of the counters of outcomes."""
 
 import http.client
 import io
@@ -120,23 +120,6 @@ def test_truncation_is_a_model_of_its_own(server, local, protocol):
                 client.embed_texts([long])
         short = client.embed_texts(["a cat"], truncate=True)
         np.testing.assert_allclose(short, client.embed_texts(["a cat"]), atol=1e-6)
-
-
-# ------------------------------------------------------------------ Triton's HTTP parser
-
-
-@pytest.mark.parametrize("size", [9 << 20, 64 << 20])
-def test_body_with_the_content_type_of_curl_does_not_end_the_server(server, size):
-    """Triton 2.51 parses a form on the stack, and `curl --data-binary` declares one."""
-    headers = {
-        "Content-Type": "application/x-www-form-urlencoded",
-        "Inference-Header-Content-Length": "0",
-    }
-    for _ in range(6):
-        status, _ = post(server, "clip_image", headers, b"\xff" * size)
-        assert status == 400
-    with ClipClient(server.http_url) as client:
-        assert client.embed_images([SMALL]).shape == (1, 32)
 
 
 # ------------------------------------------------------------------ large images

@@ -374,16 +374,25 @@ def test_server_survives_malformed_requests(server, protocol, figure):
     )
 
 
-# The generator omits two inputs that crash tritonserver 2.51 itself: JSON nested about 100,000 deep
-# (its parser is recursive), and a body in about a million chunks (their list is on the stack). Add
-# them to the generator once Triton survives them and the test below fails.
-DEEP = 1_000_000
+# The generator omits two kinds of requests that end tritonserver 2.51 itself. Add them once Triton
+# survives them and the test below fails.
+NESTED = b'{"inputs":' + b'{"a":' * 10_000_000 + b"1" + b"}" * 10_000_000 + b"}"
+HUGE = {"name": "PIXELS", "shape": [2**40, 1], "datatype": "FP32", "data": [1]}
 ENDS_TRITON = {
-    "nested JSON": (
-        {"Content-Type": "application/json"},
-        b'{"inputs":' + b'{"a":' * DEEP + b"1" + b"}" * DEEP + b"}",
+    "60 MB of nested JSON": NESTED,  # its parser is recursive
+    "a JSON tensor of 2^40 numbers": json.dumps({"inputs": [HUGE]}).encode(),  # std::bad_alloc
+}
+# These end a Triton whose stack has the usual 8 MiB.
+NEEDS_STACK = {
+    "curl's content type": (
+        {
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Inference-Header-Content-Length": "0",
+        },
+        b"\xff" * (64 << 20),
     ),
-    "a body in a million chunks": (
+    "5 MB of nested JSON": ({}, b'{"inputs":' + b'{"a":' * 900_000 + b"1" + b"}" * 900_000 + b"}"),
+    "a million chunks": (
         {"Transfer-Encoding": "chunked"},
         b"1\r\na\r\n" * 1_000_000 + b"0\r\n\r\n",
     ),
@@ -397,25 +406,40 @@ def runs(pid):
         return False
 
 
+def send(server, model, headers, body):
+    """Send a request whose headers may contradict its body. Return the status, or None."""
+    address = server.http_url.partition("://")[2]
+    connection = http.client.HTTPConnection(address, timeout=DEADLINE_S)
+    connection.putrequest("POST", f"/v2/models/{model}/infer")
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    if "Transfer-Encoding" not in headers:
+        connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders()
+    try:
+        connection.send(body)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("kind", NEEDS_STACK)
+def test_large_requests_do_not_overflow_the_stack(server, kind):
+    pids = processes(server)
+    for _ in range(6):
+        assert send(server, "clip_image", *NEEDS_STACK[kind]) in (400, 500)
+    assert processes(server) == pids
+
+
 @pytest.mark.parametrize("kind", ENDS_TRITON)
 def test_omitted_inputs_crash_triton_itself(kind, tmp_path):
     """The repository holds a single model that echoes its input, without code of this project."""
-    headers, body = ENDS_TRITON[kind]
     with TritonServer(
         make_repository(tmp_path / "echo", echo=IDENTITY), http_port=0, grpc_port=0, metrics_port=0
     ) as running:
-        address = running.http_url.partition("://")[2]
-        connection = http.client.HTTPConnection(address, timeout=DEADLINE_S)
-        connection.putrequest("POST", "/v2/models/echo/infer")
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        if "Transfer-Encoding" not in headers:
-            connection.putheader("Content-Length", str(len(body)))
-        connection.endheaders()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            connection.send(body)
-            connection.getresponse()
-        connection.close()
+        assert send(running, "echo", {}, ENDS_TRITON[kind]) is None
         deadline = time.monotonic() + DEADLINE_S
         while runs(running.pid):
             assert time.monotonic() < deadline, "it goes on"

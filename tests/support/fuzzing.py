@@ -7,6 +7,7 @@ that a failure reports.
 import copy
 import io
 import json
+import math
 import struct
 import zlib
 
@@ -257,6 +258,7 @@ VALUES = (
     "\0",
     "é",
 )
+JSON_VALUES = (0, 1, -1, 0.5, 2**31, 2**64, 1e308, True, "a cat", "")
 NAMES = (
     *("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "truncate", "binary"),
     *("triton_enable_empty_final_response", "classification", "binary_data", "binary_data_output"),
@@ -371,8 +373,13 @@ def as_json(request):
 def http_body(rng, request):
     """Headers and body of an HTTP request, possibly altered as by a proxy."""
     document, tail = as_json(request)
-    if rng.random() < 0.15:
+    form = rng.random()
+    if form < 0.15:
         _spoil_document(rng, document)
+    elif form < 0.3:
+        _use_json_tensors(rng, document)
+        tail = b""
+    _omit_allocations(document)
     head = json.dumps(document).encode()
     if rng.random() < 0.1:
         head = bytes(rng.choice((_flip, _truncate, _cut))(rng, bytearray(head), [head]))
@@ -391,6 +398,35 @@ def http_body(rng, request):
     if rng.random() < 0.05:
         body = rng.choice((b"", b"{}", b"[]", b"null", b'"x"', body[: len(body) // 2]))
     return headers, body
+
+
+def _use_json_tensors(rng, document):
+    """Move all data into the JSON, with other shapes, types and values than declared."""
+    for given in document["inputs"]:
+        given["parameters"].pop("binary_data_size", None)
+        if rng.random() < 0.5:
+            given["shape"] = list(rng.choice(SHAPES))
+        if rng.random() < 0.5:
+            given["datatype"] = rng.choice(TYPES)
+        values = [
+            rng.choice((0, 1, -1, 0.5, 2**31, 2**64, 1e308, True, "a cat", "")) for _ in "abc"
+        ]
+        given["data"] = rng.choice((values[:1], values, [values], [[v] for v in values]))
+
+
+def _omit_allocations(document):
+    """Leave out one kind of request that ends tritonserver 2.51 itself; see `ENDS_TRITON`.
+
+    It allocates memory for the shape of a JSON tensor before it looks at the data.
+    """
+    inputs = document.get("inputs")
+    for given in inputs if isinstance(inputs, list) else ():
+        if not isinstance(given, dict) or "data" not in given or given.get("datatype") == "BYTES":
+            continue
+        shape = given.get("shape")
+        dims = [dim for dim in shape if isinstance(dim, int)] if isinstance(shape, list) else []
+        if abs(math.prod(dims)) > 1 << 24:
+            given["shape"] = [3, 1]
 
 
 def _spoil_document(rng, document):

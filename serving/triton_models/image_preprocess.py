@@ -82,24 +82,20 @@ class ImagePreprocess(_Preprocess):
         A bad request does not affect the others.
         """
         room = self.ahead.room(len(requests))
-        answers = [self.answer(request) for request in requests[:room]]
-        full = self.responses.full("image_tower", self.max_queue, len(requests) - room)
-        return answers + full
+        answers = [self.responses.of(self.respond, request) for request in requests[:room]]
+        return answers + self.responses.full("image_tower", self.max_queue, len(requests) - room)
 
-    def answer(self, request: Any) -> Any:
-        """Return the response to a request; None if it has large images, which a thread embeds."""
-        try:
-            raw = required(request, "image", None, 1).ravel()
-            images = _opened(raw)
-            if not _are_large(images):
-                return self.responses.ok(self.pixels(raw, images))
-            if not self.room_for_large.acquire(blocking=False):
-                raise OverloadedError(
-                    f"{_LARGE} is full: {self.max_large} requests with large images wait for it",
-                    advice="try again later, or scale the images down first",
-                )
-        except Exception as error:
-            return self.responses.failed(error)
+    def respond(self, request: Any) -> list[Any] | None:
+        """Return the pixels of a request's images; None if they are large and were passed on."""
+        raw = required(request, "image", None, 1).ravel()
+        images = _opened(raw)
+        if not _are_large(images):
+            return self.pixels(raw, images)
+        if not self.room_for_large.acquire(blocking=False):
+            raise OverloadedError(
+                f"{_LARGE} is full: {self.max_large} requests with large images wait for it",
+                advice="try again later, or scale the images down first",
+            )
         deadline = time.monotonic() + deadline_s(request)
         self.thread.submit(self.forward, request.get_response_sender(), raw, deadline)
         return None

@@ -39,13 +39,15 @@ class Responses:
     def __init__(self, model: str, counters: Counters) -> None:
         self._model, self._counters = model, counters
 
-    def of(self, respond: Callable[[Any], list[Any]], request: Any) -> Any:
+    def of(self, respond: Callable[[Any], list[Any] | None], request: Any) -> Any:
         """Return the response with the tensors that `respond` returns for `request`.
 
-        An exception becomes an error response.
+        An exception becomes an error response. If `respond` returns None, so does this method: the
+        response will be sent later.
         """
         try:
-            return self.ok(respond(request))
+            tensors = respond(request)
+            return None if tensors is None else self.ok(tensors)
         except Exception as error:  # must not leave the model; see the module docstring
             return self.failed(error)
 

@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from serving.bundles.bundle import Bundle
+from serving.bundles.bundle import Bundle, describe_file
 from serving.clients.triton import ClipClient
 from serving.errors import ServerError
 from serving.triton.server import TritonServer
@@ -55,7 +56,7 @@ def test_shared_memory_names_are_not_disclosed(server, repository):
     name = json.loads(told)["name"]
     assert not any(name.startswith(prefix) or prefix in name for prefix in prefixes)
     models = [config.parent.name for config in repository.glob("*/config.pbtxt")]
-    assert len(models) == 7
+    assert len(models) == 9
     for model in models:
         for path in (f"models/{model}", f"models/{model}/config"):
             status, body = ask_http(server, "GET", path, {})
@@ -126,13 +127,36 @@ def broken(repository, tmp_path_factory):
     ):
         with (path / model / "1" / "model.py").open("a") as file:
             file.write(source)
-    # With a larger vocabulary in the manifest than in the graph, invalid ids reach the graph.
-    manifest = path / "text_tower" / "1" / "bundle" / "manifest.json"
-    known = Bundle.open(manifest.parent).manifest
-    more = replace(known, text=replace(known.text, vocab_size=1_000_000))
-    manifest.write_text(more.to_json())
+    break_text_tower(path / "text_tower" / "1" / "bundle")
     with TritonServer(path, **ANY, log=path.with_suffix(".log")) as running:
         yield running
+
+
+def break_text_tower(bundle):
+    """Replace the text tower with a graph that fails for ids which its manifest allows."""
+    table = onnx.numpy_helper.from_array(np.ones((49408, 32), np.float32), "table")
+    ids = onnx.helper.make_tensor_value_info("input_ids", onnx.TensorProto.INT32, ["n", "length"])
+    out = onnx.helper.make_tensor_value_info("text_embeds", onnx.TensorProto.FLOAT, ["n", 32])
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "input_ids"], ["tokens"]),
+        onnx.helper.make_node("ReduceMean", ["tokens"], ["text_embeds"], axes=[1], keepdims=0),
+    ]
+    graph = onnx.helper.make_graph(nodes, "broken", [ids], [out], [table])
+    opset = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    file = bundle / "text.fp32.onnx"
+    file.unlink()  # a hard link to the file of the bundle
+    file.write_bytes(model.SerializeToString())
+    known = Bundle.open(bundle).manifest
+    artifacts = tuple(
+        replace(artifact, files=(describe_file(file, bundle),))
+        if (artifact.graph, artifact.precision) == ("text", "fp32")
+        else artifact
+        for artifact in known.artifacts
+    )
+    text = replace(known.text, vocab_size=1_000_000)
+    changed = replace(known, text=text, artifacts=artifacts)
+    (bundle / "manifest.json").write_text(changed.to_json())
 
 
 FAILURES = {

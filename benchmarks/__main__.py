@@ -12,6 +12,7 @@ from serving.bundles.bundle import Bundle
 from serving.cli.console import Json, document, note, progress, result, run
 from serving.errors import RunnerError
 from serving.util.extras import require
+from serving.util.files import check_directory
 from serving.util.results import FILE, AccuracyRun, Device, LoadRun, Results
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -76,6 +77,7 @@ def latency(
     from benchmarks.report.tables import latency_table
 
     require_device(device)
+    check_directory(output)
     if (Path(model) / "manifest.json").exists():
         Bundle.open(Path(model))
     if Path(model).exists():
@@ -158,6 +160,7 @@ def load(
     from benchmarks.load.plan import Plan
     from benchmarks.report.tables import load_remarks, load_table
 
+    _old(output)
     plan = (Plan.quick if quick else Plan.full)(concurrency or ())
     opened, urls = Bundle.open(bundle), urls_of(url, http_url)
     with progress("loading") as show:
@@ -203,6 +206,7 @@ def accuracy(
     from benchmarks.report.tables import accuracy_remarks, accuracy_table
     from serving.tasks.zero_shot import read_templates
 
+    _old(output)
     opened = Bundle.open(bundle)
     prompts = read_templates(templates) if templates else None
     with progress("loading") as show:
@@ -265,11 +269,20 @@ def compare(
         raise typer.Exit(1)
 
 
+def _old(output: Path) -> Results:
+    """Return the results that are already in a directory.
+
+    Raises:
+        InputError: the directory cannot be written, or its results cannot be read.
+    """
+    check_directory(output)
+    file = output / FILE
+    return Results.read(file) if file.exists() else Results()
+
+
 def _keep(output: Path, measured: LoadRun | AccuracyRun, as_json: bool) -> None:
     """Replace one section of the results file in a directory."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / FILE
-    results = Results.read(file) if file.exists() else Results()
+    file, results = output / FILE, _old(output)
     if isinstance(measured, LoadRun):
         results = dataclasses.replace(results, load=measured)
     else:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from serving.cli.console import Json, document, note, progress, result, run, table
+from serving.util.files import check_directory, check_file, write_text
 from training.shapes import PAIRS, label, write_folder
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -20,6 +21,12 @@ STATES = Path("artifacts/training")
 def state_file(output: Path) -> Path:
     """Return the file with the state of an unfinished run."""
     return STATES / f"{output.resolve().name}.pt"
+
+
+def _check(output: Path) -> None:
+    """Check that the checkpoint and the state of the run can be written."""
+    check_directory(output)
+    check_file(state_file(output))
 
 
 @app.command()
@@ -38,6 +45,7 @@ def shapes(
     """Train the demo checkpoint from scratch on drawn pictures, and measure its accuracy."""
     from training.demo import default_settings, make_demo
 
+    _check(output)
     with progress("drawing") as show:
         report = make_demo(
             output,
@@ -107,6 +115,7 @@ def folder(
     from training.contrastive import Settings
     from training.folder import Sizes, train_folder
 
+    _check(output)
     settings = Settings(
         steps=steps,
         batch_size=batch_size,
@@ -152,8 +161,7 @@ def pictures(
 ) -> None:
     """Draw captioned pictures, with captions.txt and a list of all labels in labels.txt."""
     written = write_folder(directory, count, seed, size)
-    labels = directory / "labels.txt"
-    labels.write_text("".join(f"{label(pair)}\n" for pair in PAIRS), encoding="utf-8")
+    write_text(directory / "labels.txt", "".join(f"{label(pair)}\n" for pair in PAIRS))
     if as_json:
         document({"directory": str(directory), "images": len(written)})
         return

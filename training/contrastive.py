@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from export.towers.clip import Clip
 from export.towers.resnet import ResNetConfig
 from serving.errors import CheckpointError, InputError
+from serving.util.files import new_file
 from serving.util.finite import is_float32
 from serving.util.progress import Progress, silent
 from training.batches import MixedBatches, Pairs
@@ -261,16 +262,14 @@ def save_state(
     losses: list[float],
 ) -> None:
     """Write the state that a run needs to continue. The file is replaced atomically."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "clip": clip.state_dict(),
         "optimizer": optimizer.state_dict(),
         "settings": asdict(settings),
         "losses": losses,
     }
-    torch.save(content, partial)
-    partial.replace(path)
+    with new_file(path) as file:
+        torch.save(content, file)
 
 
 def load_state(
@@ -318,4 +317,5 @@ def plot_losses(losses: list[float], path: Path) -> None:
     axes.plot(means, color="C0", label="running mean")
     axes.set(xlabel="step", ylabel="InfoNCE loss (nats)")
     axes.legend()
-    figure.savefig(path, dpi=80)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", dpi=80)

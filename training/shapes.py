@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from serving.errors import InputError
+from serving.util.files import check_directory, new_file, write_text
 from training.scenes import (
     COLOURS,
     HELD_OUT,
@@ -246,10 +247,10 @@ def write_folder(
     Raises:
         InputError: `directory` already has a `captions.txt`.
     """
+    check_directory(directory)
     listing = directory / "captions.txt"
     if listing.exists():
         raise InputError(f"{listing} exists already", advice="give an empty or a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     written = []
     for index in range(count):
@@ -260,8 +261,9 @@ def write_folder(
             pair = choose(rng, pairs)
             scene, text = single(rng, pair), label(pair)
         path = directory / f"{index:04d}.{'png' if index % 4 == 3 else 'jpg'}"
-        draw(scene, size).save(path, quality=90)
+        with new_file(path) as file:
+            draw(scene, size).save(file, "PNG" if path.suffix == ".png" else "JPEG", quality=90)
         written.append((path, text))
     lines = [f"{path.name}, {text}\n" for path, text in written]
-    listing.write_text("".join(lines), encoding="utf-8")
+    write_text(listing, "".join(lines))
     return written

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.errors import InputError
-from serving.util.directories import find_images, read_captions, read_lines
+from serving.util.directories import described, find_images, read_captions, read_lines
 
 CLASS_NAMES = "classnames.txt"
 
@@ -31,9 +31,12 @@ def read_folder(directory: Path) -> LabelledFolder:
         TextError: a text file is not UTF-8.
     """
     images = find_images(directory)
-    if (directory / "captions.txt").exists():
-        return _captioned(directory, images)
-    return _image_folder(directory, images)
+    captioned = (directory / "captions.txt").exists()
+    found = (_captioned if captioned else _image_folder)(directory, images.files)
+    found.notes.extend(f"{item.path}: {item.reason}" for item in images.skipped)
+    if images.ignored:
+        found.notes.append(f"ignored {described(images.ignored)}")
+    return found
 
 
 def _captioned(directory: Path, images: list[Path]) -> LabelledFolder:

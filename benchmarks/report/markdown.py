@@ -20,7 +20,7 @@ from benchmarks.report.sections import (
     table,
 )
 from serving.errors import InputError
-from serving.util.files import write_text
+from serving.util.files import check_file, write_text
 from serving.util.results import InTurns, LatencyRun, Results
 
 BEGIN, END = "<!-- benchmarks: begin, written by `python -m benchmarks report` -->", "<!-- end -->"
@@ -50,6 +50,9 @@ def write_report(directory: Path, readme: Path | None = None) -> list[Path]:
         MissingPackageError: matplotlib is not installed.
     """
     results, target = Results.read(directory), directory / "RESULTS.md"
+    check_file(target)
+    if readme is not None:
+        check_file(readme)
     plots = draw(results, directory)
     write_text(target, markdown(results))
     written = [*plots, target]

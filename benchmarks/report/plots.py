@@ -8,6 +8,7 @@ from benchmarks.report.analysis import multiplied_in, works
 from benchmarks.report.sections import slug
 from serving.runners.spec import RunnerSpec
 from serving.util.extras import require
+from serving.util.files import new_file
 from serving.util.results import AccuracyRun, LatencyRun, LoadRun, Results, TowerLatency
 
 _COLORS = {
@@ -63,9 +64,8 @@ def draw(results: Results, directory: Path) -> list[Path]:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", bbox_inches="tight", facecolor="white")
-    temporary.replace(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight", facecolor="white")
     pyplot.close(figure)
     return path
 

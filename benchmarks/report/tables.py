@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from itertools import groupby
 
-from rich.markup import escape
-from rich.table import Table
-
 from benchmarks.report.analysis import each, fraction, of, tflops, works
 from benchmarks.report.compare import Comparison
+from serving.cli.console import Table, add, table
 from serving.util.results import AccuracyRun, LatencyRun, LoadRun, Point, TowerLatency
 
 _GATE = {True: "passed", False: "failed", None: "-"}
@@ -15,18 +13,16 @@ _GATE = {True: "passed", False: "failed", None: "-"}
 
 def latency_table(run: LatencyRun) -> Table:
     """Return a table of every work with its runners, fastest first."""
-    table = Table(title=f"{run.model.name} on {run.environment.machine}, {run.device}")
     on_device = any(one.device_timing for one in run.towers)
-    columns = ["work", "runner", "ms", *(["ms device"] if on_device else [])]
-    columns += [f"x {run.reference}", "TFLOP/s", "of limit", "spread", "cosine"]
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("work", "runner") else "right")
+    columns = ["work", "runner", ">ms", *([">ms device"] if on_device else [])]
+    columns += [f">x {run.reference}", ">TFLOP/s", ">of limit", ">spread", ">cosine"]
+    made = table(f"{run.model.name} on {run.environment.machine}, {run.device}", columns)
     for tower, batch, length in works(run):
-        table.add_section()
+        made.add_section()
         for number, one in enumerate(of(run, (tower, batch, length))):
             name = f"{tower} {batch}" + (f" x {length} tokens" if length else "")
-            table.add_row("" if number else name, *_latency_cells(run, one, on_device))
-    return table
+            add(made, ("" if number else name, *_latency_cells(run, one, on_device)))
+    return made
 
 
 def _latency_cells(run: LatencyRun, one: TowerLatency, on_device: bool) -> Iterator[str]:
@@ -44,17 +40,18 @@ def _latency_cells(run: LatencyRun, one: TowerLatency, on_device: bool) -> Itera
 
 def load_table(run: LoadRun) -> Table:
     """Return a table of all points, with one section per sweep."""
-    table = Table(title=f"{run.bundle} served by {run.server}, one item per request")
-    for name in ("model", "client", "load", "items/s", "p50 ms", "p95", "p99", "errors"):
-        table.add_column(name, justify="left" if name in ("model", "client") else "right")
-    table.add_column("steps: queue + compute ms (batch)", min_width=34)
+    columns = ("model", "client", ">load", ">items/s", ">p50 ms", ">p95", ">p99", ">errors")
+    steps = "steps: queue + compute ms (batch)"
+    title = f"{run.bundle} served by {run.server}, one item per request"
+    made = table(title, (*columns, steps))
+    made.columns[-1].min_width = 34
     for (model, protocol), points in groupby(run.points, lambda p: (p.model, p.protocol)):
-        table.add_section()
+        made.add_section()
         head = f"{model} {protocol}"
         for point in points:
-            table.add_row(head, *_load_cells(point))
+            add(made, (head, *_load_cells(point)))
             head = ""
-    return table
+    return made
 
 
 def _load_cells(point: Point) -> Iterator[str]:
@@ -104,29 +101,30 @@ def load_remarks(run: LoadRun) -> Iterator[str]:
 def accuracy_table(run: AccuracyRun) -> Table:
     """Return a table with one row per runner."""
     counts = f"{run.images} images, {run.labels} labels x {len(run.templates)} templates"
-    table = Table(
-        title=f"{run.bundle} on {run.dataset}: {counts}",
+    made = table(
+        f"{run.bundle} on {run.dataset}: {counts}",
+        (
+            *("runner", ">top-1", ">top-5", ">agrees"),
+            *(">to fp32", ">gate", ">image ms", ">text ms"),
+        ),
         caption=f"in brackets: 95 % interval; ms per item in batches of {run.image_batch} images "
         f"or {run.text_batch} texts",
-        caption_justify="left",
     )
-    table.add_column("runner")
-    for column in ("top-1", "top-5", "agrees", "to fp32", "gate", "image ms", "text ms"):
-        table.add_column(column, justify="right")
     for number, row in enumerate(run.rows):
         low, high = row.difference_low, row.difference_high
         away = f"{row.difference:+.2%} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        table.add_row(
+        cells = (
             row.runner,
-            escape(f"{row.top1:.2%} [{100 * row.top1_low:.1f}, {100 * row.top1_high:.1f}]"),
+            f"{row.top1:.2%} [{100 * row.top1_low:.1f}, {100 * row.top1_high:.1f}]",
             "-" if row.top5 is None else f"{row.top5:.2%}",
             f"{row.agreement:.2%}",
-            escape(away) if number else "-",  # the first row is the reference
+            away if number else "-",  # the first row is the reference
             _GATE[row.passed],
             f"{row.image_ms:.2f}",
             f"{row.text_ms:.2f}",
         )
-    return table
+        add(made, cells)
+    return made
 
 
 def accuracy_remarks(run: AccuracyRun) -> Iterator[str]:
@@ -143,11 +141,10 @@ def comparison_table(found: Comparison) -> Table:
     moved = sorted((c for c in found.changes if c.verdict != "same"), key=lambda c: c.change)
     same = len(found.changes) - len(moved)
     title = f"{len(moved)} of {len(found.changes)} changed by more than {found.threshold:.0%}"
-    table = Table(title=f"{title}; {same} did not")
-    for column in ("entry", "old", "new", "new / old", "95 %", ""):
-        table.add_column(column, justify="left" if column in ("entry", "") else "right")
+    columns = ("entry", ">old", ">new", ">new / old", ">95 %", "")
+    made = table(f"{title}; {same} did not", columns)
     for c in moved:
         span = f"{c.low:.2f} to {c.high:.2f}"
         cells = (f"{c.old:.2f}x", f"{c.new:.2f}x", f"{c.change:.2f}", span, c.verdict)
-        table.add_row(escape(c.name), *cells)
-    return table
+        add(made, (c.name, *cells))
+    return made

@@ -32,6 +32,7 @@ from export.checkpoints.weight_names import check_state, load_state
 from export.towers.clip import Activation, Clip, ClipConfig
 from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec, TextSpec
 from serving.errors import CheckpointError
+from serving.util.files import check_utf8
 from serving.util.finite import INT32_MAX
 
 _NAMES = [model.name for model in KNOWN_MODELS] + [f"random:{name}" for name in ARCHITECTURES]
@@ -80,6 +81,7 @@ def load_checkpoint(
         return _random(name, vocabulary)
     known = next((model for model in KNOWN_MODELS if model.name == name), None)
     path = Path(name)
+    check_utf8(path)
     if known and known.sha256:
         path = download_file(known.source, known.sha256)
     elif known or (not path.exists() and _looks_like_hub_id(name)):

@@ -12,13 +12,14 @@ from typing import Literal
 
 import tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from export.checkpoints.configs import config_to_hugging_face, config_to_open_clip
 from export.towers.clip import Clip, ResNetConfig
 from serving.bundles.manifest import ImageSpec
 from serving.errors import CheckpointError
+from serving.util.files import write_bytes, write_text
 from serving.util.finite import FLOAT32_MAX
 from serving.util.typed_json import json_text, parse_json
 
@@ -238,7 +239,6 @@ def save_checkpoint(
     Raises:
         CheckpointError: the tokenizer has no start-of-text token.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     start_id = tokenizer.token_to_id("<|startoftext|>")
     if start_id is None:
         raise CheckpointError("the tokenizer has no <|startoftext|>; expected CLIP's format")
@@ -267,11 +267,6 @@ def save_checkpoint(
                 "image_std": list(image.std),
             },
         }
-    temporary = directory / f".{weights}.tmp"
-    save_file(to_layout(clip, layout), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors creates files that only their owner can read
-    temporary.replace(directory / weights)
+    write_bytes(directory / weights, save(to_layout(clip, layout), metadata={"format": "pt"}))
     for name, document in {**documents, "tokenizer.json": parse_json(tokenizer.to_str())}.items():
-        temporary = directory / f".{name}.tmp"
-        temporary.write_text(json_text(document, indent=2, ascii_only=False) + "\n")
-        temporary.replace(directory / name)
+        write_text(directory / name, json_text(document, indent=2, ascii_only=False) + "\n")

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
 from export.cli.documents import ExportedBundle
 from export.int8 import Method
 from export.precisions import DEFAULT_PRECISIONS, Precision
 from serving.bundles.bundle import Bundle
 from serving.bundles.engine_facts import Library
-from serving.cli.console import Cell, Json, document, note, progress, result, table
+from serving.cli.console import Cell, Json, document, note, progress, result, styled, table
 from serving.errors import InputError
 from serving.util.extras import require
+from serving.util.files import check_directory, check_replaceable
 
+MANIFEST = "manifest.json"
 _EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "huggingface_hub")
 """Modules installed by the extra `export`."""
 
@@ -113,6 +114,8 @@ def bundle(
     from export.checkpoints.load import load_checkpoint
     from export.pipeline import Options, build
 
+    if output is not None:
+        check_replaceable(output, MANIFEST)
     with progress(f"loading {checkpoint}") as show:
         loaded = load_checkpoint(checkpoint, vocabulary=vocabulary, activation=activation)
         written = build(
@@ -219,6 +222,7 @@ def engine(
     )
     with progress(f"reading {path}") as show:
         opened = Bundle.open(path)
+        check_directory(opened.path)
         extended = add_engines(opened, precision or buildable(opened), options, show)
     _report(extended, as_json)
 
@@ -318,7 +322,7 @@ def _rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
                 f"{v.mean_cosine:.6f}",
                 "" if v.top1_agreement is None else f"{v.top1_agreement:.1%}",
                 "" if v.relative_accuracy is None else f"{v.relative_accuracy:.2%} of fp32",
-                Text("passed", "green") if v.passed else Text("failed", "red"),
+                styled(("passed", "green") if v.passed else ("failed", "red")),
             )
         if not artifact.verdicts:
             yield name, size, "", "", "", "", "", "not run here"

@@ -3,12 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from rich.table import Table
-from rich.text import Text
-
 from export.doctor.installed import Software
 from export.doctor.report import DoctorReport, Row
-from serving.cli.console import add, table
+from serving.cli.console import Cell, Table, add, styled, table
 from serving.runners.spec import RunnerSpec
 
 
@@ -31,7 +28,7 @@ def tables(report: DoctorReport) -> list[Table]:
 def _possible(title: str, rows: Iterable[Row]) -> Table:
     listing = table(title, ("", "possible", "reason", "what to do"))
     for name, why, mend in rows:
-        answer = Text("no", "red") if why else Text("yes", "green")
+        answer = styled(("no", "red") if why else ("yes", "green"))
         add(listing, (name, answer, "\n".join(why), "\n".join(mend)))
     return listing
 
@@ -61,12 +58,12 @@ def _machine(report: DoctorReport) -> Table:
     return listing
 
 
-def _state(software: Software) -> Text:
+def _state(software: Software) -> Cell:
     if software.state == "missing":
-        return Text.assemble(("not installed", "yellow"), f": {software.mend or ''}")
+        return styled(("not installed", "yellow"), f": {software.mend or ''}")
     if software.state == "broken":
         version = f"{software.version} " if software.version else ""
-        return Text.assemble(version, ("broken", "red"), f": {software.error or ''}")
+        return styled(version, ("broken", "red"), f": {software.error or ''}")
     facts, details = software.facts, list[str]()
     if software.name == "torch":
         built = f"for CUDA {facts['cuda']}, {'finds a GPU' if facts['gpu'] else 'finds no GPU'}"
@@ -76,4 +73,4 @@ def _state(software: Software) -> Text:
     details += [f"{name}: {facts[name]}" for name in ("path", "libpython") if name in facts]
     if {"onnxruntime", "onnxruntime-gpu"} <= set(facts.get("distributions", ())):
         details += ["onnxruntime and onnxruntime-gpu overwrite each other: keep one"]
-    return Text((software.version or "works") + (f" ({', '.join(details)})" if details else ""))
+    return (software.version or "works") + (f" ({', '.join(details)})" if details else "")

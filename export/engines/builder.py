@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.bundles.engine_facts import SHORT_TEXT, Engine, Library, Profile
 from serving.bundles.manifest import Manifest, Tower
-from serving.errors import ExportError, InputError
+from serving.errors import ClipDeployError, ExportError, InputError
 from serving.runners.tensor_rt import collecting, load_library
 from serving.util.files import write_bytes
 from serving.util.nvidia import gpu
@@ -234,8 +234,8 @@ def _write_cache(cache: trt.ITimingCache | None, path: Path | None, progress: Pr
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, bytes(measured))
-    except OSError as error:  # an engine that took minutes to build must not be lost
-        progress(f"the timing cache was not written: {path}: {error.strerror}")
+    except (OSError, ClipDeployError) as error:  # an engine that took minutes must not be lost
+        progress(f"the timing cache was not written: {path}: {error}")
 
 
 @contextmanager

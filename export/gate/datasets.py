@@ -16,7 +16,7 @@ from serving.errors import ImageError, InputError
 from serving.inputs.preprocess import preprocess
 from serving.inputs.tokenizer import Tokenizer
 from serving.runners.base import Batch
-from serving.util.directories import SUFFIXES, find_images, read_captions, read_lines
+from serving.util.directories import SUFFIXES, described, find_images, read_captions, read_lines
 
 CALIBRATION_IMAGES = 256
 CALIBRATION_TEXTS = 512
@@ -86,7 +86,7 @@ def load_data(
     images: list[Batch] = [probe_images(image, 8, _SEED + n) for n in range(4)]
     if pictures is not None:
         progress(f"reading images of {pictures}")
-        found = find_images(pictures)
+        found = _found(pictures, skipped, progress)
         # Evenly spaced, because directories are often sorted by the content of the images.
         spaced = found[:: -(-len(found) // CALIBRATION_IMAGES)]
         images = _batches(image, spaced, skipped)
@@ -109,6 +109,15 @@ def load_data(
         labelled=_read_labelled(image, tokenizer, templates, labelled, skipped, progress),
         skipped=tuple(skipped),
     )
+
+
+def _found(directory: Path, skipped: list[str], progress: Callable[[str], None]) -> list[Path]:
+    """Return the images of a directory; report files that are not images or cannot be read."""
+    found = find_images(directory)
+    skipped += [f"{item.path}: {item.reason}" for item in found.skipped]
+    if found.ignored:
+        progress(f"ignored {described(found.ignored)} in {directory}")
+    return found.files
 
 
 def _caption(line: str) -> str:
@@ -144,9 +153,10 @@ def _read_labelled(
         return None
     progress(f"reading labeled images of {directory}")
     captions = read_captions(directory)
+    found = _found(directory, skipped, progress)
     listed = directory / "labels.txt"
     labels = read_lines(listed) if listed.exists() else sorted(set(captions.values()))
-    files = [file for file in find_images(directory) if captions.get(file.name) in labels]
+    files = [file for file in found if captions.get(file.name) in labels]
     if not files:
         raise InputError(
             f"{directory}: no image has one of its {len(labels)} labels as its caption; expected "

@@ -42,6 +42,7 @@ from serving.bundles.bundle import Bundle
 from serving.errors import InputError, RunnerError
 from serving.runners.registry import missing
 from serving.runners.spec import graph_of, known, runtime_of
+from serving.util.files import check_directory, check_utf8
 from serving.util.finite import check_count
 from serving.util.progress import Progress, silent
 
@@ -54,6 +55,8 @@ class BulkResult:
     rows: int
     ok: int
     errors: int
+    ignored: dict[str, int]
+    """Number of other files in the source, by suffix; see `serving.util.directories.Found`."""
     first_errors: tuple[tuple[str, str], ...]
     """Name and reason of the first few."""
     shards: int
@@ -119,6 +122,9 @@ def bulk_embed(
     check_count("batch_size", batch_size)
     if shard_size is not None:
         check_count("shard_size", shard_size)
+    check_directory(output)
+    for path in (Path(source), output):
+        check_utf8(path)
     resources = resources or Resources()
     if resources.address and resources.address.startswith("ray://"):
         there = functools.partial(
@@ -135,7 +141,7 @@ def bulk_embed(
         )
         return run_on_cluster(resources.address, there, progress)
     opened = Bundle.open(bundle.absolute())
-    found, rows = find_source(source, image_column, path_column)
+    found, rows, ignored = find_source(source, image_column, path_column)
     output = output.absolute()
     if found.recursive and output.is_relative_to(found.root):
         raise InputError(
@@ -149,7 +155,7 @@ def bulk_embed(
         begun = begun_job(output, found, opened, runner, shard_size)
         if begun is not None:
             progress("comparing the source with its list of shards")
-        changed = begun is not None and source_changed(output, begun)
+        changed = begun is not None and source_changed(begun)
         pending = pending_shards(output) if begun else None
         crew, embedded, ready = None, 0, 0.0
         if pending != []:
@@ -179,6 +185,7 @@ def bulk_embed(
         rows=total,
         ok=total - errors,
         errors=errors,
+        ignored=dict(ignored),
         first_errors=first,
         shards=begun.shards,
         skipped_shards=begun.shards - len(pending),

@@ -122,7 +122,10 @@ def _named_image(
 def _open(path: Path) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.ParquetFile(path, buffer_size=_READ_BUFFER, pre_buffer=False)
+    # pyarrow takes only paths in UTF-8; that of a descriptor is ASCII.
+    with path.open("rb") as file:
+        source = f"/proc/self/fd/{file.fileno()}"
+        return pq.ParquetFile(source, buffer_size=_READ_BUFFER, pre_buffer=False)
 
 
 def _opened(path: Path) -> Any:

@@ -6,16 +6,17 @@ Parquet file per finished shard, which is written atomically.
 This module does not know Ray, or how a shard is embedded (`serving.bulk.worker`).
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serving.bulk.sources import Source, shards_of
 from serving.bundles.bundle import Bundle
 from serving.errors import InputError
-from serving.util.files import sha256_of, write_text
+from serving.util.files import check_directory, new_file, write_text
 from serving.util.locks import locked
 from serving.util.progress import Progress
 from serving.util.typed_json import from_json, json_text, parse_json
@@ -23,7 +24,6 @@ from serving.util.typed_json import from_json, json_text, parse_json
 MANIFEST = "manifest.json"
 PLAN = "shards.jsonl"
 JOB_FORMAT = 1
-_NEW_PLAN = f".{PLAN}.tmp"
 _LOCK = ".lock"
 _MAX_ROWS, _MIN_ROWS = 4096, 64
 _SHARDS_PER_WORKER = 16
@@ -59,12 +59,9 @@ def output_locked(output: Path) -> Iterator[None]:
     Raises:
         InputError: `output` holds other files, or another job is writing to it.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(
-            f"{output} is a file, expected a directory", advice="give a new or empty directory"
-        )
+    check_directory(output)
     held = {path.name for path in output.iterdir()} if output.exists() else set()
-    others = sorted(held - {PLAN, _NEW_PLAN, _LOCK, f".{MANIFEST}.tmp"})
+    others = sorted(held - {PLAN, _LOCK, f".{PLAN}.tmp", f".{MANIFEST}.tmp"})
     if others and MANIFEST not in held:
         raise InputError(
             f"{output} holds other files, such as {others[0]}, and no {MANIFEST} of a bulk job",
@@ -131,9 +128,8 @@ def plan_job(
 ) -> BulkManifest:
     """Write the list of shards and the manifest of a new job."""
     progress("dividing the source into shards")
-    temporary = output / _NEW_PLAN
-    shards, digest = _write_plan(temporary, source, size)
-    temporary.replace(output / PLAN)
+    with new_file(output / PLAN) as file:
+        shards, digest = _write_plan(source, size, file)
     manifest = BulkManifest(
         format=JOB_FORMAT,
         source=source,
@@ -149,23 +145,20 @@ def plan_job(
     return manifest
 
 
-def _write_plan(path: Path, source: Source, size: int) -> tuple[int, str]:
-    """Write the list of shards; return their number and the sha256 of the file."""
-    count = 0
-    with path.open("w", encoding="ascii") as file:
-        for count, shard in enumerate(shards_of(source, size), 1):  # noqa: B007
-            file.write(json_text(shard) + "\n")
-    return count, sha256_of(path)
+def _write_plan(source: Source, size: int, file: BinaryIO | None = None) -> tuple[int, str]:
+    """Write the list of shards to `file`, if given; return their number and the sha256."""
+    count, digest = 0, hashlib.sha256()
+    for count, shard in enumerate(shards_of(source, size), 1):  # noqa: B007
+        line = (json_text(shard) + "\n").encode("ascii")
+        digest.update(line)
+        if file is not None:
+            file.write(line)
+    return count, digest.hexdigest()
 
 
-def source_changed(output: Path, begun: BulkManifest) -> bool:
+def source_changed(begun: BulkManifest) -> bool:
     """Return whether the source would now be divided into other shards."""
-    temporary = output / _NEW_PLAN
-    try:
-        current = _write_plan(temporary, begun.source, begun.shard_size)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return current != (begun.shards, begun.plan_sha256)
+    return _write_plan(begun.source, begun.shard_size) != (begun.shards, begun.plan_sha256)
 
 
 def pending_shards(output: Path) -> list[dict[str, int]]:
@@ -184,7 +177,8 @@ def _is_complete(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
-        return path.exists() and pq.read_metadata(path).num_columns > 0
+        with path.open("rb") as file:  # pyarrow takes only paths in UTF-8
+            return bool(pq.read_metadata(file).num_columns)
     except (OSError, pa.ArrowException):
         return False
 
@@ -202,13 +196,14 @@ def read_back(output: Path, shards: int) -> tuple[int, int, tuple[tuple[str, str
     first: list[tuple[str, str]] = []
     for index in range(shards):
         path = shard_path(output, index)
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             rows += file.metadata.num_rows
             bad = int((file.metadata.metadata or {}).get(b"errors", b"0"))
         if bad and len(first) < _SHOWN_ERRORS:
-            table = pq.read_table(
-                path, columns=["path", "error"], filters=[("status", "==", "error")]
-            )
+            with path.open("rb") as opened:
+                table = pq.read_table(
+                    opened, columns=["path", "error"], filters=[("status", "==", "error")]
+                )
             first += [(row["path"], row["error"]) for row in table.to_pylist()]
         errors += bad
     return rows, errors, tuple(first[:_SHOWN_ERRORS])

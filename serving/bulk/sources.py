@@ -7,7 +7,6 @@ which rows are done.
 This module does not know Ray, or how the rows are processed (`serving.bulk.worker`).
 """
 
-import glob
 import os
 import tarfile
 import zlib
@@ -21,7 +20,16 @@ from serving.bulk.parquet import read_rows, row_group_runs, survey
 from serving.errors import InputError
 from serving.inputs.decode import too_large
 from serving.limits import MAX_PICTURE_BYTES
-from serving.util.directories import SUFFIXES, walk
+from serving.util.directories import (
+    LINKED_DIRECTORIES,
+    SUFFIXES,
+    Item,
+    Pattern,
+    described,
+    is_directory,
+    problem_of,
+    walk,
+)
 
 SourceKind = Literal["pictures", "parquet", "webdataset"]
 Row: TypeAlias = tuple[str, Path | bytes | InputError]
@@ -40,7 +48,8 @@ class Source:
     """Location of the images of a job, and how to read them."""
 
     location: str
-    """Absolute path of a directory or file, or a pattern of paths."""
+    """Absolute path of a directory or file, or a pattern of paths. A path that exists is taken
+    literally, even if it has characters such as `[`."""
     kind: SourceKind
     image_column: str | None = None
     """Parquet column of encoded images, or of structs of `bytes` and `path`."""
@@ -55,7 +64,7 @@ class Source:
     @property
     def recursive(self) -> bool:
         """True if files at any depth below `root` belong to the source."""
-        return Path(self.location).is_dir() or "**" in self.location
+        return is_directory(self.location) or Pattern(self.location).recursive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +79,7 @@ class Shard:
 
 def find_source(
     source: str, image_column: str | None = None, path_column: str | None = None
-) -> tuple[Source, int]:
+) -> tuple[Source, int, Counter[str]]:
     """Find the images of `source`.
 
     Args:
@@ -80,56 +89,70 @@ def find_source(
         path_column: Parquet column that names the rows.
 
     Returns:
-        The source and its number of rows. A tar counts as one row, because its number of images is
-        unknown until it is read.
+        The source, its number of rows, and what else is there. A tar counts as one row, because its
+        number of images is unknown until it is read.
 
     Raises:
         InputError: the source does not exist, has no files of a readable kind, or has files of
             several kinds.
     """
     location = os.path.abspath(source)  # noqa: PTH100  a pattern is no path
-    found = Counter(_kind(name) for name in _files(location))
-    kinds = [kind for kind in found if kind is not None]
-    if not kinds:
-        there = Path(source).exists()
+    found: Counter[SourceKind] = Counter()
+    ignored: Counter[str] = Counter()
+    for item in _items(location):
+        if item.kind == "linked directory":
+            ignored[LINKED_DIRECTORIES] += 1
+        elif (kind := _kind(item.name)) is not None and item.kind == "file":
+            found[kind] += 1
+        elif not item.problem:
+            ignored[PurePath(item.name).suffix.lower()] += 1
+    if not found:
+        there = os.path.lexists(source)
+        others = f"; ignored {described(ignored)}" if ignored else ""
         raise InputError(
             f"{source}: {'nothing to embed' if there else 'no such file or directory'}; expected a "
             f"directory of images ({', '.join(SUFFIXES)}), of Parquet files (.parquet) or of "
-            "WebDataset tars (.tar), one such file, or a pattern such as 'data/**/*.tar'"
+            f"WebDataset tars (.tar), one such file, or a pattern such as 'data/**/*.tar'{others}"
         )
-    if len(kinds) > 1:
-        held = " and ".join(f"{found[kind]} {_KIND_NAMES[kind]}" for kind in sorted(kinds))
+    if len(found) > 1:
+        held = " and ".join(f"{found[kind]} {_KIND_NAMES[kind]}" for kind in sorted(found))
         raise InputError(
             f"{source} holds {held}, expected one kind of files",
             advice="choose with a quoted pattern, such as "
             f"'{source.rstrip('/')}/**/*.jpg' or '{source.rstrip('/')}/**/*.parquet'",
         )
-    kind = kinds[0]
+    (kind,) = found
     if kind != "parquet":
         if image_column or path_column:
             raise InputError(
                 f"{source} holds {_KIND_NAMES[kind]}, which have no columns",
                 advice="leave out --image-column and --path-column",
             )
-        return Source(location=location, kind=kind), found[kind]
-    paths = (_root(location) / name for name in _files(location) if _kind(name) == kind)
-    image, rows = survey(paths, image_column, path_column)
+        return Source(location=location, kind=kind), found[kind], ignored
+    root = _root(location)
+    items = (item for item in _items(location) if _kind(item.name) == kind and not item.problem)
+    image, rows = survey((root / item.name for item in items), image_column, path_column)
     if not rows:
         raise InputError(f"{source}: its Parquet files have no rows")
     parquet = Source(location=location, kind=kind, image_column=image, path_column=path_column)
-    return parquet, rows
+    return parquet, rows, ignored
 
 
 def shards_of(source: Source, size: int) -> Iterator[Shard]:
     """Divide `source` into shards of at most `size` rows, deterministically.
 
     A Parquet file is divided only between row groups, so a larger row group becomes a larger shard.
-    A tar is always one shard.
+    A tar is always one shard. What cannot be read, such as a broken link or a directory that cannot
+    be listed, becomes a row with an error.
 
     Raises:
-        InputError: a directory cannot be listed.
+        InputError: the root of the source cannot be listed.
     """
-    names = (name for name in _files(source.location) if _kind(name) == source.kind)
+    names = (
+        item.name
+        for item in _items(source.location)
+        if _kind(item.name) == source.kind or item.kind == "directory"
+    )
     if source.kind == "pictures":
         held: list[str] = []
         for name in names:
@@ -143,7 +166,8 @@ def shards_of(source: Source, size: int) -> Iterator[Shard]:
         yield from (Shard(files=(name,)) for name in names)
     else:
         for name in names:
-            runs = row_group_runs(source.root / name, size)
+            whole = source.root / name
+            runs = None if problem_of(whole) else row_group_runs(whole, size)
             # An unreadable file becomes a shard of one row, which holds the error.
             yield from (Shard(files=(name,), row_groups=run) for run in runs or (None,))
 
@@ -151,8 +175,11 @@ def shards_of(source: Source, size: int) -> Iterator[Shard]:
 def read_shard(source: Source, shard: Shard) -> Iterator[Row]:
     """Return the rows of a shard; rows that cannot be read hold an error."""
     if source.kind == "pictures":
-        return ((printable(name), source.root / name) for name in shard.files)
+        root = source.root
+        return ((printable(name), _checked(root / name)) for name in shard.files)
     (name,) = shard.files
+    if isinstance(checked := _checked(source.root / name), InputError):
+        return iter([(printable(name), checked)])
     if source.kind == "webdataset":
         return _tar_rows(source.root / name, printable(name))
     assert source.image_column is not None
@@ -174,30 +201,37 @@ def _kind(name: str) -> SourceKind | None:
     return _KINDS.get(PurePath(name).suffix.lower())
 
 
+def _checked(path: Path) -> Path | InputError:
+    """Return `path`, or an error if it is not a file that can be read. Pipes are not opened."""
+    if is_directory(path):
+        return InputError("the directory cannot be listed")
+    problem = problem_of(path)
+    return InputError(problem) if problem else path
+
+
 def _root(location: str) -> Path:
     path = Path(location)
-    if path.is_dir():
+    if is_directory(path):
         return path
-    if path.exists():
-        return path.parent
-    plain = list(path.parent.parts)
-    fixed = next((i for i, part in enumerate(plain) if glob.has_magic(part)), len(plain))
-    return Path(*plain[:fixed])
+    return path.parent if os.path.lexists(path) else Pattern(location).root
 
 
-def _files(location: str) -> Iterator[str]:
-    """Return names relative to the root, in an order that depends only on the names.
+def _items(location: str) -> Iterator[Item]:
+    """Yield what is found below the root, in an order that depends only on the names.
 
-    For a directory, only the names of one directory at a time are in memory; for a pattern, all
-    matches are.
+    Only the names of one directory per level are in memory.
+
+    Raises:
+        InputError: the root cannot be listed, or the location is a file that cannot be read.
     """
-    path, root = Path(location), _root(location)
-    if path.is_dir():
+    path = Path(location)
+    if is_directory(path):
         return walk(path)
-    if path.exists():
-        return iter([path.name])
-    matches = sorted(glob.glob(location, recursive=True))  # noqa: PTH207  pathlib's is relative
-    return (os.path.relpath(match, root) for match in matches if Path(match).is_file())
+    if not os.path.lexists(path):
+        return Pattern(location).walk()
+    if problem := problem_of(path):
+        raise InputError(f"{path} {problem}", advice="give a file or a directory")
+    return iter([Item(path.name)])
 
 
 # ---------------------------------------------------------------- WebDataset

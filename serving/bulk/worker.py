@@ -6,9 +6,7 @@ embeddings are not passed between processes.
 This module does not know how shards are distributed (`serving.bulk.ray_pool`).
 """
 
-import os
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +26,7 @@ from serving.errors import BundleError, ClipDeployError, InputError, RunnerError
 from serving.inputs.preprocess import preprocess
 from serving.runners.autotune import fastest
 from serving.runners.registry import open_runner
+from serving.util.files import new_file
 from serving.util.typed_json import from_json, parse_json
 
 _AHEAD = 1
@@ -134,22 +133,15 @@ class Worker:
     def _embed(self, index: int, offset: int) -> int:
         target = shard_path(self._job.output, index)
         shard = _shard_at(self._job.output / PLAN, offset)
-        temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex}.tmp")
         attempts = Attempts(target)
         rows = read_shard(self._job.source, shard)
         if attempts.careful:
             batches = self._decoded(attempts.watched(rows), 1, ahead=0)
         else:
             batches = self._decoded(rows, self._job.batch_size)
-        try:
-            with temporary.open("wb") as file:
-                count = self._write(file, batches)
-                file.flush()
-                os.fsync(file.fileno())  # a power failure could leave an empty file otherwise
-            temporary.replace(target)
-            attempts.done()
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(target) as file:
+            count = self._write(file, batches)
+        attempts.done()
         return count
 
     def _write(self, file: Any, batches: Iterable[Batch]) -> int:

@@ -27,7 +27,7 @@ from serving.bundles.integrity import (
 )
 from serving.bundles.manifest import MANIFEST_FORMAT, Artifact, File, Graph, Manifest, Tower
 from serving.errors import BundleError
-from serving.util.files import sha256_of
+from serving.util.files import check_utf8, sha256_of
 from serving.util.typed_json import from_json, parse_json
 
 
@@ -46,7 +46,9 @@ class Bundle:
             BundleError: there is no bundle at `path`, or its manifest has another format, was
                 edited or damaged, has a number out of range, or names files outside the
                 bundle.
+            InputError: `path` is not valid UTF-8.
         """
+        check_utf8(path)
         file = path / "manifest.json"
         if not file.exists():
             raise BundleError(

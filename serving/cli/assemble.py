@@ -9,7 +9,13 @@ from serving.bundles.bundle import Bundle
 from serving.cli.console import Json, document, progress, result, table
 from serving.cli.documents import Assembled
 from serving.cli.options import REPOSITORY, BundlePath
-from serving.triton.repository import MAX_QUEUE, Backend, assembled_backend, assembled_latencies
+from serving.triton.repository import (
+    MAX_QUEUE,
+    Backend,
+    assembled_backend,
+    assembled_latencies,
+    check_repository,
+)
 from serving.triton.repository import assemble as assemble_repository
 
 
@@ -53,6 +59,7 @@ def assemble(
     as_json: Json = False,
 ) -> None:
     """Write a model repository for a bundle."""
+    check_repository(output)
     with progress(f"assembling {bundle}") as show:
         path = assemble_repository(
             Bundle.open(bundle),

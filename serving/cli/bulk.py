@@ -1,12 +1,17 @@
 """Command `bulk`, which embeds any number of images into Parquet shards."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from serving.cli.console import Json, document, note, progress, result, table
+from serving.errors import InputError
+from serving.util.directories import described
 from serving.util.extras import require
+
+if TYPE_CHECKING:
+    from serving.bulk.job import BulkResult
 
 
 def bulk(
@@ -15,7 +20,7 @@ def bulk(
         typer.Argument(
             metavar="SOURCE",
             help="Directory of images, Parquet files or WebDataset tars, one such file, or a "
-            "pattern in quotes: 'data/**/*.tar'.",
+            "pattern in quotes: 'data/**/*.tar'. Names that exist are taken literally.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Directory of Parquet shards to write.")],
@@ -63,7 +68,8 @@ def bulk(
 ) -> None:
     """Embed any number of images into Parquet shards.
 
-    If the job was interrupted, the same command resumes it.
+    If the job was interrupted, the same command resumes it. A row that cannot be embedded is
+    recorded as an error; the exit code is 2 if that is so for all rows.
     """
     require("bulk", "bulk", "ray", "pyarrow")
     from serving.bulk.job import bulk_embed
@@ -85,7 +91,14 @@ def bulk(
         )
     if as_json:
         document(outcome)
-        return
+    else:
+        _show(outcome)
+    if not outcome.ok:
+        name, reason = outcome.first_errors[0]
+        raise InputError(f"none of the {outcome.rows} rows has an embedding; {name}: {reason}")
+
+
+def _show(outcome: "BulkResult") -> None:
     facts = {
         "rows": f"{outcome.rows:,}",
         "errors": f"{outcome.errors:,}",
@@ -101,6 +114,8 @@ def bulk(
     result(table(f"Embeddings in {outcome.output}", ("", ""), facts.items()))
     for path, reason in outcome.first_errors:
         note(f"error {path}: {reason}", "red")
+    if outcome.ignored:
+        note(f"ignored {described(outcome.ignored)}")
     if outcome.source_changed:
         note(
             "SOURCE has changed since this job began; the original list of shards was used. To "

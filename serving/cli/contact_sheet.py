@@ -7,7 +7,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from serving.cli.console import printable
 from serving.inputs.decode import decode, read_picture
+from serving.util.files import new_file
 
 _CELL, _GAP, _LINE = 160, 12, 18
 _INK, _FAINT, _GOOD, _BAD = "#1b1f24", "#667080", "#1a7f37", "#b42318"
@@ -36,6 +38,8 @@ class Row:
 
 def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
     """Draw `rows` and write them atomically to `path`, as PNG."""
+    title = printable(title)
+    rows = [Row(printable(row.heading), row.cells) for row in rows]
     columns = max(len(row.cells) for row in rows)
     words = max(_length(title, 20), *(_length(row.heading, 16) for row in rows))
     height = _CELL + 2 * _LINE + _GAP
@@ -56,10 +60,8 @@ def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
         for column, cell in enumerate(row.cells):
             _draw_cell(sheet, draw, cell, (_GAP + column * (_CELL + _GAP), top))
         top += height + _GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.crop((0, 0, sheet.width, top)).save(temporary, "PNG")
-    temporary.replace(path)
+    with new_file(path) as file:
+        sheet.crop((0, 0, sheet.width, top)).save(file, "PNG")
 
 
 def _draw_cell(
@@ -80,7 +82,7 @@ def _length(text: str, size: int) -> int:
 
 def _fit(text: str, size: int) -> str:
     """Return `text`, cut with an ellipsis if it is wider than a cell."""
-    font = ImageFont.load_default(size)
+    text, font = printable(text), ImageFont.load_default(size)
     if font.getlength(text) <= _CELL:
         return text
     while text and font.getlength(text + "…") > _CELL:

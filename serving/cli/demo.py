@@ -20,9 +20,10 @@ from serving.cli.options import REPOSITORY, BundlePath
 from serving.clients.triton import ClipClient
 from serving.search.query import nearest
 from serving.tasks.zero_shot import ZeroShotClassifier
-from serving.triton.repository import assemble
+from serving.triton.repository import assemble, check_repository
 from serving.triton.server import TritonServer
 from serving.util.directories import find_images, read_captions, read_lines
+from serving.util.files import check_file
 from serving.util.progress import Progress
 
 _CHUNK = 32
@@ -79,7 +80,7 @@ def run_demo(
     shown: int = 8,
 ) -> DemoResult:
     """Serve `bundle`, classify and search the images of `directory`, and draw a contact sheet."""
-    images, captions = find_images(directory), read_captions(directory)
+    images, captions = find_images(directory).files, read_captions(directory)
     assemble(bundle, repository, progress=show)
     start = time.monotonic()
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
@@ -176,6 +177,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Serve a bundle, classify and search a directory of images, and draw a contact sheet."""
+    check_file(sheet)
+    check_repository(output)
     names = read_lines(labels)
     with progress(f"assembling {bundle}") as show:
         outcome = run_demo(Bundle.open(bundle), images, names, query, output, sheet, show)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from serving.bundles.manifest import Latency
 from serving.search.faiss_index import Layout
 from serving.search.index import Hit
-from serving.search.storage import Skipped
 from serving.tasks.rank import Score
+from serving.util.directories import Skipped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,15 @@ class Embedded:
     shape: tuple[int, int]
     embeddings: tuple[tuple[float, ...], ...]
     """Empty with --output."""
+    skipped: tuple[Skipped, ...]
+    """Images that cannot be used, and links and directories that cannot be read."""
+    ignored: dict[str, int]
+    """Number of other files in the directories, by suffix; see `serving.util.directories.Found`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classified:
-    """Item of the list that `classify` prints, one per image."""
+    """Image of a `Classification`."""
 
     image: str
     probabilities: dict[str, float]
@@ -65,12 +69,32 @@ class Classified:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Classification:
+    """Document of `classify`."""
+
+    images: tuple[Classified, ...]
+    skipped: tuple[Skipped, ...]
+    """See `Embedded`."""
+    ignored: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """Item of the list that `rank` prints, one per image."""
+    """Image of a `Ranking`."""
 
     image: str
     texts: tuple[Score, ...]
     """Scores of the texts, best first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Document of `rank`."""
+
+    images: tuple[Ranked, ...]
+    skipped: tuple[Skipped, ...]
+    """See `Embedded`."""
+    ignored: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +109,22 @@ class Answered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captioned:
-    """Item of the list that `caption` prints, one per image."""
+    """Image of `Captions`."""
 
     image: str
     caption: str
     best: dict[str, Score]
     """Best word by category."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captions:
+    """Document of `caption`."""
+
+    images: tuple[Captioned, ...]
+    skipped: tuple[Skipped, ...]
+    """See `Embedded`."""
+    ignored: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +141,10 @@ class IndexChanged:
     removed: int
     layout: Layout
     skipped: tuple[Skipped, ...]
-    """Images that cannot be used."""
+    """Images that cannot be used, and directories that cannot be read. Images that were in the
+    index before are kept."""
+    ignored: dict[str, int]
+    """Number of other files in the directories, by suffix; see `serving.util.directories.Found`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,20 +1,24 @@
 """Command `embed`, which embeds images and texts."""
 
+import io
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
-from serving.cli.console import Json, document, progress, result, table
+from serving.cli.console import Json, binary, document, note_skipped, progress, result, table
 from serving.cli.documents import Embedded
-from serving.cli.options import Connection, Truncate, connects, image_files
+from serving.cli.options import Connection, OnErrorOption, Truncate, connects, image_files
 from serving.errors import InputError
+from serving.tasks.readable import all_in_batches
+from serving.util.files import check_file, write_bytes
 
 _IMAGES = 64
 """Images embedded between two progress reports."""
 _SHOWN = 20
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 @connects
@@ -26,33 +30,59 @@ def embed(
     text: Annotated[list[str] | None, typer.Option(help="Text; may be repeated.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="NumPy .npz file to write: embeddings float32 (n, dim), and names (n,)."),
+        typer.Option(
+            help="NumPy .npz file to write: embeddings float32 (n, dim), and names (n,). - is "
+            "standard output."
+        ),
     ] = None,
     truncate: Truncate = False,
+    on_error: OnErrorOption = "fail",
     as_json: Json = False,
     *,
     connection: Connection,
 ) -> None:
     """Embed images and texts: images first, then texts, in the order given."""
-    files = image_files(images or [])
-    if not files and not text:
+    to_stdout = str(output) in _STDOUT
+    if to_stdout and as_json:
+        raise InputError(
+            "--output and --json cannot both write to standard output", advice="leave out one"
+        )
+    if output is not None and not to_stdout:
+        check_file(output)
+    files = image_files(images or [], on_error)
+    if not files.paths and not text:
         raise InputError("nothing to embed", advice="give image files or directories, or --text")
     parts = []
-    with connection.open() as embedder, progress("embedding images") as show:
-        for start in range(0, len(files), _IMAGES):
-            show("embedding images", start, len(files))
-            parts.append(embedder.embed_images(files[start : start + _IMAGES]))
+    with connection.open() as embedder, progress("embedding images") as show, files.advising():
+        if files.paths:
+            run, step = embedder.embed_images, "embedding images"
+            parts.append(
+                all_in_batches(run, files.paths, _IMAGES, files.errors, step=step, progress=show)
+            )
         if text:
             show("embedding texts")
             parts.append(embedder.embed_texts(text, truncate=truncate))
     embeddings = np.concatenate(parts)
-    names = (*map(str, files), *(text or ()))
+    names = (*map(str, files.used), *(text or ()))
     if output is not None:
-        _save(output, embeddings, names)
+        buffer = io.BytesIO()
+        np.savez(buffer, embeddings=embeddings, names=np.array(names))
+        write = binary if to_stdout else partial(write_bytes, output)
+        write(buffer.getvalue())
     if as_json:
         rows = () if output else tuple(map(tuple, embeddings.tolist()))
-        shape = len(names), int(embeddings.shape[1])
-        document(Embedded(names=names, shape=shape, embeddings=rows))
+        document(
+            Embedded(
+                names=names,
+                shape=(len(names), int(embeddings.shape[1])),
+                embeddings=rows,
+                skipped=files.skipped,
+                ignored=files.ignored,
+            )
+        )
+        return
+    note_skipped(files.skipped, files.ignored)
+    if to_stdout:
         return
     shown = [
         (name, " ".join(f"{value:+.4f}" for value in row[:6]) + " ...")
@@ -62,9 +92,3 @@ def embed(
     result(table(title, ("input", "first values"), shown))
     if output:
         result(f"wrote {output}")
-
-
-def _save(path: Path, embeddings: NDArray[np.float32], names: tuple[str, ...]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(temporary, embeddings=embeddings, names=np.array(names))
-    temporary.replace(path)

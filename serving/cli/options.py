@@ -2,25 +2,36 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from serving.clients.endpoint import Credentials
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
-from serving.errors import InputError
+from serving.errors import ImageError, InputError, worded
+from serving.tasks.readable import Errors
 from serving.triton.network import ServerTls
-from serving.util.directories import find_images
+from serving.util.directories import Found, Skipped, find_images, is_directory, problem_of
 
 BundlePath = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Directory that `clip-deploy export` wrote.")
 ]
 Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or directories of them.")
+]
+OnError = Literal["fail", "skip"]
+OnErrorOption = Annotated[
+    OnError,
+    typer.Option(
+        "--on-error",
+        help="Handling of an image that cannot be used: fail ends the command without a result; "
+        "skip leaves the image out and lists it. If none can be used, the command fails.",
+    ),
 ]
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")
@@ -79,8 +90,8 @@ class Connection:
     bundle: Path | None = None
     runner: str | None = None
 
-    def open(self) -> ClipClient | LocalClip:
-        """Return a client of --url, or of --bundle in this process; enter it before use.
+    def check(self) -> None:
+        """Check the options of `connects`.
 
         Raises:
             InputError: the options contradict each other.
@@ -97,6 +108,15 @@ class Connection:
                     f"--{given[0]} belongs to --url, but --bundle was given",
                     advice=f"leave out --{given[0]}, or give --url instead of --bundle",
                 )
+        elif self.runner is not None:
+            raise InputError(
+                "--runner belongs to --bundle, but --url was given",
+                advice="choose the runner of a server with `clip-deploy assemble --runner`",
+            )
+
+    def open(self) -> ClipClient | LocalClip:
+        """Return a client of --url, or of --bundle in this process; enter it before use."""
+        if self.bundle is not None:
             return LocalClip(self.bundle, self.runner or "auto")
         return self.client()
 
@@ -104,15 +124,10 @@ class Connection:
         """Return a client of --url; enter it before use.
 
         Raises:
-            InputError: --url is missing, or there is an option that belongs to --bundle.
+            InputError: --url is missing.
         """
         if self.url is None:
             raise InputError("expected --url of a running server")
-        if self.runner is not None:
-            raise InputError(
-                "--runner belongs to --bundle, but --url was given",
-                advice="choose the runner of a server with `clip-deploy assemble --runner`",
-            )
         credentials = Credentials(ca=self.ca, certificate=self.cert, key=self.key)
         return ClipClient(self.url, credentials=credentials)
 
@@ -153,7 +168,10 @@ def _with_options(command: Callable[..., None], options: dict[str, Any]) -> Call
                 source = context.get_parameter_source(name)
                 if source is not None and source.name == "ENVIRONMENT":
                     given[name] = None
-        command(connection=Connection(**given), **values)
+        connection = Connection(**given)
+        if "bundle" in options:
+            connection.check()
+        command(connection=connection, **values)
 
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     parameters = [context, *first, *shared, *last]
@@ -207,9 +225,71 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> S
     return None
 
 
-def image_files(paths: list[Path]) -> list[Path]:
-    """Return the given files, with directories replaced by the images in them."""
-    files = []
+@dataclass(slots=True)
+class ImageFiles:
+    """Images given on a command line, and those of them that cannot be used."""
+
+    found: Found
+    errors: Errors | None
+    """Receives the error of each image by its index in `paths`. None with `--on-error fail`."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Image files, with directories replaced by the images in them."""
+        return self.found.files
+
+    @property
+    def used(self) -> list[Path]:
+        """The images without an error."""
+        return [path for index, path in enumerate(self.paths) if index not in (self.errors or ())]
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """The images that were left out."""
+        errors = sorted((self.errors or {}).items())
+        failed = [
+            Skipped(path=str(self.paths[index]), reason=worded(error.reason, error.advice))
+            for index, error in errors
+        ]
+        return (*self.found.skipped, *failed)
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Number of other files in the directories, by suffix."""
+        return dict(self.found.ignored)
+
+    @contextmanager
+    def advising(self) -> Iterator[None]:
+        """Advise `--on-error skip` if an image cannot be used."""
+        try:
+            yield
+        except ImageError as error:
+            if self.errors is not None:
+                raise
+            skip = "give --on-error skip to leave such images out"
+            raise error.advised(f"{error.advice}, or {skip}" if error.advice else skip) from error
+
+
+def image_files(paths: Sequence[Path], on_error: OnError) -> ImageFiles:
+    """Return the given files, with directories replaced by the images in them.
+
+    Raises:
+        ImageError: a file does not exist or is not a file, such as a pipe; with `skip`, only if all
+            of them are so.
+        InputError: a directory has no images.
+    """
+    files = ImageFiles(Found(), {} if on_error == "skip" else None)
     for path in paths:
-        files += find_images(path) if path.is_dir() else [path]
+        if is_directory(path):
+            files.found.add(find_images(path))
+        elif problem := problem_of(path):
+            files.found.skipped.append(Skipped(path=str(path), reason=problem))
+            if on_error == "fail":
+                with files.advising():
+                    raise ImageError(problem, name=str(path), advice="give the path of an image")
+        else:
+            files.paths.append(path)
+    if not files.paths and (skipped := files.skipped):
+        first = f"{skipped[0].path}: {skipped[0].reason}"
+        raise ImageError(f"none of the images can be used, such as {first}")
     return files

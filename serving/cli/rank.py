@@ -6,9 +6,16 @@ from typing import Annotated
 
 import typer
 
-from serving.cli.console import Json, document, progress, result, table
-from serving.cli.documents import Answered, Captioned, Ranked
-from serving.cli.options import Connection, Images, Truncate, connects, image_files
+from serving.cli.console import Json, document, note_skipped, progress, result, table
+from serving.cli.documents import Answered, Captioned, Captions, Ranked, Ranking
+from serving.cli.options import (
+    Connection,
+    Images,
+    OnErrorOption,
+    Truncate,
+    connects,
+    image_files,
+)
 from serving.errors import InputError
 from serving.tasks.rank import (
     QUESTION_TEMPLATE,
@@ -30,6 +37,7 @@ def rank(
     texts: Annotated[Path | None, typer.Option(help="Text file with one text per line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of texts to show per image.")] = 5,
     truncate: Truncate = False,
+    on_error: OnErrorOption = "fail",
     as_json: Json = False,
     *,
     connection: Connection,
@@ -41,15 +49,23 @@ def rank(
             advice="give the texts to rank with one of them",
         )
     choices = text or (read_lines(texts) if texts else [])
-    files = image_files(images)
-    with connection.open() as embedder, progress("embedding texts") as show:
-        ranked = rank_texts(embedder, files, choices, truncate=truncate, progress=show)
+    files = image_files(images, on_error)
+    with connection.open() as embedder, progress("embedding texts") as show, files.advising():
+        scores = rank_texts(
+            embedder, files.paths, choices, truncate=truncate, errors=files.errors, progress=show
+        )
+    ranked = list(zip(map(str, files.used), scores, strict=True))
     if as_json:
-        pairs = zip(files, ranked, strict=True)
-        document([Ranked(image=str(file), texts=tuple(scores)) for file, scores in pairs])
+        document(
+            Ranking(
+                images=tuple(Ranked(image=file, texts=tuple(best)) for file, best in ranked),
+                skipped=files.skipped,
+                ignored=files.ignored,
+            )
+        )
         return
-    shown = [(str(file), scores[:top]) for file, scores in zip(files, ranked, strict=True)]
-    _show(f"{len(choices)} texts ranked", "text", shown)
+    note_skipped(files.skipped, files.ignored)
+    _show(f"{len(choices)} texts ranked", "text", [(file, best[:top]) for file, best in ranked])
 
 
 @connects
@@ -96,27 +112,36 @@ def caption(
     separator: Annotated[
         str, typer.Option(help="Separator between the words of a caption.")
     ] = SEPARATOR,
+    on_error: OnErrorOption = "fail",
     as_json: Json = False,
     *,
     connection: Connection,
 ) -> None:
     """Caption images with the best word of each category."""
-    vocabulary, files = read_vocabulary(categories), image_files(images)
-    with connection.open() as embedder, progress("embedding texts") as show:
+    vocabulary, files = read_vocabulary(categories), image_files(images, on_error)
+    with connection.open() as embedder, progress("embedding texts") as show, files.advising():
         captions = caption_images(
             embedder,
-            files,
+            files.paths,
             vocabulary,
             threshold=threshold,
             separator=separator,
+            errors=files.errors,
             progress=show,
         )
-    found = list(zip(files, captions, strict=True))
+    found = list(zip(map(str, files.used), captions, strict=True))
     if as_json:
-        document([Captioned(image=str(file), caption=c.text, best=c.best) for file, c in found])
+        document(
+            Captions(
+                images=tuple(Captioned(image=f, caption=c.text, best=c.best) for f, c in found),
+                skipped=files.skipped,
+                ignored=files.ignored,
+            )
+        )
         return
+    note_skipped(files.skipped, files.ignored)
     rows = [
-        (str(file), c.text or "-", *(f"{s.text} {s.probability:.1%}" for s in c.best.values()))
+        (file, c.text or "-", *(f"{s.text} {s.probability:.1%}" for s in c.best.values()))
         for file, c in found
     ]
     columns = ("image", "caption", *(category.name for category in vocabulary))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from serving.cli.console import Json, document, note, progress, result, table
+from serving.cli.console import Json, document, note_skipped, progress, result, table
 from serving.cli.documents import IndexChanged
 from serving.cli.options import Connection, Images, connects
 from serving.cli.search_query import IndexPath, query
@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build, change and search an index of images.", no_args_is_help=True)
 
-_SHOWN_SKIPPED = 10
+_WHOLE_LIST = "`search info --json`"
+RemoveMissing = Annotated[
+    bool,
+    typer.Option(
+        "--remove-missing-directories",
+        help="Also remove the images of subdirectories that no longer exist or are empty. By "
+        "default they are kept, because a disk may not be mounted.",
+    ),
+]
 
 
 @app.command()
@@ -31,6 +39,7 @@ def build(
             "Default: the kind of the existing index; exact for a new one."
         ),
     ] = None,
+    remove_missing: RemoveMissing = False,
     as_json: Json = False,
     *,
     connection: Connection,
@@ -42,7 +51,9 @@ def build(
     from serving.search import build as search_build
 
     with connection.open() as embedder, progress(f"reading {directory}") as show:
-        change = search_build.build(directory, output, embedder, kind, progress=show)
+        change = search_build.build(
+            directory, output, embedder, kind, remove_missing=remove_missing, progress=show
+        )
     _show(output, change, as_json)
 
 
@@ -53,6 +64,7 @@ def update(
     directory: Annotated[
         Path | None, typer.Option(help="Directory that the images were moved to.")
     ] = None,
+    remove_missing: RemoveMissing = False,
     as_json: Json = False,
     *,
     connection: Connection,
@@ -61,7 +73,9 @@ def update(
     from serving.search import build as search_build
 
     with connection.open() as embedder, progress(f"updating {index}") as show:
-        change = search_build.update(index, embedder, directory, progress=show)
+        change = search_build.update(
+            index, embedder, directory, remove_missing=remove_missing, progress=show
+        )
     _show(index, change, as_json)
 
 
@@ -81,7 +95,10 @@ def remove(
     index: IndexPath,
     globs: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Paths in the index, or globs."),
+        typer.Argument(
+            metavar="PATH...",
+            help="Paths in the index, or globs. A path that is in the index is taken literally.",
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -108,7 +125,7 @@ def info(index: IndexPath, as_json: Json = False) -> None:
         ("size", f"{sum(file.bytes for file in manifest.files) / 1e6:.1f} MB"),
     )
     result(table(str(index), ("", ""), rows))
-    _note_skipped(manifest)
+    note_skipped(manifest.skipped, {}, _WHOLE_LIST)
 
 
 app.command()(query)
@@ -126,11 +143,12 @@ def _show(index: Path, change: "IndexChange", as_json: bool) -> None:
                 kept=change.kept,
                 removed=change.removed,
                 layout=manifest.layout,
-                skipped=tuple(manifest.skipped),
+                skipped=manifest.skipped,
+                ignored=change.ignored,
             )
         )
         return
-    _note_skipped(manifest)
+    note_skipped(manifest.skipped, change.ignored, _WHOLE_LIST)
     counts = {
         "embedded": change.embedded,
         "resumed": change.resumed,
@@ -140,14 +158,6 @@ def _show(index: Path, change: "IndexChange", as_json: bool) -> None:
     }
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     result(f"{index}: {manifest.count} images, {_kind(manifest)} ({listed})")
-
-
-def _note_skipped(manifest: "IndexManifest") -> None:
-    for item in manifest.skipped[:_SHOWN_SKIPPED]:
-        note(f"skipped {item.path}: {item.reason}")
-    if len(manifest.skipped) > _SHOWN_SKIPPED:
-        more = len(manifest.skipped) - _SHOWN_SKIPPED
-        note(f"and {more} more; `search info --json` lists them all")
 
 
 def _kind(manifest: "IndexManifest") -> str:

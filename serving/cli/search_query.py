@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serving.cli.console import Json, document, note, printable, result, table
+from serving.cli.console import Json, document, note, result, table
 from serving.cli.contact_sheet import Cell, Row, contact_sheet
 from serving.cli.documents import Found, FoundHit
 from serving.cli.options import Connection, Truncate, connects
 from serving.errors import ImageError, InputError, TextTooLongError
 from serving.inputs.decode import read_picture
 from serving.search.query import Term
+from serving.util.files import check_file
 
 if TYPE_CHECKING:
     from serving.search.index import Hit, SearchIndex
@@ -61,7 +62,10 @@ def query(
     ] = None,
     glob: Annotated[
         list[str] | None,
-        typer.Option(help="Search only paths that match, such as 'holidays/*'; may be repeated."),
+        typer.Option(
+            help="Search only paths that match, such as 'holidays/*'; may be repeated. A path that "
+            "is in the index is taken literally."
+        ),
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Contact sheet to write, as PNG.")] = None,
     truncate: Truncate = False,
@@ -74,6 +78,8 @@ def query(
     The query is the weighted sum of the embeddings of all terms, from which those of --not and
     --not-image are subtracted. Images are ranked by their cosine with this sum.
     """
+    if sheet is not None:
+        check_file(sheet)
     terms = _terms(text or [], image or [], without or [], without_image or [], weight)
     from serving.search.index import SearchIndex
 
@@ -159,7 +165,7 @@ def _draw(
         except ImageError as error:
             note(f"not on the sheet: {error}")
         else:
-            cells.append(Cell(index.file(hit.path), f"{hit.cosine:.3f}", printable(hit.path)))
+            cells.append(Cell(index.file(hit.path), f"{hit.cosine:.3f}", hit.path))
     if not cells:
         raise InputError(
             "none of the images that were found exists any more",

@@ -4,6 +4,7 @@ This module does not know how a model preprocesses images (`serving.inputs.prepr
 """
 
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from serving.errors import ImageError
 from serving.inputs.image_metadata import pixel_parts
 from serving.limits import FORMATS, MAX_PICTURE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
+from serving.util.directories import problem_of
 
 _SHRINK = "scale it down or compress it first"
 _quiet_lock = threading.Lock()
@@ -25,24 +27,26 @@ def read_picture(picture: str | os.PathLike[str]) -> bytes:
     """Read an encoded image of at most `MAX_PICTURE_BYTES` from the file `picture`.
 
     Raises:
-        ImageError: the file does not exist, is a directory, empty, too large, or unreadable.
+        ImageError: the file does not exist, is not a regular file (a pipe is never opened), empty,
+            too large, or unreadable.
     """
     path = Path(picture)
+    if problem := problem_of(path):
+        raise ImageError(problem, name=str(path), advice="give the path of an image")
     try:
-        if path.is_dir():
-            raise ImageError("is a directory", name=str(path), advice="give the path of an image")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            # One extra byte detects a file that grows or reports no size, such as a pipe.
+        # O_NONBLOCK: opening a pipe that has replaced the file since would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError("was replaced while it was opened", name=str(path))
+            size = status.st_size
+            # One extra byte detects a file that grows or reports no size, as in /proc.
             data = b"" if size > MAX_PICTURE_BYTES else file.read(MAX_PICTURE_BYTES + 1)
-    except FileNotFoundError as error:
-        raise ImageError(
-            "no such file", name=str(path), advice="give the path of an image"
-        ) from error
     except ImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise ImageError(f"cannot be read: {error}", name=str(path)) from error
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}", name=str(path)) from error
     if max(size, len(data)) > MAX_PICTURE_BYTES:
         raise ImageError(too_large(max(size, len(data))), name=str(path), advice=_SHRINK)
     if not data:

@@ -6,13 +6,15 @@ files, by size and modification time, are embedded. The FAISS index is always re
 embeddings, which takes seconds where embedding takes hours.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 
 import numpy as np
 
-from serving.errors import ImageError, InputError, worded
+from serving.errors import InputError, worded
 from serving.search.faiss_index import IndexKind, library
 from serving.search.index import SearchIndex
 from serving.search.resume import Pending, Unfinished
@@ -21,14 +23,15 @@ from serving.search.storage import (
     MANIFEST,
     Entry,
     IndexManifest,
-    Skipped,
     amend,
     check_model,
     commit,
     index_locked,
 )
 from serving.tasks.embedder import Embedder, Floats
-from serving.util.directories import find_images
+from serving.tasks.readable import Errors, readable_parts
+from serving.util.directories import MISSING, Found, Skipped, find_images, is_directory, problem_of
+from serving.util.files import check_directory
 from serving.util.progress import Progress, silent
 
 CHUNK = 256
@@ -50,6 +53,8 @@ class IndexChange:
     """Unchanged images that were already in the index."""
     removed: int
     """Images removed from the index."""
+    ignored: dict[str, int]
+    """Number of other files in the directories, by suffix; see `serving.util.directories.Found`."""
 
 
 def build(
@@ -58,16 +63,18 @@ def build(
     embedder: Embedder,
     kind: IndexKind | None = None,
     *,
+    remove_missing: bool = False,
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> IndexChange:
-    """Build the index of a directory of images, or update it.
+    """Build the index of a directory of images, or update it as `update` does.
 
     Args:
         folder: directory of images.
         path: directory of the index.
         embedder: embeds the images.
         kind: default: the kind of the existing index, `exact` for a new one.
+        remove_missing: see `update`.
         chunk: number of images embedded at a time.
         progress: receives the number of embedded images.
 
@@ -78,7 +85,8 @@ def build(
     """
     library()
     folder = folder.resolve()
-    wanted, failed = _scan(folder)
+    check_directory(path)
+    scan = _scan(folder)
     with index_locked(path):
         old = SearchIndex.open(path) if (path / MANIFEST).exists() else None
         if old is not None and old.manifest.folder != str(folder):
@@ -87,8 +95,10 @@ def build(
                 advice="give another directory for the index; or add the images with `search add`; "
                 "or, if the images were moved, use `search update --directory`",
             )
+        if old is not None:
+            scan.keep_unavailable(old, remove_missing)
         change = _Change(path, old, folder, embedder, chunk, progress)
-        return change.apply(_with_external_files(old, wanted), failed, kind)
+        return change.apply(scan, kind)
 
 
 def update(
@@ -96,15 +106,22 @@ def update(
     embedder: Embedder,
     folder: Path | None = None,
     *,
+    remove_missing: bool = False,
     chunk: int = CHUNK,
     progress: Progress = silent,
 ) -> IndexChange:
     """Embed the new and changed files of an index's directory, and remove the deleted ones.
 
+    An image is removed only if its file is gone and its directory still holds something. An image
+    that cannot be read is kept with its last embedding. So are the images of a directory that is
+    gone, empty or cannot be listed, such as the mount point of a disk that is not mounted. What is
+    kept in this way is listed as skipped.
+
     Args:
         path: directory of the index.
         embedder: embeds the images.
         folder: directory that the images were moved to; default: unchanged.
+        remove_missing: also remove the images of directories that are gone or empty.
         chunk: number of images embedded at a time.
         progress: receives the number of embedded images.
 
@@ -114,9 +131,10 @@ def update(
     with index_locked(path):
         old = SearchIndex.open(path)
         folder = Path(old.manifest.folder) if folder is None else folder.resolve()
-        wanted, failed = _scan(folder)
+        scan = _scan(folder)
+        scan.keep_unavailable(old, remove_missing)
         change = _Change(path, old, folder, embedder, chunk, progress)
-        return change.apply(_with_external_files(old, wanted), failed, None)
+        return change.apply(scan, None)
 
 
 def add(
@@ -142,24 +160,29 @@ def add(
     with index_locked(path):
         old = SearchIndex.open(path)
         root = Path(old.manifest.folder)
-        files: list[Path] = []
+        found = Found()
         for picture in pictures:
             whole = picture.parent.resolve() / picture.name
-            if not whole.exists():
-                raise InputError(
-                    f"{picture}: no such file or directory", advice="give images to add"
-                )
-            files += find_images(whole.resolve()) if whole.is_dir() else [whole]
-        added, failed = _entries(files, root)
-        tried = {entry.path for entry in added} | {item.path for item in failed}
-        wanted = [entry for entry in old.entries if entry.path not in tried]
-        failed += [item for item in old.manifest.skipped if item.path not in tried]
+            if is_directory(whole):
+                found.add(find_images(whole.resolve()))
+            elif problem := problem_of(whole):
+                raise InputError(problem, name=str(picture), advice="give images to add")
+            else:
+                found.files.append(whole)
+        added = _Scan(root, found)
+        added.keep_unreadable(old)
+        tried = {entry.path for entry in added.wanted} | {item.path for item in added.failed}
+        added.wanted += [entry for entry in old.entries if entry.path not in tried]
+        added.failed += [item for item in old.manifest.skipped if item.path not in tried]
+        added.present = added.wanted
         change = _Change(path, old, root, embedder, chunk, progress)
-        return change.apply([*wanted, *added], failed, None)
+        return change.apply(added, None)
 
 
 def remove(path: Path, globs: Sequence[str]) -> IndexChange:
     """Remove images from an index by path or glob, in which `*` also matches `/`.
+
+    A path that is in the index is taken literally, even if it has characters such as `[`.
 
     The image files are not deleted.
 
@@ -175,8 +198,11 @@ def remove(path: Path, globs: Sequence[str]) -> IndexChange:
                 f"that would remove all {len(old.entries)} images",
                 advice=f"delete {path} instead",
             )
-        change = _Change(path, old, Path(old.manifest.folder), None, CHUNK, silent)
-        return change.apply(wanted, list(old.manifest.skipped), None)
+        root = Path(old.manifest.folder)
+        left = _Scan(root, Found())
+        left.wanted = left.present = wanted
+        left.failed = list(old.manifest.skipped)
+        return _Change(path, old, root, None, CHUNK, silent).apply(left, None)
 
 
 class _Change:
@@ -201,10 +227,9 @@ class _Change:
         if old is not None:
             check_model(path, old.manifest.model, self._model)
 
-    def apply(
-        self, wanted: Sequence[Entry], failed: list[Skipped], kind: IndexKind | None
-    ) -> IndexChange:
-        """Replace the contents of the index by the readable images of `wanted`, sorted by path."""
+    def apply(self, scan: "_Scan", kind: IndexKind | None) -> IndexChange:
+        """Replace the contents of the index by the readable images of `scan`, sorted by path."""
+        wanted = scan.wanted
         old = self._old
         held = {entry: row for row, entry in enumerate(old.entries)} if old else {}
         owner = Unfinished(format=INDEX_FORMAT, model=self._model, folder=str(self._folder))
@@ -212,15 +237,21 @@ class _Change:
         todo = [entry for entry in wanted if entry not in held and entry not in pending]
         resumed = sum(entry in pending and entry not in held for entry in wanted)
         unreadable = self._embed(todo, pending)
-        failed = [*failed, *unreadable]
+        failed = [*scan.failed, *unreadable]
+        bad = {item.path for item in unreadable}
         entries = sorted(
-            (entry for entry in wanted if entry in held or entry in pending),
+            (
+                *(entry for entry in wanted if entry in held or entry in pending),
+                # Changed files that cannot be used, such as half a copy, keep their old embedding.
+                *(entry for entry in held if entry.path in bad),
+            ),
             key=lambda entry: entry.path,
         )
-        if not entries:
+        if not any(entry in held or entry in pending for entry in scan.present):
+            causes = unreadable or failed
             raise InputError(
-                f"none of the {len(failed)} images can be read, such as {failed[0].path}: "
-                f"{failed[0].reason}"
+                f"none of the {len(causes)} images can be read, such as {causes[0].path}: "
+                f"{causes[0].reason}"
             )
         failed.sort(key=lambda item: item.path)
         kind = kind or (old.manifest.layout.kind if old else "exact")
@@ -236,43 +267,26 @@ class _Change:
             resumed=resumed,
             kept=sum(entry in held for entry in entries),
             removed=sum(entry.path not in paths for entry in held),
+            ignored=dict(scan.ignored),
         )
 
     def _embed(self, todo: Sequence[Entry], pending: Pending) -> list[Skipped]:
         """Embed images into `pending`, and return those that cannot be read."""
         failed: list[Skipped] = []
         for start in range(0, len(todo), self._chunk):
+            assert self._embedder is not None
             self._progress(f"embedding {len(todo)} images", start, len(todo))
             entries = todo[start : start + self._chunk]
-            embedded, embeddings, unreadable = self._embed_readable(entries)
-            failed += unreadable
-            if embedded:
-                pending.add(embedded, np.concatenate(embeddings))
+            files, errors = [self._folder / entry.path for entry in entries], Errors()
+            parts = readable_parts(self._embedder.embed_images, files, errors)
+            if parts:
+                embedded = [e for index, e in enumerate(entries) if index not in errors]
+                pending.add(embedded, np.concatenate(parts))
+            failed += [
+                Skipped(path=entries[index].path, reason=worded(error.reason, error.advice))
+                for index, error in sorted(errors.items())
+            ]
         return failed
-
-    def _embed_readable(
-        self, entries: Sequence[Entry]
-    ) -> tuple[list[Entry], list[Floats], list[Skipped]]:
-        """Return the readable entries, their embeddings in parts, and the unreadable entries."""
-        assert self._embedder is not None
-        embedded: list[Entry] = []
-        parts: list[Floats] = []
-        failed: list[Skipped] = []
-        rest = list(entries)
-        while rest:
-            try:
-                parts.append(self._embedder.embed_images([self._folder / e.path for e in rest]))
-            except ImageError as error:
-                if error.index is None:
-                    raise  # the error is not about one of these images
-                bad, reason = error.index, worded(error.reason, error.advice)
-            else:
-                return embedded + rest, parts, failed
-            before = self._embed_readable(rest[:bad])
-            embedded, parts = embedded + before[0], parts + before[1]
-            failed += [*before[2], Skipped(path=rest[bad].path, reason=reason)]
-            rest = rest[bad + 1 :]
-        return embedded, parts, failed
 
     def _commit(
         self,
@@ -306,27 +320,115 @@ class _Change:
         )
 
 
-def _scan(folder: Path) -> tuple[list[Entry], list[Skipped]]:
-    return _entries(find_images(folder), folder)
+class _Scan:
+    """Files that an index is to hold.
 
+    Args:
+        root: directory of the images of the index.
+        found: files to look at.
+    """
 
-def _entries(files: Iterable[Path], root: Path) -> tuple[list[Entry], list[Skipped]]:
-    """Return the files with their size and modification time, and those that are inaccessible."""
-    found: dict[str, Entry] = {}
-    failed: dict[str, Skipped] = {}
-    for file in files:
-        path = (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
-        try:
+    def __init__(self, root: Path, found: Found) -> None:
+        self._root = root
+        self.wanted: list[Entry] = []
+        """Files with their present size and modification time."""
+        self.failed = [self._skipped(item.path, item.reason) for item in found.skipped]
+        """Files and directories that cannot be read."""
+        self.ignored = found.ignored
+        entries: dict[str, Entry] = {}
+        for file in found.files:
+            try:
+                status = file.stat()
+            except OSError as error:
+                self.failed.append(self._skipped(str(file), f"cannot be read: {error.strerror}"))
+                continue
+            path = self._name(file)
+            entries[path] = Entry(path=path, bytes=status.st_size, mtime_ns=status.st_mtime_ns)
+        self.wanted = list(entries.values())
+        self.present = self.wanted[:]
+        """Files that exist, at least one of which must be readable."""
+
+    def _name(self, file: Path) -> str:
+        inside = file.is_relative_to(self._root)
+        return (file.relative_to(self._root) if inside else file).as_posix()
+
+    def _skipped(self, path: str, reason: str) -> Skipped:
+        return Skipped(path=self._name(Path(path)), reason=reason)
+
+    def keep_unreadable(self, old: SearchIndex) -> None:
+        """Keep the old entries of files that cannot be read, and of directories above them."""
+        failed = {item.path for item in self.failed}
+        present = {entry.path for entry in self.wanted}
+        for entry in old.entries:
+            above = (parent.as_posix() for parent in PurePath(entry.path).parents)
+            if entry.path not in present and (entry.path in failed or not failed.isdisjoint(above)):
+                self.wanted.append(entry)
+
+    def keep_unavailable(self, old: SearchIndex, remove_missing: bool) -> None:
+        """Keep the old entries whose files are not known to be deleted, and report them.
+
+        Args:
+            old: the index.
+            remove_missing: do not keep the entries of directories that are gone or empty.
+        """
+        self.keep_unreadable(old)
+        present = {entry.path for entry in self.wanted}
+        states: dict[Path, str] = {}
+        kept: Counter[tuple[Path, str]] = Counter()
+        for entry in old.entries:
+            if entry.path in present:
+                continue
+            file = self._root / entry.path
+            if entry.path.startswith("/") and (problem := problem_of(file)) != MISSING:
+                self._keep_external(entry, file, problem)
+                continue
+            missing = self._missing(file.parent, states)
+            if missing is None or (remove_missing and missing[1] in (_GONE, _EMPTY)):
+                continue
+            self.wanted.append(entry)
+            kept[missing] += 1
+        for (directory, state), count in sorted(kept.items()):
+            advice = ""
+            if state in (_GONE, _EMPTY):
+                advice = "; give --remove-missing-directories if they were deleted"
+            reason = f"the directory {state}; {count} images of it are kept in the index{advice}"
+            self.failed.append(self._skipped(str(directory), reason))
+
+    def _keep_external(self, entry: Entry, file: Path, problem: str) -> None:
+        """Add a file from outside the directory of images, with its present state if possible."""
+        if problem:
+            self.failed.append(Skipped(path=entry.path, reason=problem))
+            self.wanted.append(entry)
+        else:
             status = file.stat()
-        except OSError as error:
-            failed[path] = Skipped(path=path, reason=f"cannot be read: {error}")
-            continue
-        found[path] = Entry(path=path, bytes=status.st_size, mtime_ns=status.st_mtime_ns)
-    return list(found.values()), list(failed.values())
+            self.wanted.append(replace(entry, bytes=status.st_size, mtime_ns=status.st_mtime_ns))
+
+    def _missing(self, directory: Path, states: dict[Path, str]) -> tuple[Path, str] | None:
+        """Return the topmost directory above a file that is not available, and why; else None."""
+        found = None
+        while directory != directory.parent and directory != self._root:
+            if directory not in states:
+                states[directory] = _state(directory)
+            if not states[directory]:
+                break
+            found = directory, states[directory]
+            directory = directory.parent
+        return found
 
 
-def _with_external_files(old: SearchIndex | None, wanted: list[Entry]) -> list[Entry]:
-    """Return `wanted` and the index's existing files from outside its directory of images."""
-    paths = [Path(e.path) for e in old.entries if e.path.startswith("/")] if old else []
-    present, _ = _entries((path for path in paths if path.exists()), Path("/nowhere"))
-    return [*wanted, *present]
+_GONE, _EMPTY = "does not exist", "is empty"
+
+
+def _state(directory: Path) -> str:
+    """Return why the files of a directory are not available, or "" if it holds any."""
+    try:
+        with os.scandir(directory) as entries:
+            return "" if any(True for _ in entries) else _EMPTY
+    except (FileNotFoundError, NotADirectoryError):
+        return _GONE
+    except OSError as error:
+        return f"cannot be listed: {error.strerror}"
+
+
+def _scan(folder: Path) -> _Scan:
+    return _Scan(folder, find_images(folder))

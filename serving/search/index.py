@@ -80,7 +80,9 @@ class SearchIndex:
         for file in manifest.files:
             verify(path, file, manifest)
         faiss = library()
-        index = faiss.read_index(str(path / manifest.index.name), faiss.IO_FLAG_MMAP_IFC)
+        # FAISS takes only paths in UTF-8; that of a descriptor is ASCII.
+        with (path / manifest.index.name).open("rb") as opened:
+            index = faiss.read_index(f"/proc/self/fd/{opened.fileno()}", faiss.IO_FLAG_MMAP_IFC)
         embeddings = _mapped(path / manifest.embeddings.name)
         lines = (path / manifest.paths.name).read_text(encoding="utf-8").splitlines()
         entries = tuple(Entry(**parse_json(line)) for line in lines)
@@ -101,17 +103,20 @@ class SearchIndex:
     def matching(self, globs: Sequence[str]) -> NDArray[np.intp]:
         """Return the rows whose path matches one of `globs`, or all rows if there are no globs.
 
-        `*` also matches `/`.
+        `*` also matches `/`. A glob that is a path of the index matches only that path, even if it
+        has characters such as `[`.
 
         Raises:
             InputError: no path matches.
         """
         if not globs:
             return np.arange(len(self.entries))
+        exact = {entry.path for entry in self.entries}.intersection(globs)
+        patterns = [glob for glob in globs if glob not in exact]
         rows = [
             row
             for row, entry in enumerate(self.entries)
-            if any(fnmatch.fnmatchcase(entry.path, glob) for glob in globs)
+            if entry.path in exact or any(fnmatch.fnmatchcase(entry.path, p) for p in patterns)
         ]
         if not rows:
             raise InputError(

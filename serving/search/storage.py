@@ -34,7 +34,8 @@ from serving.bundles.manifest import File
 from serving.errors import InputError
 from serving.search.faiss_index import IndexKind, Layout, library, make
 from serving.tasks.embedder import Floats
-from serving.util.files import disk_errors, sha256_of, sync, write_text
+from serving.util.directories import Skipped
+from serving.util.files import check_directory, disk_errors, sha256_of, sync, write_text
 from serving.util.locks import locked
 from serving.util.typed_json import from_json, json_text, parse_json
 
@@ -54,14 +55,6 @@ class Entry:
     bytes: int
     mtime_ns: int
     """Modification time, in nanoseconds since 1970."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
-    """A file that could not be embedded."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,10 +172,7 @@ def index_locked(path: Path) -> Iterator[None]:
             another process.
         StorageError: the disk became full within the block.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(
-            f"{path} is a file, expected a directory", advice="give a directory for the index"
-        )
+    check_directory(path)
     if (path / MANIFEST).exists():
         read_manifest(path)
     elif path.is_dir() and not (path / UNFINISHED).exists():

@@ -23,6 +23,7 @@ import numpy as np
 from serving.errors import ImageError, InputError, TextError
 from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
+from serving.tasks.readable import Errors, all_in_batches
 from serving.tasks.zero_shot import embed_labels, softmax
 from serving.util.progress import Progress, silent
 from serving.util.typed_json import parse_json
@@ -73,6 +74,7 @@ def rank(
     texts: Sequence[str],
     *,
     truncate: bool = False,
+    errors: Errors | None = None,
     progress: Progress = silent,
 ) -> list[list[Score]]:
     """Rank `texts` for each of `images`.
@@ -82,6 +84,8 @@ def rank(
         images: at least one.
         texts: distinct texts, at least one. They are embedded unchanged, without templates.
         truncate: cut texts that are too long instead of raising an error.
+        errors: receives the error of each image that cannot be used, by its index; the result then
+            leaves these images out. None: such an error is raised.
         progress: receives the number of embedded images.
 
     Returns:
@@ -94,7 +98,8 @@ def rank(
     """
     _check_choices(texts, "texts")
     embedded = embedder.embed_texts(texts, truncate=truncate)
-    return _scores(_embed(embedder, images, progress), embedded, texts, embedder.logit_scale)
+    embeddings = _embed(embedder, images, errors, progress)
+    return _scores(embeddings, embedded, texts, embedder.logit_scale)
 
 
 def answer(
@@ -151,6 +156,7 @@ def caption(
     *,
     threshold: float = THRESHOLD,
     separator: str = SEPARATOR,
+    errors: Errors | None = None,
     progress: Progress = silent,
 ) -> list[Caption]:
     """Caption images with the best word of each category.
@@ -165,6 +171,7 @@ def caption(
         vocabulary: categories, in the order of their words in the caption.
         threshold: minimum probability, 0 to 1, of a word in the caption.
         separator: text between two words.
+        errors: see `rank`.
         progress: receives the number of embedded images.
 
     Raises:
@@ -177,7 +184,7 @@ def caption(
         raise InputError(f"expected a threshold from 0 to 1, got {threshold}")
     _check_choices([category.name for category in vocabulary], "categories")
     words = [_embed_words(embedder, category) for category in vocabulary]
-    embeddings = _embed(embedder, images, progress)
+    embeddings = _embed(embedder, images, errors, progress)
     ranked = [
         _scores(embeddings, embedded, category.words, embedder.logit_scale)
         for category, embedded in zip(vocabulary, words, strict=True)
@@ -249,20 +256,16 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
         raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress) -> Floats:
+def _embed(
+    embedder: Embedder, images: Sequence[Picture], errors: Errors | None, progress: Progress
+) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
     if isinstance(images, str | bytes | os.PathLike):
         raise ImageError(f"expected a sequence of images, got one {type(images).__name__}")
     if not len(images):
         raise ImageError("no images to rank texts for", advice="give at least one")
-    parts = []
-    for start in range(0, len(images), _CHUNK):
-        progress("embedding images", start, len(images))
-        try:
-            parts.append(embedder.embed_images(images[start : start + _CHUNK]))
-        except ImageError as error:
-            raise error.shifted(start) from error
-    return np.concatenate(parts)
+    run, step = embedder.embed_images, "embedding images"
+    return all_in_batches(run, images, _CHUNK, errors, step=step, progress=progress)
 
 
 def _scores(

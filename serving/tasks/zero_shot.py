@@ -10,9 +10,8 @@ unit length. Probabilities are the softmax over the cosines times the checkpoint
 """
 
 import io
-import itertools
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
@@ -20,10 +19,11 @@ from typing import Self
 import numpy as np
 
 from serving.bundles.identity import ModelIdentity
-from serving.errors import ImageError, InputError, TextError
+from serving.errors import InputError, TextError
 from serving.inputs.labels import LabelSet
 from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
+from serving.tasks.readable import Errors, in_batches
 from serving.util.directories import read_lines
 from serving.util.files import write_bytes
 from serving.util.progress import Progress, silent
@@ -162,13 +162,21 @@ class ZeroShotClassifier:
         """Classify images that are already embedded, float32 [n, dim]; see `classify`."""
         return probabilities(images, self.embeddings, self._embedder.logit_scale)
 
-    def batches(self, images: Iterable[Picture], size: int = 64) -> Iterator[Floats]:
+    def batches(
+        self, images: Iterable[Picture], size: int = 64, errors: Errors | None = None
+    ) -> Iterator[Floats]:
         """Classify any number of images, `size` at a time, and yield the results of `classify`.
+
+        Args:
+            images: any number of images.
+            size: maximum number of images at a time.
+            errors: receives the error of each image that cannot be used, by its index; the results
+                then leave these images out. None: such an error is raised.
 
         Raises:
             ImageError: see `classify`.
         """
-        return in_batches(self.classify, images, size)
+        return in_batches(self.classify, images, size, errors)
 
     def top_k(self, images: Sequence[Picture], k: int) -> list[list[tuple[str, float]]]:
         """Return the `k` best labels of each image with their probabilities, best first.
@@ -222,19 +230,6 @@ class ZeroShotClassifier:
         loaded.labels, loaded.templates = labels, templates
         loaded.embeddings = embeddings
         return loaded
-
-
-def in_batches(
-    classify: Callable[[Sequence[Picture]], Floats], images: Iterable[Picture], size: int
-) -> Iterator[Floats]:
-    """Yield `classify` of `size` images at a time; errors have the index within all `images`."""
-    source, start = iter(images), 0
-    while batch := list(itertools.islice(source, size)):
-        try:
-            yield classify(batch)
-        except ImageError as error:
-            raise error.shifted(start) from error
-        start += len(batch)
 
 
 def _read(path: Path) -> tuple[tuple[str, ...], tuple[str, ...], ModelIdentity, Floats]:

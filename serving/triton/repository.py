@@ -21,7 +21,7 @@ from serving.errors import BundleError, InputError, RunnerError
 from serving.runners.autotune import passed, prefix_tree_runner, time_runners
 from serving.runners.spec import RUNNERS, RunnerSpec, graph_of, known, runtime_of
 from serving.runners.tensor_rt import fitting_plan
-from serving.util.files import link_or_copy, new_directory
+from serving.util.files import check_replaceable, link_or_copy, new_directory
 from serving.util.machine import cpu_count
 from serving.util.progress import Progress, silent
 from serving.util.typed_json import json_text
@@ -185,6 +185,15 @@ def _artifact(bundle: Bundle, tower: Tower, runner: RunnerSpec, max_batch_size: 
             f"--max-batch-size {max_batch_size}",
         )
     return plan
+
+
+def check_repository(target: Path) -> None:
+    """Check that `assemble` can write to `target`.
+
+    Raises:
+        InputError: it cannot be written, or holds other files.
+    """
+    check_replaceable(target, _SIGN)
 
 
 def check_assembled(repository: Path) -> None:

@@ -271,7 +271,7 @@ def test_commands_work_with_a_server(server, tiny_bundle, tmp_path):
     labels = ["--label", "a cat", "--label", "a dog"]
     done = serving("classify", str(tmp_path), *labels, "--url", server.http_url, "--json")
     assert done.returncode == 0, done.stderr
-    served = json.loads(done.stdout.splitlines()[-1])
+    served = json.loads(done.stdout.splitlines()[-1])["images"]
     assert [Path(row["image"]).name for row in served] == ["0.jpg", "1.jpg", "2.jpg"]
     local = serving("classify", str(tmp_path), *labels, "--bundle", str(tiny_bundle.path))
     assert local.returncode == 0, local.stderr

@@ -12,6 +12,7 @@ import tempfile
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from serving.cli.console import run as run_command
@@ -214,21 +215,43 @@ def test_wrapped_disk_full_errors_are_recognized(tmp_path):
         raise RuntimeError("something else")
 
 
-def test_command_on_a_full_device_exits_with_a_message(capsys):
+def test_command_on_a_full_device_exits_with_a_message(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
     def command():
         with open("/dev/full", "wb", buffering=0) as full:  # noqa: PTH123
             full.write(b"x")
 
     with pytest.raises(SystemExit) as ended:
-        run_command(command)
+        run_command(app)
     assert ended.value.code == 2
     assert "error: no space is left on the disk" in capsys.readouterr().err
 
 
 def test_failed_file_write_keeps_the_old_file(tmp_path):
+    """The process may write files of at most 10 bytes."""
+    code = (
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from serving.errors import InputError\nfrom serving.util.files import write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try:\n    write_text(Path(sys.argv[1]), 'x' * 11)\n"
+        "except InputError as error:\n    sys.exit(3)\n"
+    )
     write_text(tmp_path / "file", "old")
-    (tmp_path / ".file.tmp").symlink_to("/dev/full")
-    with pytest.raises(StorageError, match=r"file cannot be written: no space is left"):
-        write_text(tmp_path / "file", "new")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], cwd=CHECKOUT)
+    assert done.returncode == 3
     assert (tmp_path / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporary_link_is_not_followed(tmp_path):
+    """Others could create it in a shared directory, to have one of our files overwritten."""
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    (tmp_path / ".file.tmp").symlink_to(victim)
+    write_text(tmp_path / "file", "new")
+    assert (victim.read_text(), (tmp_path / "file").read_text()) == ("theirs", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "victim"}

@@ -249,7 +249,7 @@ def test_directory_without_captions_file_has_no_captions(folder):
 def test_find_images_is_sorted_and_recursive(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "wide.jpg").rename(folder / "deep" / "er" / "wide.JPeG")
-    found = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    found = [path.relative_to(folder).as_posix() for path in find_images(folder).files]
     assert found == sorted(found)
     assert "deep/er/wide.JPeG" in found
     assert len(found) == 8

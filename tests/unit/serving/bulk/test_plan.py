@@ -1,5 +1,6 @@
 """Finished work that is skipped, and jobs that are rejected."""
 
+import json
 import os
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_shards_follow_row_groups(tmp_path):
     table = pa.table({"bytes": [b"x"] * 25})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)  # row groups of 4 4 4 4 4 4 1
     pq.write_table(table, tmp_path / "b.parquet", row_group_size=25)
-    source, rows = find_source(str(tmp_path))
+    source, rows, _ = find_source(str(tmp_path))
     assert rows == 50
     shards = list(shards_of(source, 9))
     assert [shard.row_groups for shard in shards] == [(0, 2), (2, 4), (4, 7), (0, 1)]
@@ -190,7 +191,7 @@ def test_truncated_tar_is_reported(tmp_path):
     """`tarfile` itself accepts it as complete."""
     path = tar_of(tmp_path / "a.tar", {"a.jpg": b"x" * 100, "b.jpg": b"y" * 100})
     path.write_bytes(path.read_bytes()[: 4 * 512])
-    source, _ = find_source(str(path))
+    source, *_ = find_source(str(path))
     rows = list(read_shard(source, Shard(files=("a.tar",))))
     assert [name for name, _ in rows] == ["a.tar/a.jpg", "a.tar/b.jpg", "a.tar"]
     assert "truncated or damaged after 2 images (no end-of-archive marker)" in str(rows[2][1])
@@ -223,3 +224,92 @@ def test_workers_are_pinned_to_separate_cpus():
             assert freed == cpu
             third.kill()
         second.kill()
+
+
+@pytest.fixture
+def odd(tmp_path, pictures) -> Path:
+    """A directory whose name is also a pattern, with images, pipes, links and other files."""
+    root = tmp_path / "photos [12]"
+    root.mkdir()
+    for name in ("img[1].jpg", "img1.jpg", os.fsdecode(b"caf\xe9.jpg"), "new.jfif"):
+        (root / name).write_bytes((pictures / "wide.jpg").read_bytes())
+    for name in ("pipe.jpg", "pipe.parquet", "pipe.tar"):
+        os.mkfifo(root / name)
+    (root / "loop.jpg").symlink_to("loop.jpg")
+    (root / "again").symlink_to(".")
+    (root / "x.heic").touch()
+    return root
+
+
+def names_of(source) -> dict[str, str]:
+    """Name of each row, and its error or ''."""
+    rows = (row for shard in shards_of(source, 2) for row in read_shard(source, shard))
+    return {name: str(image) if isinstance(image, InputError) else "" for name, image in rows}
+
+
+def test_names_with_brackets_and_odd_files_are_found(odd):
+    (odd / "pipe.parquet").unlink()
+    (odd / "pipe.tar").unlink()
+    images = {"img[1].jpg": "", "img1.jpg": "", "caf\\udce9.jpg": ""}
+    reports = {"pipe.jpg": "is a pipe, not a file", "loop.jpg": "is a link that leads to itself"}
+    source, rows, ignored = find_source(str(odd))
+    assert names_of(source) == images | reports | {"new.jfif": ""}
+    assert rows == 6
+    assert ignored == {".heic": 1, "links to directories": 1}
+    source, rows, _ = find_source(f"{odd}/*.jpg")
+    assert names_of(source) == images | reports
+    source, rows, _ = find_source(f"{odd}/img[1].jpg")
+    assert (names_of(source), rows) == ({"img[1].jpg": ""}, 1)
+    source, rows, _ = find_source(f"{odd}/img[123].jpg")
+    assert (names_of(source), rows) == ({"img1.jpg": ""}, 1)
+
+
+def test_pipes_are_not_opened(odd):
+    for name in ("pipe.parquet", "pipe.tar", "pipe.jpg"):
+        with pytest.raises(InputError, match="is a pipe"):
+            find_source(str(odd / name))
+    source, *_ = find_source(f"{odd}/*.tar")
+    assert names_of(source) == {"pipe.tar": "is a pipe, not a file"}
+    with pytest.raises(InputError):
+        find_source(f"{odd}/*.parquet")
+    pq.write_table(pa.table({"image": [b"x"]}), odd / "good.parquet")
+    source, rows, _ = find_source(f"{odd}/*.parquet")
+    assert rows == 1
+    assert names_of(source) == {
+        "good.parquet#0": "",
+        "pipe.parquet": "is a pipe, not a file",
+    }
+
+
+def test_parquet_in_a_directory_that_is_not_utf8(tmp_path):
+    root = tmp_path / os.fsdecode(b"\xe9")
+    root.mkdir()
+    pq.write_table(pa.table({"image": [b"x", b"y"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(root / "a.parquet")
+    source, rows, _ = find_source(str(root))
+    assert rows == 2
+    assert names_of(source) == {"a.parquet#0": "", "a.parquet#1": ""}
+
+
+def test_paths_that_ray_cannot_take_are_rejected(tmp_path, fp32_bundle):
+    odd = tmp_path / os.fsdecode(b"\xe9")
+    odd.mkdir()
+    for source, output in ((odd, tmp_path / "out"), (tmp_path, odd)):
+        with pytest.raises(InputError, match="not valid UTF-8"):
+            run(source, output, fp32_bundle)
+
+
+def test_job_without_any_embedding_fails(tmp_path, fp32_bundle):
+    source = tmp_path / "photos"
+    source.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (source / name).write_bytes(b"not an image")
+    arguments = ("--bundle", fp32_bundle.path, "--runner", "onnxruntime:fp32", "--workers", 1)
+    run_command = command(source, "--output", tmp_path / "out", *arguments, "--json")
+    for _ in range(2):  # also if all shards were finished before
+        done = subprocess.run(run_command, cwd=CHECKOUT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        told = json.loads(done.stdout)
+        assert (told["rows"], told["ok"], told["errors"]) == (2, 0, 2)
+        assert "error: " in done.stderr
+        assert "Traceback" not in done.stderr

@@ -12,12 +12,12 @@ from export.doctor.report import DoctorReport
 from serving.cli.documents import (
     Answered,
     Assembled,
-    Captioned,
-    Classified,
+    Captions,
+    Classification,
     Embedded,
     Found,
     IndexChanged,
-    Ranked,
+    Ranking,
 )
 from serving.search.storage import IndexManifest
 from serving.util.typed_json import from_json
@@ -53,9 +53,8 @@ def test_embed_prints_embedded(read, local, pictures, tmp_path):
 
 
 def test_classify_prints_classified(read, local, pictures):
-    found = read(
-        tuple[Classified, ...], "classify", pictures, "--label", "cat", "--label", "dog", *local
-    )
+    labels = ("--label", "cat", "--label", "dog")
+    found = read(Classification, "classify", pictures, *labels, *local).images
     assert [one.image for one in found] == sorted(map(str, pictures.iterdir()))
     for one in found:
         assert set(one.probabilities) == {"cat", "dog"}
@@ -64,7 +63,8 @@ def test_classify_prints_classified(read, local, pictures):
 
 def test_rank_and_answer_print_ranked_and_answered(read, local, pictures):
     file = min(pictures.iterdir())
-    (ranked,) = read(tuple[Ranked, ...], "rank", file, "--text", "a cat", "--text", "a dog", *local)
+    texts = ("--text", "a cat", "--text", "a dog")
+    (ranked,) = read(Ranking, "rank", file, *texts, *local).images
     assert {score.text for score in ranked.texts} == {"a cat", "a dog"}
     question = ("--question", "it shows", "--candidate", "a cat", "--candidate", "a dog")
     answered = read(Answered, "answer", file, *question, *local)
@@ -76,7 +76,7 @@ def test_caption_prints_captioned(read, local, pictures, tmp_path):
     categories = tmp_path / "categories.toml"
     categories.write_text('animal = ["cat", "dog"]\ncolor = ["red", "blue"]\n')
     options = ("--categories", categories, "--threshold", 0)
-    found = read(tuple[Captioned, ...], "caption", pictures, *options, *local)
+    found = read(Captions, "caption", pictures, *options, *local).images
     assert [one.image for one in found] == sorted(map(str, pictures.iterdir()))
     for one in found:
         assert one.caption == ", ".join(score.text for score in one.best.values())

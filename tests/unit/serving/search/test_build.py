@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from serving.search.build import add, build, remove, update
 from serving.search.index import SearchIndex
 from serving.search.query import Term
 from tests.support.paths import CHECKOUT
+from tests.support.permissions import as_user
 from tests.support.search_data import (
     BAD,
     SERVING,
@@ -40,11 +42,12 @@ def test_unreadable_files_are_named_and_skipped(photos, tmp_path, counted):
     os.mkfifo(photos / "pipe.jpg")  # reading a pipe would block forever
     outcome = build(photos, tmp_path / "new", counted, chunk=8)
     told = {item.path: item.reason.lower() for item in outcome.manifest.skipped}
-    assert set(told) == {*BAD, "gone.jpg"}
+    assert set(told) == {*BAD, "gone.jpg", "pipe.jpg"}
     assert told["animals/text.jpg"].startswith("expected one of jpeg, png")
     assert "0 bytes" in told["empty.png"]
     assert re.search("truncated|incomplete|damaged|broken", told["zzz/cut.jpg"])
-    assert "no such file" in told["gone.jpg"]
+    assert told["gone.jpg"] == "is a link to a file that does not exist"
+    assert told["pipe.jpg"] == "is a pipe, not a file"
     assert outcome.embedded == outcome.manifest.count == 40
     assert counted.embedded < 40 + 4 * 8  # a bad file costs its chunk at most one more attempt
     assert set(paths(tmp_path / "new")).isdisjoint(told)
@@ -94,7 +97,7 @@ def test_add_accepts_files_and_directories_outside_the_root(photos, index, tmp_p
     (elsewhere / "102.jpg").unlink()
     outcome = update(index, counted)
     assert (outcome.embedded, outcome.removed, outcome.manifest.count) == (0, 1, 43)
-    with pytest.raises(InputError, match=r"no/such\.jpg: no such file or directory"):
+    with pytest.raises(InputError, match=r"no/such\.jpg: no such file"):
         add(index, [Path("no/such.jpg")], counted)
 
 
@@ -107,6 +110,123 @@ def test_moved_directory_is_not_embedded_again(photos, tmp_path, counted):
     outcome = update(tmp_path / "new", counted, tmp_path / "moved")
     assert (counted.embedded, outcome.kept, outcome.removed) == (0, 40, 0)
     assert SearchIndex.open(tmp_path / "new").file("002.jpg").is_file()
+
+
+def locations(index: Path) -> set[str]:
+    return {item.path for item in SearchIndex.open(index).manifest.skipped}
+
+
+@pytest.mark.parametrize("state", ["gone", "empty", "a file"])
+def test_images_of_a_missing_directory_are_kept(photos, tmp_path, counted, state):
+    """The directory may be the mount point of a disk that is not mounted."""
+    index, cats = tmp_path / "new", photos / "animals" / "cats"
+    build(photos, index, counted)
+    counted.embedded = 0
+    shutil.rmtree(cats)
+    if state == "empty":
+        cats.mkdir()
+    elif state == "a file":
+        cats.touch()
+    (photos / "002.jpg").unlink()
+    for change in (update(index, counted), build(photos, index, counted)):
+        assert (change.manifest.count, change.embedded) == (39, 0)
+        (skipped,) = change.manifest.skipped
+        assert skipped.path == "animals/cats"
+        assert "10 images" in skipped.reason
+    assert counted.embedded == 0
+    assert "002.jpg" not in paths(index)
+    change = update(index, counted, remove_missing=True)
+    assert (change.removed, change.manifest.count, change.manifest.skipped) == (10, 29, ())
+
+
+def test_missing_directories_are_reported_once_at_the_top(photos, tmp_path, counted):
+    index = tmp_path / "new"
+    build(photos, index, counted)
+    shutil.rmtree(photos / "animals")
+    change = update(index, counted)
+    assert (change.removed, change.manifest.count) == (0, 40)
+    assert locations(index) == {"animals"}
+
+
+def test_external_images_of_a_missing_directory_are_kept(photos, index, tmp_path, counted):
+    update(index, counted, photos)
+    elsewhere = fill(tmp_path / "elsewhere", 3, 100)
+    add(index, [elsewhere], counted)
+    shutil.rmtree(elsewhere)
+    change = update(index, counted)
+    assert (change.removed, change.manifest.count) == (0, 43)
+    assert locations(index) == {str(elsewhere)}
+    assert update(index, counted, remove_missing=True).removed == 3
+
+
+def test_missing_root_keeps_the_index(photos, tmp_path, counted):
+    index = tmp_path / "new"
+    build(photos, index, counted)
+    before = contents(index)
+    shutil.rmtree(photos)
+    for _ in range(2):  # gone, then empty
+        with pytest.raises(InputError):
+            update(index, counted)
+        with pytest.raises(InputError):
+            update(index, counted, remove_missing=True)
+        photos.mkdir(exist_ok=True)
+    assert contents(index) == before
+
+
+def test_changed_file_that_cannot_be_read_keeps_its_embedding(photos, tmp_path, counted):
+    index, changed = tmp_path / "new", photos / "002.jpg"
+    build(photos, index, counted)
+    before = changed.read_bytes()
+    changed.write_bytes(before[:100])  # half a copy
+    change = update(index, counted)
+    assert (change.removed, change.manifest.count) == (0, 40)
+    assert locations(index) == {"002.jpg"}
+    changed.unlink()
+    os.mkfifo(changed)
+    change = update(index, counted)
+    assert (change.removed, change.manifest.count) == (0, 40)
+    assert locations(index) == {"002.jpg"}
+    changed.unlink()
+    paint(changed, 555)
+    change = update(index, counted)
+    assert (change.embedded, change.removed, change.manifest.skipped) == (1, 0, ())
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_images_of_an_unreadable_directory_are_kept(photos, tmp_path, fp32_bundle, clip, mode):
+    """With mode 444 the files can be listed, but not accessed."""
+    index, cats = tmp_path / "new", photos / "animals" / "cats"
+    build(photos, index, clip)
+    local = (*bundle_of(fp32_bundle), "--runner", "onnxruntime:fp32")
+    cats.chmod(mode)
+    try:
+        command = [*as_user(), *SERVING, "update", str(index), *local, "--json"]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    finally:
+        cats.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["images"], told["removed"], told["kept"]) == (40, 0, 40)
+    assert told["skipped"]
+    assert all(item["path"].startswith("animals/cats") for item in told["skipped"])
+
+
+def test_exact_paths_win_over_globs(photos, tmp_path, counted):
+    for number, name in enumerate(("img[1].jpg", "img1.jpg", "img2.jpg")):
+        paint(photos / name, 700 + number)
+    index = tmp_path / "new"
+    build(photos, index, counted)
+    opened = SearchIndex.open(index)
+
+    def matching(*globs):
+        return [opened.entries[row].path for row in opened.matching(globs)]
+
+    assert matching("img[1].jpg") == ["img[1].jpg"]
+    assert matching("img[12].jpg") == ["img1.jpg", "img2.jpg"]
+    assert matching("img[1].jpg", "img[12].jpg") == ["img1.jpg", "img2.jpg", "img[1].jpg"]
+    remove(index, ["img[1].jpg"])
+    assert {"img1.jpg", "img2.jpg"} <= set(paths(index))
+    assert "img[1].jpg" not in paths(index)
 
 
 def test_remove_accepts_paths_and_globs(index, clip):

@@ -122,7 +122,7 @@ def test_scores_of_a_server_equal_transformers_logits(fp32_bundle, files, logits
             rank(client, files, ["a cat", " "])
         done = command("rank", files[0], "--text", "a cat", "--text", "a dog", "--json", url=server)
         assert done.returncode == 0, done.stderr
-        assert len(json.loads(done.stdout.splitlines()[-1])[0]["texts"]) == 2
+        assert len(json.loads(done.stdout.splitlines()[-1])["images"][0]["texts"]) == 2
 
 
 def test_images_of_several_chunks_keep_their_order(local):
@@ -415,7 +415,7 @@ def test_rank_command_equals_rank(fp32_bundle, local, files, tmp_path):
     listing.write_text("".join(f"{text}\n" for text in TEXTS))
     done = command("rank", *files[:2], "--texts", listing, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(done.stdout.splitlines()[-1])["images"]
     assert [row["image"] for row in rows] == [str(file) for file in files[:2]]
     for row, scores in zip(rows, rank(local, files[:2], TEXTS), strict=True):
         for got, score in zip(row["texts"], scores, strict=True):
@@ -445,7 +445,7 @@ def test_caption_command_prints_captions(fp32_bundle, files, shapes_toml):
     options = ["--categories", shapes_toml, "--threshold", "0", "--separator", " / "]
     done = command("caption", *files, *options, "--json", bundle=fp32_bundle)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(done.stdout.splitlines()[-1])["images"]
     assert [row["image"] for row in rows] == [str(file) for file in files]
     for row in rows:
         assert row["caption"] == f"{row['best']['colour']['text']} / {row['best']['shape']['text']}"
@@ -460,12 +460,13 @@ def test_caption_command_prints_captions(fp32_bundle, files, shapes_toml):
     ("arguments", "shown"),
     [
         (["rank", "x.jpg", "--text", "a", "--texts", "b"], "either --text or --texts, got both"),
-        (["rank", "x.jpg", "--text", "a", "--text", "a"], "'a' is given more than once"),
+        (["rank", "FILE", "--text", "a", "--text", "a"], "'a' is given more than once"),
         (["caption", "x.jpg", "--categories", "none.json"], "none.json cannot be read"),
     ],
 )
 @pytest.mark.wording
-def test_commands_show_errors_without_a_traceback(fp32_bundle, arguments, shown):
+def test_commands_show_errors_without_a_traceback(fp32_bundle, files, arguments, shown):
+    arguments = [files[0] if argument == "FILE" else argument for argument in arguments]
     done = command(*arguments, bundle=fp32_bundle)
     assert done.returncode == 2
     assert shown in " ".join(done.stderr.split())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from serving.inputs.decode import decode, read_picture
+from serving.inputs.decode import decode, read_image
 
 _CELL, _GAP, _LINE = 160, 12, 18
 _INK, _FAINT, _GOOD, _BAD = "#1b1f24", "#667080", "#1a7f37", "#b42318"
@@ -65,7 +65,7 @@ def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
 def _draw_cell(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, at: tuple[int, int]
 ) -> None:
-    thumbnail = ImageOps.fit(decode(read_picture(cell.picture)).convert("RGB"), (_CELL, _CELL))
+    thumbnail = ImageOps.fit(decode(read_image(cell.picture)).convert("RGB"), (_CELL, _CELL))
     sheet.paste(thumbnail, at)
     color = {None: _INK, True: _GOOD, False: _BAD}[cell.good]
     left, top = at[0], at[1] + _CELL + 3

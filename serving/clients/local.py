@@ -16,7 +16,7 @@ from serving.bundles.identity import ModelIdentity
 from serving.bundles.manifest import Tower
 from serving.errors import ImageError
 from serving.inputs.prefix_tree import Ids, shared_tokens
-from serving.inputs.preprocess import Picture, preprocess
+from serving.inputs.preprocess import ImageInput, preprocess
 from serving.inputs.tokenizer import Tokenizer, batches_by_length
 from serving.runners.autotune import fastest, prefix_tree_runner
 from serving.runners.base import Embeddings, Runner
@@ -112,7 +112,7 @@ class LocalClip:
         """Prompt templates of the checkpoint."""
         return self._bundle.manifest.templates
 
-    def embed_images(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+    def embed_images(self, images: Sequence[ImageInput]) -> NDArray[np.float32]:
         """Embed images.
 
         Args:
@@ -171,7 +171,7 @@ class LocalClip:
 
     def classify(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageInput],
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> NDArray[np.float32]:

@@ -23,11 +23,11 @@ from serving.bundles.identity import ModelIdentity
 from serving.clients.endpoint import NO_CREDENTIALS, Credentials
 from serving.clients.transport import Calls
 from serving.errors import ImageError, InputError, ServerError, TextError
-from serving.inputs.decode import read_picture, too_large
+from serving.inputs.decode import read_image, too_large
 from serving.inputs.labels import LabelSet
-from serving.inputs.preprocess import Picture
+from serving.inputs.preprocess import ImageInput
 from serving.inputs.tokenizer import each
-from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
+from serving.limits import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class ClipClient:
         self._pool.shutdown(cancel_futures=True)
         self._calls.close()
 
-    def embed_images(self, images: Sequence[Picture]) -> Floats:
+    def embed_images(self, images: Sequence[ImageInput]) -> Floats:
         """Embed images.
 
         Args:
@@ -117,7 +117,7 @@ class ClipClient:
             ServerError: the server failed, or did not answer in time.
         """
         infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
-        return self._embed("images", images, encode_picture, infer, ImageError)
+        return self._embed("images", images, encode_image, infer, ImageError)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
         """Embed texts.
@@ -140,7 +140,7 @@ class ClipClient:
 
     def classify(
         self,
-        images: Sequence[Picture],
+        images: Sequence[ImageInput],
         labels: Sequence[str],
         templates: Sequence[str] | None = None,
     ) -> Floats:
@@ -174,7 +174,7 @@ class ClipClient:
             scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", {})
             return scores
 
-        return self._embed("images", images, encode_picture, infer, ImageError)
+        return self._embed("images", images, encode_image, infer, ImageError)
 
     def _embed(
         self,
@@ -240,7 +240,7 @@ class ClipClient:
         return tensor
 
 
-def encode_picture(picture: Picture) -> bytes:
+def encode_image(picture: ImageInput) -> bytes:
     """Return the encoded image to send: files and bytes unchanged, pixels as lossless PNG.
 
     Raises:
@@ -248,16 +248,16 @@ def encode_picture(picture: Picture) -> bytes:
             encoded image exceeds the limit.
     """
     data = _encoded(picture)
-    if len(data) > MAX_PICTURE_BYTES:
+    if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(too_large(len(data)))
     return data
 
 
-def _encoded(image: Picture) -> bytes:
+def _encoded(image: ImageInput) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | os.PathLike):
-        return read_picture(image)
+        return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(

@@ -15,14 +15,14 @@ from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageError
 from serving.inputs.image_metadata import pixel_parts
-from serving.limits import FORMATS, MAX_PICTURE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
+from serving.limits import FORMATS, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
 
 _SHRINK = "scale it down or compress it first"
 _quiet_lock = threading.Lock()
 
 
-def read_picture(picture: str | os.PathLike[str]) -> bytes:
-    """Read an encoded image of at most `MAX_PICTURE_BYTES` from the file `picture`.
+def read_image(picture: str | os.PathLike[str]) -> bytes:
+    """Read an encoded image of at most `MAX_IMAGE_BYTES` from the file `picture`.
 
     Raises:
         ImageError: the file does not exist, is a directory, empty, too large, or unreadable.
@@ -34,7 +34,7 @@ def read_picture(picture: str | os.PathLike[str]) -> bytes:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             # One extra byte detects a file that grows or reports no size, such as a pipe.
-            data = b"" if size > MAX_PICTURE_BYTES else file.read(MAX_PICTURE_BYTES + 1)
+            data = b"" if size > MAX_IMAGE_BYTES else file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError as error:
         raise ImageError(
             "no such file", name=str(path), advice="give the path of an image"
@@ -43,7 +43,7 @@ def read_picture(picture: str | os.PathLike[str]) -> bytes:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise ImageError(f"cannot be read: {error}", name=str(path)) from error
-    if max(size, len(data)) > MAX_PICTURE_BYTES:
+    if max(size, len(data)) > MAX_IMAGE_BYTES:
         raise ImageError(too_large(max(size, len(data))), name=str(path), advice=_SHRINK)
     if not data:
         raise ImageError("is empty (0 bytes)", name=str(path), advice="copy or download it again")
@@ -52,7 +52,7 @@ def read_picture(picture: str | os.PathLike[str]) -> bytes:
 
 def too_large(size: int) -> str:
     """Return the reason of the error for an encoded image of `size` bytes."""
-    return f"the image has {size} bytes, more than the {MAX_PICTURE_BYTES} allowed"
+    return f"the image has {size} bytes, more than the {MAX_IMAGE_BYTES} allowed"
 
 
 def decode(data: bytes) -> Image.Image:
@@ -68,7 +68,7 @@ def decode(data: bytes) -> Image.Image:
         ImageError: `data` is empty, of another format, truncated or corrupt, or exceeds a limit.
             Limits are checked before decoding.
     """
-    if len(data) > MAX_PICTURE_BYTES:
+    if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(too_large(len(data)), advice=_SHRINK)
     parts = BytesIO(pixel_parts(data))
     try:

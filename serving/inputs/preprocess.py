@@ -26,10 +26,10 @@ from PIL import Image
 
 from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
-from serving.inputs.decode import decode, loaded, read_picture
+from serving.inputs.decode import decode, loaded, read_image
 from serving.limits import MAX_WHOLE_PIXELS
 
-Picture: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+ImageInput: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 """An image: bytes or path of an encoded file, PIL image, or RGB array uint8 [height, width, 3]."""
 
 _FILTER_RADIUS = 3
@@ -39,8 +39,8 @@ _EXACT_STEPS = 1 << 20
 """Largest crop offset for which nearest neighbor accumulates positions exactly as Pillow does."""
 
 
-def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Convert an image in any form of `Picture` to the input of the image tower.
+def preprocess(picture: ImageInput, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Convert an image in any form of `ImageInput` to the input of the image tower.
 
     Returns:
         uint8 [3, spec.size, spec.size], RGB, C-contiguous.
@@ -196,12 +196,12 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _as_image(picture: Picture) -> Image.Image:
+def _as_image(picture: ImageInput) -> Image.Image:
     match picture:
         case bytes():
             return decode(picture)
         case str() | os.PathLike():
-            data = read_picture(picture)
+            data = read_image(picture)
             try:
                 return decode(data)
             except ImageError as error:

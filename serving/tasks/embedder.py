@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.bundles.identity import ModelIdentity
-from serving.inputs.preprocess import Picture
+from serving.inputs.preprocess import ImageInput
 
 Floats = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ class Embedder(Protocol):
     def templates(self) -> tuple[str, ...]:
         """Prompt templates of the checkpoint, each with a `{}`."""
 
-    def embed_images(self, images: Sequence[Picture]) -> Floats:
+    def embed_images(self, images: Sequence[ImageInput]) -> Floats:
         """Return the embeddings of images, float32 [n, dim], unit length."""
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from serving.errors import ImageError, InputError, TextError
-from serving.inputs.preprocess import Picture
+from serving.inputs.preprocess import ImageInput
 from serving.tasks.embedder import Embedder, Floats
 from serving.tasks.zero_shot import embed_labels, softmax
 from serving.util.progress import Progress, silent
@@ -68,7 +68,7 @@ class Caption:
 
 def rank(
     embedder: Embedder,
-    images: Sequence[Picture],
+    images: Sequence[ImageInput],
     texts: Sequence[str],
     *,
     truncate: bool = False,
@@ -98,7 +98,7 @@ def rank(
 
 def answer(
     embedder: Embedder,
-    image: Picture,
+    image: ImageInput,
     question: str,
     candidates: Sequence[str],
     *,
@@ -145,7 +145,7 @@ def answer(
 
 def caption(
     embedder: Embedder,
-    images: Sequence[Picture],
+    images: Sequence[ImageInput],
     vocabulary: Sequence[Category],
     *,
     threshold: float = THRESHOLD,
@@ -248,7 +248,7 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
         raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(embedder: Embedder, images: Sequence[Picture], progress: Progress) -> Floats:
+def _embed(embedder: Embedder, images: Sequence[ImageInput], progress: Progress) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
     if isinstance(images, str | bytes | os.PathLike):
         raise ImageError(f"expected a sequence of images, got one {type(images).__name__}")

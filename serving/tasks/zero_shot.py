@@ -23,7 +23,7 @@ import numpy as np
 from serving.bundles.identity import ModelIdentity
 from serving.errors import ImageError, InputError, TextError
 from serving.inputs.labels import LabelSet
-from serving.inputs.preprocess import Picture
+from serving.inputs.preprocess import ImageInput
 from serving.tasks.embedder import Embedder, Floats
 from serving.util.directories import read_lines
 from serving.util.files import write_bytes
@@ -148,7 +148,7 @@ class ZeroShotClassifier:
         self.labels = tuple(labels)
         self.templates = tuple(embedder.templates if templates is None else templates)
 
-    def classify(self, images: Sequence[Picture]) -> Floats:
+    def classify(self, images: Sequence[ImageInput]) -> Floats:
         """Return the probability of each label for each image, float32 [n, labels].
 
         Rows sum to 1.
@@ -162,7 +162,7 @@ class ZeroShotClassifier:
         """Classify images that are already embedded, float32 [n, dim]; see `classify`."""
         return probabilities(images, self.embeddings, self._embedder.logit_scale)
 
-    def batches(self, images: Iterable[Picture], size: int = 64) -> Iterator[Floats]:
+    def batches(self, images: Iterable[ImageInput], size: int = 64) -> Iterator[Floats]:
         """Classify any number of images, `size` at a time, and yield the results of `classify`.
 
         Raises:
@@ -170,7 +170,7 @@ class ZeroShotClassifier:
         """
         return in_batches(self.classify, images, size)
 
-    def top_k(self, images: Sequence[Picture], k: int) -> list[list[tuple[str, float]]]:
+    def top_k(self, images: Sequence[ImageInput], k: int) -> list[list[tuple[str, float]]]:
         """Return the `k` best labels of each image with their probabilities, best first.
 
         Labels with equal probabilities keep their order. If `k` exceeds the number of labels, all
@@ -225,7 +225,7 @@ class ZeroShotClassifier:
 
 
 def in_batches(
-    classify: Callable[[Sequence[Picture]], Floats], images: Iterable[Picture], size: int
+    classify: Callable[[Sequence[ImageInput]], Floats], images: Iterable[ImageInput], size: int
 ) -> Iterator[Floats]:
     """Yield `classify` of `size` images at a time; errors have the index within all `images`."""
     source, start = iter(images), 0

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from serving import limits
 from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
-from serving.inputs.decode import decode, read_picture
+from serving.inputs.decode import decode, read_image
 from serving.inputs.preprocess import preprocess, to_pixels
 
 MODES = ("RGB", "L", "P", "LA", "RGBA", "CMYK", "1", "I;16")
@@ -358,14 +358,14 @@ def test_unreadable_file_is_named(tmp_path):
     text = tmp_path / "notes.jpg"
     text.write_text("not a picture")
     with pytest.raises(ImageError, match=r"missing\.jpg: no such file; give the path"):
-        read_picture(tmp_path / "missing.jpg")
+        read_image(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match="is a directory"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
     with pytest.raises(ImageError, match=r"empty\.jpg: is empty \(0 bytes\); copy") as caught:
-        read_picture(empty)
+        read_image(empty)
     assert caught.value.name == str(empty)
     with pytest.raises(ImageError, match="cannot be read"):
-        read_picture("a\0b.jpg")
+        read_image("a\0b.jpg")
     with pytest.raises(ImageError, match=r"notes\.jpg: expected one of JPEG"):
         preprocess(text, spec())
 

@@ -14,40 +14,57 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageError
-from serving.inputs.image_metadata import pixel_parts
+from serving.inputs.image_metadata import orientation, pixel_parts
 from serving.limits import FORMATS, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
 
-_SHRINK = "scale it down or compress it first"
+SHRINK = "scale it down or compress it first"
+"""Advice for encoded images that are too large."""
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the operation that undoes it; other orientations need none."""
 _quiet_lock = threading.Lock()
 
 
-def read_image(picture: str | os.PathLike[str]) -> bytes:
-    """Read an encoded image of at most `MAX_IMAGE_BYTES` from the file `picture`.
+def read_image(image: str | os.PathLike[str]) -> bytes:
+    """Read an encoded image of at most `MAX_IMAGE_BYTES` from the file `image`.
 
     Raises:
         ImageError: the file does not exist, is a directory, empty, too large, or unreadable.
     """
-    path = Path(picture)
+    path, name = Path(image), short_path(image)
     try:
         if path.is_dir():
-            raise ImageError("is a directory", name=str(path), advice="give the path of an image")
+            raise ImageError("is a directory", name=name, advice="give the path of an image")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             # One extra byte detects a file that grows or reports no size, such as a pipe.
             data = b"" if size > MAX_IMAGE_BYTES else file.read(MAX_IMAGE_BYTES + 1)
     except FileNotFoundError as error:
-        raise ImageError(
-            "no such file", name=str(path), advice="give the path of an image"
-        ) from error
+        raise ImageError("no such file", name=name, advice="give the path of an image") from error
     except ImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        raise ImageError(f"cannot be read: {error}", name=str(path)) from error
+    except ValueError as error:  # a NUL character in the path
+        raise ImageError(f"cannot be read: {error}", name=name) from error
+    except OSError as error:  # its text has the whole path
+        raise ImageError(f"cannot be read: {error.strerror}", name=name) from error
     if max(size, len(data)) > MAX_IMAGE_BYTES:
-        raise ImageError(too_large(max(size, len(data))), name=str(path), advice=_SHRINK)
+        raise ImageError(too_large(max(size, len(data))), name=name, advice=SHRINK)
     if not data:
-        raise ImageError("is empty (0 bytes)", name=str(path), advice="copy or download it again")
+        raise ImageError("is empty (0 bytes)", name=name, advice="copy or download it again")
     return data
+
+
+def short_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as the name of an image in errors, shortened if it is very long."""
+    name = os.fspath(path)
+    return name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
 
 
 def too_large(size: int) -> str:
@@ -55,11 +72,12 @@ def too_large(size: int) -> str:
     return f"the image has {size} bytes, more than the {MAX_IMAGE_BYTES} allowed"
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, *, exif_orientation: bool = False) -> Image.Image:
     """Decode an encoded image, or the first frame of an animation.
 
     Args:
         data: the content of a file in one of `FORMATS`.
+        exif_orientation: rotate and mirror the image as its EXIF orientation says.
 
     Returns:
         The loaded image in the mode of its file (`RGB`, `L`, `P`, `CMYK`, ...), without metadata.
@@ -69,7 +87,7 @@ def decode(data: bytes) -> Image.Image:
             Limits are checked before decoding.
     """
     if len(data) > MAX_IMAGE_BYTES:
-        raise ImageError(too_large(len(data)), advice=_SHRINK)
+        raise ImageError(too_large(len(data)), advice=SHRINK)
     parts = BytesIO(pixel_parts(data))
     try:
         with _quiet():
@@ -82,7 +100,10 @@ def decode(data: bytes) -> Image.Image:
         ) from error
     except Exception as error:  # damaged headers raise many types, such as struct.error
         raise ImageError(f"the image's header is damaged: {error}") from error
-    return loaded(image)
+    whole = loaded(image)
+    if exif_orientation and (method := _TRANSPOSE.get(orientation(data))) is not None:
+        return whole.transpose(method)
+    return whole
 
 
 def loaded(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
-from serving.inputs.preprocess import ImageInput
+from serving.inputs.images import ImageInput
 from serving.tasks.embedder import Embedder, Floats
 
 _CANCELLED = 1e-4

@@ -11,19 +11,19 @@ has probability 1, whatever the image shows.
 """
 
 import json
-import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from serving.errors import ImageError, InputError, TextError
-from serving.inputs.preprocess import ImageInput
+from serving.errors import InputError, TextError, excerpt
+from serving.inputs.images import ImageInput, Images
+from serving.inputs.texts import each_text
 from serving.tasks.embedder import Embedder, Floats
-from serving.tasks.zero_shot import embed_labels, softmax
+from serving.tasks.zero_shot import embed_labels, in_batches, softmax
 from serving.util.progress import Progress, silent
 
 QUESTION_TEMPLATE = "{question} {answer}"
@@ -68,8 +68,8 @@ class Caption:
 
 def rank(
     embedder: Embedder,
-    images: Sequence[ImageInput],
-    texts: Sequence[str],
+    images: Images,
+    texts: Iterable[str],
     *,
     truncate: bool = False,
     progress: Progress = silent,
@@ -78,8 +78,9 @@ def rank(
 
     Args:
         embedder: `ClipClient` or `LocalClip`, entered.
-        images: at least one.
-        texts: distinct texts, at least one. They are embedded unchanged, without templates.
+        images: any number of images, or one; see `serving.inputs.images.ImageInput`.
+        texts: distinct texts, at least one. They are embedded unchanged, without templates. A
+            single str is an error.
         truncate: cut texts that are too long instead of raising an error.
         progress: receives the number of embedded images.
 
@@ -91,16 +92,16 @@ def rank(
         ImageError: an image cannot be used; the error says which and why.
         TextError: there are no texts, or one of them is empty, too long or given twice.
     """
-    _check_choices(texts, "texts")
-    embedded = embedder.embed_texts(texts, truncate=truncate)
-    return _scores(_embed(embedder, images, progress), embedded, texts, embedder.logit_scale)
+    choices = _choices(texts, "texts")
+    embedded = embedder.embed_texts(choices, truncate=truncate)
+    return _scores(_embed(embedder, images, progress), embedded, choices, embedder.logit_scale)
 
 
 def answer(
     embedder: Embedder,
     image: ImageInput,
     question: str,
-    candidates: Sequence[str],
+    candidates: Iterable[str],
     *,
     template: str = QUESTION_TEMPLATE,
 ) -> list[Score]:
@@ -125,8 +126,10 @@ def answer(
             no `{answer}`, or a text is too long.
     """
     if "{answer}" not in template:
-        raise TextError(f"template {template!r} has no {{answer}} to replace with the candidates")
-    _check_choices(candidates, "candidates")
+        raise TextError(
+            f"template {excerpt(template)} has no {{answer}} to replace with the candidates"
+        )
+    choices = _choices(candidates, "candidates")
     if not question.strip() and "{question}" in template:
         raise TextError(
             "the question is empty", advice="give one, or a template without {question}"
@@ -134,19 +137,19 @@ def answer(
 
     def filled(candidate: str) -> str:
         if not candidate.strip():
-            raise TextError(f"a candidate is empty or only whitespace: {candidate!r}")
+            raise TextError(f"a candidate is empty or only whitespace: {excerpt(candidate)}")
         values = {"{question}": question, "{answer}": candidate}
         return re.sub(r"\{question\}|\{answer\}", lambda found: values[found[0]], template)
 
-    texts = {filled(candidate): candidate for candidate in candidates}
+    texts = {filled(candidate): candidate for candidate in choices}
     ranked = rank(embedder, [image], list(texts))[0]
     return [replace(score, text=texts[score.text]) for score in ranked]
 
 
 def caption(
     embedder: Embedder,
-    images: Sequence[ImageInput],
-    vocabulary: Sequence[Category],
+    images: Images,
+    vocabulary: Iterable[Category],
     *,
     threshold: float = THRESHOLD,
     separator: str = SEPARATOR,
@@ -160,7 +163,7 @@ def caption(
 
     Args:
         embedder: `ClipClient` or `LocalClip`, entered.
-        images: at least one.
+        images: any number of images, or one; see `serving.inputs.images.ImageInput`.
         vocabulary: categories, in the order of their words in the caption.
         threshold: minimum probability, 0 to 1, of a word in the caption.
         separator: text between two words.
@@ -174,14 +177,14 @@ def caption(
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"expected a threshold from 0 to 1, got {threshold}")
-    _check_choices([category.name for category in vocabulary], "categories")
+    vocabulary = tuple(vocabulary)
+    names = _choices([category.name for category in vocabulary], "categories")
     words = [_embed_words(embedder, category) for category in vocabulary]
     embeddings = _embed(embedder, images, progress)
     ranked = [
         _scores(embeddings, embedded, category.words, embedder.logit_scale)
         for category, embedded in zip(vocabulary, words, strict=True)
     ]
-    names = [category.name for category in vocabulary]
     captions = []
     for scores in zip(*ranked, strict=True):
         best = {name: score[0] for name, score in zip(names, scores, strict=True)}
@@ -238,7 +241,7 @@ def _category(file: Path, name: str, content: object) -> Category:
 def _strings(value: object, expected: str) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return tuple(value)
-    raise InputError(f"{expected} to be a list of strings, got {value!r}")
+    raise InputError(f"{expected} to be a list of strings, got {excerpt(str(value))}")
 
 
 def _embed_words(embedder: Embedder, category: Category) -> Floats:
@@ -248,19 +251,14 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
         raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(embedder: Embedder, images: Sequence[ImageInput], progress: Progress) -> Floats:
+def _embed(embedder: Embedder, images: Images, progress: Progress) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
-    if isinstance(images, str | bytes | os.PathLike):
-        raise ImageError(f"expected a sequence of images, got one {type(images).__name__}")
-    if not len(images):
-        raise ImageError("no images to rank texts for", advice="give at least one")
-    parts = []
-    for start in range(0, len(images), _CHUNK):
-        progress("embedding images", start, len(images))
-        try:
-            parts.append(embedder.embed_images(images[start : start + _CHUNK]))
-        except ImageError as error:
-            raise error.shifted(start) from error
+    total = len(images) if isinstance(images, Sequence) and not isinstance(images, str) else 0
+    parts = [np.empty((0, embedder.identity.embed_dim), np.float32)]
+    progress("embedding images", 0, total)
+    for part in in_batches(embedder.embed_images, images, _CHUNK):
+        parts.append(part)
+        progress("embedding images", sum(map(len, parts)), total)
     return np.concatenate(parts)
 
 
@@ -285,14 +283,24 @@ def _scores(
     ]
 
 
-def _check_choices(texts: Sequence[str], kind: str) -> None:
-    """Raise a TextError unless `texts` are distinct. The tokenizer checks each of them."""
+def _choices(texts: Iterable[str], kind: str) -> list[str]:
+    """Return distinct texts as a list. The tokenizer checks each of them.
+
+    Raises:
+        TextError: `texts` is one str or has no order, or they are none or not distinct.
+    """
     if isinstance(texts, str):
-        raise TextError(f"expected a list of {kind}, got one str", advice=f"pass [{texts!r}]")
-    if not texts:
+        raise TextError(
+            f"expected a list of {kind}, got one str", advice=f"pass [{excerpt(texts)}]"
+        )
+    choices = list(each_text(texts, kind))
+    if not choices:
         raise TextError(f"no {kind} to choose from", advice="give at least one")
     seen: set[str] = set()
-    for text in texts:
+    for text in choices:
+        if not isinstance(text, str):
+            raise TextError(f"expected {kind} to be str, got {type(text).__name__}")
         if text in seen:
-            raise TextError(f"{text!r} is given more than once; {kind} must differ")
+            raise TextError(f"{excerpt(text)} is given more than once; {kind} must differ")
         seen.add(text)
+    return choices

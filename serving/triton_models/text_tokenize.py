@@ -7,7 +7,8 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from serving.bundles.bundle import Bundle
-from serving.inputs.tokenizer import Tokenizer, decode_text, each
+from serving.inputs.texts import decode_text
+from serving.inputs.tokenizer import Tokenizer, each
 from serving.triton_models.admission import Ahead, Behind
 from serving.triton_models.responses import answered, full
 
@@ -42,6 +43,6 @@ class TextTokenize:
         """
         raw = pb_utils.get_input_tensor_by_name(request, "text").as_numpy().ravel()
         truncate = bool(json.loads(request.parameters()).get("truncate", False))
-        texts = each("texts", raw, decode_text)
+        texts = each("texts", raw, lambda data: decode_text(data, truncate=truncate))
         ids = self.tokenizer(texts, truncate=truncate)
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids)])

@@ -27,7 +27,8 @@ from serving.errors import (
     UnavailableError,
 )
 from serving.inputs.labels import LabelSet, refuse_numbers
-from serving.inputs.tokenizer import Tokenizer, decode_text, each
+from serving.inputs.texts import decode_text
+from serving.inputs.tokenizer import Tokenizer, each
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
 from serving.tasks.zero_shot import softmax
 from serving.triton_models.admission import Behind
@@ -245,6 +246,8 @@ def infer(
         fault = triton_fault(message)
         if fault == "full":
             raise OverloadedError(f"{model} is overloaded", advice="try again later")
+        if fault in ("unknown model", "unavailable"):  # the server starts or stops
+            raise UnavailableError(f"{model} is not available: {message}")
         if fault == "late":
             raise DeadlineError(f"the deadline passed while the request waited for {model}")
         raise ModelError(f"{model}: {message}")

@@ -28,8 +28,8 @@ from serving.util.wire import from_text, own_words, triton_fault
 
 T = TypeVar("T")
 
-_ATTACH_S = 5.0
-"""Maximum seconds to wait for each answer of a server when connecting to it."""
+_SHORTEST_S, _LONGEST_S = 1.0, 5.0
+"""Bounds of the seconds to wait for each answer when connecting; between them, the timeout."""
 
 
 class Calls:
@@ -58,7 +58,7 @@ class Calls:
         self._url, self._timeout, self._attempts = url, timeout, attempts
         self._count, self._inherited = threads, list[Any]()
         self._endpoint: Endpoint = retried(
-            lambda left: attach(url, min(left, _ATTACH_S), credentials), attempts, timeout
+            lambda left: attach(url, _connecting(left), credentials), attempts, timeout
         )
         self._begin()
         forks.watch(self)
@@ -90,7 +90,8 @@ class Calls:
         """Return the configuration of a model."""
 
         def request(connection: Any, left: float) -> Any:
-            options = {"client_timeout": left} if self._endpoint.protocol == "grpc" else {}
+            grpc = self._endpoint.protocol == "grpc"
+            options = {"client_timeout": max(left, _SHORTEST_S)} if grpc else {}
             return connection.get_model_config(model, **options)
 
         found = self._call(model, request)
@@ -254,6 +255,10 @@ class Calls:
             self._threads.connection = self._endpoint.open(self._timeout)
             self._connections.append(self._threads.connection)
         yield self._threads.connection
+
+
+def _connecting(left: float) -> float:
+    return min(max(left, _SHORTEST_S), _LONGEST_S)
 
 
 def _connection_errors(protocol: Protocol) -> tuple[type[Exception], ...]:

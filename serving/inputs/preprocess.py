@@ -200,9 +200,10 @@ def _worth_resizing_whole(image: Image.Image, x: _Axis, y: _Axis) -> bool:
     Pillow rounds `box` to float32, which changes one value in some thousands by one level between
     its two passes. If the image is scaled down by two or more, the second pass averages that away.
     If it is scaled down less, adjacent errors can add up to two levels. In an image with alpha, the
-    result is divided by alpha, which can turn one level into dozens.
+    result is divided by alpha, which can turn one level into dozens. Converting other color
+    spaces to RGB can turn one level into four.
     """
-    inexact = image.mode in ("LA", "RGBA") or x.length < 2 * x.resized
+    inexact = image.mode in ("LA", "RGBA", "YCbCr", "HSV", "LAB") or x.length < 2 * x.resized
     return inexact and x.resized * y.resized <= MAX_WHOLE_PIXELS
 
 

@@ -254,11 +254,13 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
 def _embed(embedder: Embedder, images: Images, progress: Progress) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
     total = len(images) if isinstance(images, Sequence) and not isinstance(images, str) else 0
-    parts = [np.empty((0, embedder.identity.embed_dim), np.float32)]
+    parts: list[Floats] = []
     progress("embedding images", 0, total)
     for part in in_batches(embedder.embed_images, images, _CHUNK):
         parts.append(part)
         progress("embedding images", sum(map(len, parts)), total)
+    if not parts:
+        return np.empty((0, embedder.identity.embed_dim), np.float32)
     return np.concatenate(parts)
 
 

@@ -173,3 +173,8 @@ def worded(reason: str, advice: str) -> str:
     result.
     """
     return f"{reason}; {advice}" if advice else reason
+
+
+def excerpt(text: str, length: int = 40) -> str:
+    """Return the beginning of a text for an error message; gRPC limits messages to 8 kB."""
+    return repr(text) if len(text) <= length else f"{text[:length]!r}..."

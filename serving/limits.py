@@ -9,7 +9,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Image formats that are decoded, by Pillow's names; by default Pillow tries about 40. Only the
 first frame of an animation is used."""
 
-MAX_PICTURE_BYTES = 32 << 20
+MAX_IMAGE_BYTES = 32 << 20
 """Maximum size of an encoded image, in bytes. Checked before the file is read."""
 
 MAX_PIXELS = 64 << 20

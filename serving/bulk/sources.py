@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 from serving.bulk.parquet import read_rows, row_group_runs, survey
 from serving.errors import InputError
 from serving.inputs.decode import too_large
-from serving.limits import MAX_PICTURE_BYTES
+from serving.limits import MAX_IMAGE_BYTES
 from serving.util.directories import (
     LINKED_DIRECTORIES,
     SUFFIXES,
@@ -264,7 +264,7 @@ def _tar_rows(path: Path, name: str) -> Iterator[Row]:
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | InputError:
     """Read an image; return an error without reading it if it is too large."""
-    if member.size > MAX_PICTURE_BYTES:
+    if member.size > MAX_IMAGE_BYTES:
         return InputError(too_large(member.size))
     file = tar.extractfile(member)
     assert file is not None

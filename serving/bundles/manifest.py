@@ -50,6 +50,10 @@ class ImageSpec:
     pipeline: Literal["openai", "huggingface"]
     """Reference pipeline to reproduce. `openai` (also OpenCLIP) resizes, then converts to RGB, and
     rounds the crop's offset half to even; `huggingface` converts first and rounds it down."""
+    exif_orientation: bool = False
+    """Rotate and mirror images as their EXIF orientation says. The references ignore it."""
+    scale_16_bit: bool = False
+    """Scale 16-bit grayscale images to 8 bits. The references clip their values at 255."""
 
     def check(self, prefix: str = "") -> None:
         """Check that mean and standard deviation can normalize pixels scaled to 0..1.

@@ -8,7 +8,7 @@ import typer
 from serving.bundles.bundle import Bundle
 from serving.cli.console import Json, document, progress, result, table
 from serving.cli.documents import Assembled
-from serving.cli.options import REPOSITORY, BundlePath
+from serving.cli.options import REPOSITORY, BundlePath, ExifOrientation, Scale16Bit
 from serving.triton.repository import (
     MAX_QUEUE,
     Backend,
@@ -56,6 +56,8 @@ def assemble(
             help="With --backend tensorrt: use onnxruntime if no engine runs on this machine.",
         ),
     ] = False,
+    exif_orientation: ExifOrientation = False,
+    scale_16_bit: Scale16Bit = False,
     as_json: Json = False,
 ) -> None:
     """Write a model repository for a bundle."""
@@ -71,6 +73,8 @@ def assemble(
             max_queue=max_queue,
             allow_failed=allow_failed,
             fallback=fallback,
+            exif_orientation=exif_orientation,
+            scale_16_bit=scale_16_bit,
             progress=show,
         )
     assembled = Assembled(

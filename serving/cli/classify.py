@@ -20,7 +20,7 @@ from serving.cli.options import (
 )
 from serving.clients.local import LocalClip
 from serving.clients.triton import ClipClient
-from serving.inputs.preprocess import Picture
+from serving.inputs.images import ImageInput
 from serving.tasks.embedder import Floats
 from serving.tasks.readable import all_in_batches
 from serving.tasks.zero_shot import TEMPLATES, ZeroShotClassifier, read_templates
@@ -90,11 +90,17 @@ def _classified(
     show: Progress,
 ) -> Floats:
     """Classify with the zero-shot model of the server, or with labels embedded in this process."""
-    run: Callable[[Sequence[Picture]], Floats]
+    run: Callable[[Sequence[ImageInput]], Floats]
     if isinstance(embedder, ClipClient):
         run = partial(embedder.classify, labels=labels, templates=templates)
     else:
         run = ZeroShotClassifier(embedder, labels, templates, progress=show).classify
     return all_in_batches(
-        run, files.paths, _IMAGES, files.errors, step="classifying images", progress=show
+        run,
+        files.paths,
+        _IMAGES,
+        files.errors,
+        width=len(labels),
+        step="classifying images",
+        progress=show,
     )

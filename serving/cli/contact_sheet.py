@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from serving.cli.console import printable
-from serving.inputs.decode import decode, read_picture
+from serving.inputs.decode import decode, read_image
 from serving.util.files import new_file
 
 _CELL, _GAP, _LINE = 160, 12, 18
@@ -67,7 +67,7 @@ def contact_sheet(title: str, rows: Sequence[Row], path: Path) -> None:
 def _draw_cell(
     sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, at: tuple[int, int]
 ) -> None:
-    thumbnail = ImageOps.fit(decode(read_picture(cell.picture)).convert("RGB"), (_CELL, _CELL))
+    thumbnail = ImageOps.fit(decode(read_image(cell.picture)).convert("RGB"), (_CELL, _CELL))
     sheet.paste(thumbnail, at)
     color = {None: _INK, True: _GOOD, False: _BAD}[cell.good]
     left, top = at[0], at[1] + _CELL + 3

@@ -55,9 +55,16 @@ def embed(
     parts = []
     with connection.open() as embedder, progress("embedding images") as show, files.advising():
         if files.paths:
-            run, step = embedder.embed_images, "embedding images"
             parts.append(
-                all_in_batches(run, files.paths, _IMAGES, files.errors, step=step, progress=show)
+                all_in_batches(
+                    embedder.embed_images,
+                    files.paths,
+                    _IMAGES,
+                    files.errors,
+                    width=embedder.identity.embed_dim,
+                    step="embedding images",
+                    progress=show,
+                )
             )
         if text:
             show("embedding texts")

@@ -36,6 +36,22 @@ OnErrorOption = Annotated[
 Truncate = Annotated[
     bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")
 ]
+ExifOrientation = Annotated[
+    bool,
+    typer.Option(
+        "--exif-orientation",
+        help="Rotate and mirror images as their EXIF orientation says. The reference pipelines of "
+        "CLIP ignore it.",
+    ),
+]
+Scale16Bit = Annotated[
+    bool,
+    typer.Option(
+        "--scale-16-bit",
+        help="Scale 16-bit grayscale images to 8 bits. The reference pipelines of CLIP clip their "
+        "values at 255.",
+    ),
+]
 REPOSITORY = Path("build/model_repository")
 
 _CONNECTION: dict[str, Any] = {
@@ -76,7 +92,10 @@ _LOCAL: dict[str, Any] = {
             "passed the parity gate and takes the fastest.",
         ),
     ],
+    "exif_orientation": ExifOrientation,
+    "scale_16_bit": Scale16Bit,
 }
+_FLAGS = ("exif_orientation", "scale_16_bit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +108,8 @@ class Connection:
     key: Path | None = None
     bundle: Path | None = None
     runner: str | None = None
+    exif_orientation: bool = False
+    scale_16_bit: bool = False
 
     def check(self) -> None:
         """Check the options of `connects`.
@@ -113,11 +134,24 @@ class Connection:
                 "--runner belongs to --bundle, but --url was given",
                 advice="choose the runner of a server with `clip-deploy assemble --runner`",
             )
+        else:
+            for name in _FLAGS:
+                if getattr(self, name):
+                    option = f"--{name.replace('_', '-')}"
+                    raise InputError(
+                        f"{option} belongs to --bundle, but --url was given",
+                        advice=f"assemble the server's repository with {option}",
+                    )
 
     def open(self) -> ClipClient | LocalClip:
         """Return a client of --url, or of --bundle in this process; enter it before use."""
         if self.bundle is not None:
-            return LocalClip(self.bundle, self.runner or "auto")
+            return LocalClip(
+                self.bundle,
+                self.runner or "auto",
+                exif_orientation=self.exif_orientation,
+                scale_16_bit=self.scale_16_bit,
+            )
         return self.client()
 
     def client(self) -> ClipClient:
@@ -133,7 +167,8 @@ class Connection:
 
 
 def connects(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the connection options to a command: --url, --ca, --cert, --key, --bundle, --runner.
+    """Add the connection options to a command: --url, --ca, --cert, --key, --bundle, --runner,
+    --exif-orientation, --scale-16-bit.
 
     The command receives their values as one argument `connection`.
     """
@@ -148,7 +183,12 @@ def connects_to_server(command: Callable[..., None]) -> Callable[..., None]:
 def _with_options(command: Callable[..., None], options: dict[str, Any]) -> Callable[..., None]:
     signature = inspect.signature(command)
     shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name in _FLAGS else None,
+            annotation=annotation,
+        )
         for name, annotation in options.items()
     ]
     own = [
@@ -161,7 +201,7 @@ def _with_options(command: Callable[..., None], options: dict[str, Any]) -> Call
 
     @functools.wraps(command)
     def wrapper(context: typer.Context, **values: Any) -> None:
-        given = {name: values.pop(name, None) for name in options}
+        given = {name: values.pop(name) for name in options}
         if given.get("bundle") is not None:
             # Credentials from environment variables are meant for servers; --bundle ignores them.
             for name in given:

@@ -14,7 +14,7 @@ from serving.cli.contact_sheet import Cell, Row, contact_sheet
 from serving.cli.documents import Found, FoundHit
 from serving.cli.options import Connection, Truncate, connects
 from serving.errors import ImageError, InputError, TextTooLongError
-from serving.inputs.decode import read_picture
+from serving.inputs.decode import read_image
 from serving.search.query import Term
 from serving.util.files import check_file
 
@@ -161,7 +161,7 @@ def _draw(
     cells = []
     for hit in hits:
         try:
-            read_picture(index.file(hit.path))
+            read_image(index.file(hit.path))
         except ImageError as error:
             note(f"not on the sheet: {error}")
         else:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from tritonclient.utils import InferenceServerException
 
-from serving.errors import InputError, ServerError, UnavailableError
+from serving.clients.forks import prepare
+from serving.errors import InputError, ServerError, UnavailableError, excerpt
 from serving.util.finite import check_positive
 
 Protocol = Literal["grpc", "http"]
@@ -142,7 +143,7 @@ class Endpoint:
         if scheme not in _SCHEMES or not re.fullmatch(r"[^/]+:\d+", address):
             raise ServerError(
                 "expected grpc://host:port or http://host:port, or grpcs:// or https:// with TLS, "
-                f"got {url!r}"
+                f"got {excerpt(url, 200)}"
             )
         protocol, encrypted = _SCHEMES[scheme]
         if not encrypted and credentials != NO_CREDENTIALS:
@@ -169,7 +170,11 @@ class Endpoint:
         Args:
             timeout: seconds to connect and to wait for an answer, for HTTP; gRPC takes its timeout
                 with each call.
+
+        Raises:
+            ServerError: the library of the protocol does not work in this forked process.
         """
+        prepare(self.protocol)
         if self.protocol == "grpc":
             options = self._grpc_options()
         else:

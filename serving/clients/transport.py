@@ -4,12 +4,17 @@ This module does not know which models there are or which inputs they take.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from serving.clients import forks
 from serving.clients.endpoint import Credentials, Endpoint, Protocol, attach
 from serving.clients.retry import retried
 from serving.errors import (
@@ -22,14 +27,22 @@ from serving.errors import (
 from serving.util.finite import check_count, check_positive
 from serving.util.wire import from_text, own_words, triton_fault
 
+T = TypeVar("T")
+
+_SHORTEST_S, _LONGEST_S = 1.0, 5.0
+"""Bounds of the seconds to wait for each answer when connecting; between them, the timeout."""
+
 
 class Calls:
-    """Connections to one server. Safe to share between threads; call `close` at the end.
+    """Connections to one server, and threads that use them; call `close` at the end.
+
+    Safe to share between threads, and over HTTP with forked processes (`serving.clients.forks`).
 
     Args:
         url: as for `serving.clients.endpoint.Endpoint.of`.
         timeout: seconds for a call, including all its attempts and the pauses between them.
         attempts: maximum number of attempts of a call; see `serving.clients.retry`.
+        threads: number of threads.
         credentials: files for TLS.
 
     Raises:
@@ -40,31 +53,60 @@ class Calls:
     """
 
     def __init__(
-        self, url: str, *, timeout: float, attempts: int, credentials: Credentials
+        self, url: str, *, timeout: float, attempts: int, threads: int, credentials: Credentials
     ) -> None:
         check_positive("timeout", timeout)
         check_count("attempts", attempts)
         self._url, self._timeout, self._attempts = url, timeout, attempts
-        self._threads = threading.local()
-        self._connections: list[Any] = []
+        self._count, self._inherited = threads, list[Any]()
         self._endpoint: Endpoint = retried(
-            lambda _: attach(url, credentials=credentials), attempts, timeout
+            lambda left: attach(url, _connecting(left), credentials), attempts, timeout
         )
+        self._begin()
+        forks.watch(self)
         self.protocol = self._endpoint.module
         self._connection_errors = _connection_errors(self._endpoint.protocol)
 
+    def _begin(self) -> None:
+        self._threads = threading.local()
+        self._connections: list[Any] = []
+        self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="clip-client")
+
+    def after_fork(self) -> None:
+        """Forget the connections and threads of the parent process."""
+        # Kept, because closing them could wait for the parent's event loop or its gRPC threads.
+        self._inherited += [self._connections, self._threads, self._pool]
+        self._begin()
+
+    def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Call `action` in one of the threads."""
+        return self._pool.submit(action, *arguments)
+
     def close(self) -> None:
-        """Close all connections."""
+        """Cancel what was submitted and has not begun, and close all connections."""
+        self._pool.shutdown(cancel_futures=True)
         while self._connections:
             self._connections.pop().close()
 
     def config(self, model: str) -> dict[str, Any]:
         """Return the configuration of a model."""
-        found = self._call(lambda connection, _: connection.get_model_config(model))
+
+        def request(connection: Any, left: float) -> Any:
+            grpc = self._endpoint.protocol == "grpc"
+            options = {"client_timeout": max(left, _SHORTEST_S)} if grpc else {}
+            return connection.get_model_config(model, **options)
+
+        found = self._call(model, request)
         return found if isinstance(found, dict) else _as_dict(found.config)
 
-    def infer(self, model: str, tensors: list[Any], target: str) -> Any:
-        """Run a model and return one of its outputs as an array.
+    def infer(
+        self,
+        model: str,
+        tensors: list[Any],
+        target: str,
+        shape: tuple[int, ...],
+    ) -> NDArray[np.float32]:
+        """Run a model and return one of its float32 outputs, after checking its shape and values.
 
         The request carries the remaining time as its timeout.
 
@@ -72,12 +114,14 @@ class Calls:
             model: name of the model.
             tensors: inputs, as `InferInput` of `self.protocol`.
             target: name of the output.
+            shape: shape that the output must have.
 
         Raises:
             InputError: the server rejected the inputs.
             OverloadedError: the server's queues were full at every attempt.
             UnavailableError: the server did not answer at any attempt.
-            ServerError: the server failed, or did not answer in time.
+            ServerError: the server failed, did not answer in time, or answered with something else
+                than finite numbers of this shape.
         """
 
         def request(connection: Any, left: float) -> Any:
@@ -86,17 +130,40 @@ class Calls:
                 options["client_timeout"] = left
             return connection.infer(model, tensors, **options)
 
-        return self._call(request).as_numpy(target)
+        result = self._call(model, request)
+        try:
+            array: NDArray[Any] | None = result.as_numpy(target)
+        except Exception as error:  # of NumPy, if shape and data differ
+            raise self._wrong_answer(model, f"a damaged {target} ({error})", shape) from error
+        if array is None:
+            raise self._wrong_answer(model, f"no {target}", shape)
+        if array.shape != shape or array.dtype != np.float32:
+            raise self._wrong_answer(model, f"{target} {array.dtype} {list(array.shape)}", shape)
+        if not np.isfinite(array).all():
+            raise self._wrong_answer(model, f"{target} with NaN or infinity", shape)
+        return array
 
-    def _call(self, action: Callable[[Any, float], Any]) -> Any:
-        return retried(lambda left: self._attempt(action, left), self._attempts, self._timeout)
+    def _wrong_answer(self, model: str, got: str, shape: tuple[int, ...]) -> ServerError:
+        return ServerError(
+            f"expected finite float32 {list(shape)} from {model} at {self._url}, got {got}",
+            advice="restart the server, which empties its response cache; if that does not help, "
+            "assemble its repository again with `clip-deploy assemble`",
+        )
 
-    def _attempt(self, action: Callable[[Any, float], Any], left: float) -> Any:
+    def _call(self, model: str, action: Callable[[Any, float], Any]) -> Any:
+        return retried(
+            lambda left: self._attempt(model, action, left), self._attempts, self._timeout
+        )
+
+    def _attempt(self, model: str, action: Callable[[Any, float], Any], left: float) -> Any:
         """Call `action` with a connection, within `left` seconds, and translate its errors."""
+        deadline = time.monotonic() + left
         try:
             with self._connection(left) as connection:
                 return action(connection, left)
         except InferenceServerException as error:
+            if triton_fault(error.message()) == "unknown model":
+                raise self._unknown_model(model, error.message(), deadline) from error
             raise self._translated(error) from error
         except TimeoutError as error:
             raise self._deadline_error(error) from error
@@ -123,16 +190,34 @@ class Calls:
             return InputError(message)
         if status in ("499", "StatusCode.DEADLINE_EXCEEDED") or fault == "late":
             return self._deadline_error(message)
-        if fault == "unknown model":
+        if fault == "full":
+            return self._overloaded_error(message)
+        if fault == "unavailable" or status in ("503", "StatusCode.UNAVAILABLE"):
+            return UnavailableError(f"{self._url} is not available ({status}): {message}")
+        return ServerError(f"{self._url} rejected the request ({status}): {message}")
+
+    def _unknown_model(self, model: str, message: str, deadline: float) -> ServerError:
+        """Return the error for a model that the server did not have when it was called.
+
+        A server that starts or stops answers so as well. The model may also have been loaded since.
+        """
+        left = max(0.1, deadline - time.monotonic())
+        options = {"client_timeout": left} if self._endpoint.protocol == "grpc" else {}
+        try:
+            with self._endpoint.open(left) as connection:
+                ready = connection.is_server_ready(**options)
+                lacks = ready and not connection.is_model_ready(model, **options)
+        except (InferenceServerException, TimeoutError, *self._connection_errors):
+            lacks = False
+        if lacks:
             return ServerError(
                 f"{self._url} does not serve that model ({message})",
                 advice="assemble the server's repository again with `clip-deploy assemble`",
             )
-        if fault == "full":
-            return self._overloaded_error(message)
-        if status in ("503", "StatusCode.UNAVAILABLE"):
-            return UnavailableError(f"{self._url} is not available ({status}): {message}")
-        return ServerError(f"{self._url} rejected the request ({status}): {message}")
+        return UnavailableError(
+            f"{self._url} is loading or unloading its models: {message}",
+            advice="try again later",
+        )
 
     def _overloaded_error(self, reason: str) -> OverloadedError:
         return OverloadedError(
@@ -158,6 +243,10 @@ class Calls:
             self._threads.connection = self._endpoint.open(self._timeout)
             self._connections.append(self._threads.connection)
         yield self._threads.connection
+
+
+def _connecting(left: float) -> float:
+    return min(max(left, _SHORTEST_S), _LONGEST_S)
 
 
 def _connection_errors(protocol: Protocol) -> tuple[type[Exception], ...]:

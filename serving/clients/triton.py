@@ -2,34 +2,34 @@
 
     with ClipClient("grpc://localhost:8001") as client:
         client.embed_images(["cat.jpg", "dog.jpg"])          # float32 [2, dim]
-        client.classify(["cat.jpg"], ["cat", "dog"])         # float32 [1, 2]
+        client.classify("cat.jpg", ["cat", "dog"])           # float32 [1, 2]
 
 This module does not know how the server is started (`serving.triton`) or which runners it uses.
 """
 
-import functools
-import io
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from serving.bundles.identity import ModelIdentity
+from serving.bundles.manifest import ImageSpec
 from serving.clients.endpoint import NO_CREDENTIALS, Credentials
 from serving.clients.transport import Calls
-from serving.errors import ImageError, InputError, ServerError, TextError
-from serving.inputs.decode import read_picture, too_large
+from serving.errors import InputError, ServerError
+from serving.inputs.images import Fetch, ImageInput, Images, each_image, opened
 from serving.inputs.labels import LabelSet
-from serving.inputs.preprocess import Picture
+from serving.inputs.preprocess import encode_pixels, pixels_of
+from serving.inputs.texts import Texts, checked_text, each_text
 from serving.inputs.tokenizer import each
-from serving.limits import MAX_PICTURE_BYTES, MAX_TEXT_BYTES
 from serving.tasks.embedder import Floats
 from serving.util.finite import check_count
-from serving.util.typed_json import parse_json
+from serving.util.typed_json import from_json, parse_json
 
 T = TypeVar("T")
 
@@ -38,7 +38,11 @@ class ClipClient:
     """Client of the models `clip_image`, `clip_text` and `clip_zero_shot`; a context manager.
 
     Inputs are split into requests of `batch_size`. Up to `in_flight` requests run at a time, so
-    that the server decodes some while it embeds others. Safe to share between threads.
+    that the server decodes some while it embeds others. Inputs are taken from an iterator only when
+    their request can begin.
+
+    Safe to share between threads. Processes forked from this one can use a client over HTTP; over
+    gRPC they get a `ServerError`, because the gRPC library does not work there.
 
     Args:
         url: `grpc://host:port` or `http://host:port`; with TLS `grpcs://` or `https://`.
@@ -50,6 +54,8 @@ class ClipClient:
             is retried after a pause if the server was unavailable or full (`UnavailableError`), but
             not if it was invalid or exceeded its deadline. 1 disables retries.
         credentials: files for TLS.
+        fetch: function that downloads images given as http:// or https:// URLs; called by several
+            threads. By default, URLs are an error.
     """
 
     def __init__(
@@ -61,33 +67,38 @@ class ClipClient:
         in_flight: int = 8,
         attempts: int = 4,
         credentials: Credentials = NO_CREDENTIALS,
+        fetch: Fetch | None = None,
     ) -> None:
         check_count("batch_size", batch_size)
         check_count("in_flight", in_flight)
-        self._calls = Calls(url, timeout=timeout, attempts=attempts, credentials=credentials)
-        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="clip-client")
+        self._calls = Calls(
+            url, timeout=timeout, attempts=attempts, threads=in_flight, credentials=credentials
+        )
+        self._in_flight, self._fetch = in_flight, fetch
         try:
             config = self._calls.config("clip_image")
             facts = {key: v["string_value"] for key, v in config.get("parameters", {}).items()}
             self.logit_scale = float(facts["logit_scale"])
             self.templates: tuple[str, ...] = tuple(parse_json(facts["templates"]))
             self.facts: dict[str, str] = facts
+            self._spec = from_json(ImageSpec, parse_json(facts["image"]))
             self.identity = ModelIdentity(
                 name=facts["model"],
                 weights_sha256=facts["weights_sha256"],
                 embed_dim=int(facts["embed_dim"]),
             )
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             self.close()
+            missing = f"has no parameter {error}" if isinstance(error, KeyError) else str(error)
             raise ServerError(
-                f"the model clip_image at {url} has no parameter {error}: its repository was "
-                "assembled by another version of this project",
+                f"the model clip_image at {url} {missing}: its repository was assembled by another "
+                "version of this project",
                 advice="assemble the repository again with `clip-deploy assemble`",
             ) from error
         except BaseException:
             self.close()
             raise
-        self._batch_size = min(batch_size, int(config["max_batch_size"]))
+        self._batch_size = min(batch_size, int(config.get("max_batch_size", 0)) or 1)
 
     def __enter__(self) -> Self:
         return self
@@ -102,14 +113,16 @@ class ClipClient:
 
     def close(self) -> None:
         """Cancel waiting requests and close all connections."""
-        self._pool.shutdown(cancel_futures=True)
         self._calls.close()
 
-    def embed_images(self, images: Sequence[Picture]) -> Floats:
+    def embed_images(self, images: Images) -> Floats:
         """Embed images.
 
+        Encoded images are sent unchanged. PIL images and arrays are preprocessed here, as the
+        server would, and sent as lossless PNGs.
+
         Args:
-            images: paths, encoded bytes, PIL images, or uint8 RGB arrays [height, width, 3].
+            images: any number of images, or one; see `serving.inputs.images.ImageInput`.
 
         Returns:
             float32 [n, dim], unit length.
@@ -119,15 +132,20 @@ class ClipClient:
             OverloadedError: the server's queues were full at every attempt.
             ServerError: the server failed, or did not answer in time.
         """
-        infer = functools.partial(self._infer_bytes, "clip_image", "image", "image_embeds")
-        return self._embed("images", images, encode_picture, infer, ImageError)
 
-    def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
+        def infer(data: list[bytes]) -> Floats:
+            tensors = [self._strings("image", data, 1)]
+            return self._calls.infer("clip_image", tensors, "image_embeds", (len(data), self._dim))
+
+        return self._each_batch("images", each_image(images), self._encoded, infer, self._dim)
+
+    def embed_texts(self, texts: Texts, *, truncate: bool = False) -> Floats:
         """Embed texts.
 
         Args:
-            texts: at least one.
-            truncate: cut texts that are too long instead of raising an error.
+            texts: any number of texts, or one.
+            truncate: cut texts that are too long instead of raising an error; see
+                `serving.inputs.tokenizer.Tokenizer`.
 
         Returns:
             float32 [n, dim], unit length.
@@ -138,14 +156,19 @@ class ClipClient:
             ServerError: the server failed, or did not answer in time.
         """
         model = "clip_text_truncate" if truncate else "clip_text"
-        infer = functools.partial(self._infer_bytes, model, "text", "text_embeds")
-        return self._embed("texts", texts, _encode_text, infer, TextError)
+
+        def infer(data: list[bytes]) -> Floats:
+            tensors = [self._strings("text", data, 1)]
+            return self._calls.infer(model, tensors, "text_embeds", (len(data), self._dim))
+
+        encode = partial(_encoded_text, truncate=truncate)
+        return self._each_batch("texts", each_text(texts), encode, infer, self._dim)
 
     def classify(
         self,
-        images: Sequence[Picture],
-        labels: Sequence[str],
-        templates: Sequence[str] | None = None,
+        images: Images,
+        labels: Iterable[str],
+        templates: Iterable[str] | None = None,
     ) -> Floats:
         """Return the probability of each label for each image, from the model `clip_zero_shot`.
 
@@ -155,7 +178,8 @@ class ClipClient:
 
         Args:
             images: as for `embed_images`.
-            labels: distinct labels.
+            labels: distinct labels. A single str is an error, because it is more often a mistake
+                than a label set of one.
             templates: prompt templates; default: those of the checkpoint.
 
         Returns:
@@ -167,55 +191,78 @@ class ClipClient:
             OverloadedError: the server's queues were full at every attempt.
             ServerError: the server has no `clip_zero_shot`, failed, or did not answer in time.
         """
-        LabelSet.of(labels, self.templates if templates is None else templates)
-        given = [self._strings("LABELS", each("labels", labels, _encode_text))]
+        wanted = LabelSet.of(labels, self.templates if templates is None else templates)
+        given = [self._strings("LABELS", each("labels", wanted.labels, _utf8))]
         if templates is not None:
-            given.append(self._strings("TEMPLATES", each("templates", templates, _encode_text)))
+            encoded = each("templates", wanted.templates, _utf8)
+            given.append(self._strings("TEMPLATES", encoded))
+        count = len(wanted.labels)
 
         def infer(data: list[bytes]) -> Floats:
             tensors = [self._strings("IMAGE", data), *given]
-            scores: Floats = self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES")
-            return scores
+            return self._calls.infer("clip_zero_shot", tensors, "PROBABILITIES", (len(data), count))
 
-        return self._embed("images", images, encode_picture, infer, ImageError)
+        return self._each_batch("images", each_image(images), self._encoded, infer, count)
 
-    def _embed(
+    @property
+    def _dim(self) -> int:
+        return self.identity.embed_dim
+
+    def _encoded(self, image: ImageInput) -> tuple[bytes, str | None]:
+        """Return the encoded image to send, and its name."""
+        source = opened(image, self._fetch)
+        if isinstance(source.content, bytes):
+            return source.content, source.name
+        return encode_pixels(pixels_of(source, self._spec), self._spec), source.name
+
+    def _each_batch(
         self,
         kind: str,
-        items: Sequence[T],
-        encode: Callable[[T], bytes],
+        items: Iterator[T],
+        encode: Callable[[T], tuple[bytes, str | None]],
         infer: Callable[[list[bytes]], Floats],
-        error_type: type[InputError],
+        width: int,
     ) -> Floats:
-        if isinstance(items, str | bytes):
-            raise error_type(f"expected a sequence of {kind}, got one {type(items).__name__}")
+        """Return the answers to all items, float32 [n, width].
 
-        def embed(start: int) -> Floats:
-            data = []
-            for index, item in enumerate(items[start : start + self._batch_size], start):
-                try:
-                    data.append(encode(item))
-                except error_type as error:
-                    raise error.at(kind, index, _path(kind, item)) from error
+        If several items cannot be used, the error is that of the first one.
+        """
+
+        def ask(start: int, batch: list[T]) -> Floats:
+            data: list[bytes] = []
+            names: list[str | None] = []
+            try:
+                for item in batch:
+                    encoded, name = encode(item)
+                    data.append(encoded)
+                    names.append(name)
+            except InputError as error:
+                if data:
+                    with suppress(ServerError):  # an earlier item may be unusable for the server
+                        ask(start, batch[: len(data)])
+                raise error.at(kind, start + len(data)) from error
             try:
                 return infer(data)
             except InputError as error:
                 if error.kind == kind or (error.kind is None and len(data) == 1):
-                    item = items[start + (error.index or 0)]
-                    raise error.at(kind, start, _path(kind, item)) from error
+                    raise error.at(kind, start, names[error.index or 0]) from error
                 raise  # an error of labels or templates, which are the same in every request
 
-        if not items:
-            raise error_type(f"no {kind} to embed", advice="give at least one")
-        futures = [self._pool.submit(embed, s) for s in range(0, len(items), self._batch_size)]
+        futures: list[Future[Floats]] = []
+        waiting: set[Future[Floats]] = set()
         try:
-            return np.concatenate([future.result() for future in futures])
+            while batch := list(islice(items, self._batch_size)):
+                futures.append(self._calls.submit(ask, len(futures) * self._batch_size, batch))
+                waiting.add(futures[-1])
+                if len(waiting) >= self._in_flight:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    if any(future.exception() for future in done):
+                        break
+            parts = [future.result() for future in futures]
         finally:
             for future in futures:
                 future.cancel()
-
-    def _infer_bytes(self, model: str, source: str, target: str, data: list[bytes]) -> Any:
-        return self._calls.infer(model, [self._strings(source, data, 1)], target)
+        return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
     def _strings(self, name: str, data: list[bytes], *rest: int) -> Any:
         """Return an input tensor of shape [len(data), *rest]."""
@@ -224,52 +271,9 @@ class ClipClient:
         return tensor
 
 
-def encode_picture(picture: Picture) -> bytes:
-    """Return the encoded image to send: files and bytes unchanged, pixels as lossless PNG.
-
-    Raises:
-        ImageError: the file does not exist, the array is not uint8 [height, width, 3], or the
-            encoded image exceeds the limit.
-    """
-    data = _encoded(picture)
-    if len(data) > MAX_PICTURE_BYTES:
-        raise ImageError(too_large(len(data)))
-    return data
+def _encoded_text(text: str, *, truncate: bool) -> tuple[bytes, None]:
+    return checked_text(text, truncate=truncate).encode("utf-8"), None
 
 
-def _encoded(image: Picture) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str | os.PathLike):
-        return read_picture(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ImageError(
-                f"expected an array uint8 [height, width, 3], got {image.dtype} {list(image.shape)}"
-            )
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _path(kind: str, item: object) -> str | None:
-    """Return the name that errors give an item: an image's path."""
-    return str(item) if kind == "images" and isinstance(item, str | os.PathLike) else None
-
-
-def _encode_text(text: str) -> bytes:
-    if not isinstance(text, str):
-        raise TextError(f"expected a str, got {type(text).__name__}")
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"the text has a lone surrogate at position {error.start}", advice="remove it"
-        ) from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise TextError(
-            f"the text has {len(data)} bytes, more than the {MAX_TEXT_BYTES} allowed",
-            advice="shorten it",
-        )
-    return data
+def _utf8(text: str) -> bytes:
+    return checked_text(text).encode("utf-8")

@@ -9,61 +9,80 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageError
-from serving.inputs.image_metadata import pixel_parts
-from serving.limits import FORMATS, MAX_PICTURE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
+from serving.inputs.image_metadata import orientation, pixel_parts
+from serving.limits import FORMATS, MAX_IMAGE_BYTES, MAX_PIXELS, MAX_RLE_PIXELS
 from serving.util.directories import problem_of
 
-_SHRINK = "scale it down or compress it first"
+SHRINK = "scale it down or compress it first"
+"""Advice for encoded images that are too large."""
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the operation that undoes it; other orientations need none."""
 _quiet_lock = threading.Lock()
 
 
-def read_picture(picture: str | os.PathLike[str]) -> bytes:
-    """Read an encoded image of at most `MAX_PICTURE_BYTES` from the file `picture`.
+def read_image(image: str | os.PathLike[str]) -> bytes:
+    """Read an encoded image of at most `MAX_IMAGE_BYTES` from the file `image`.
 
     Raises:
         ImageError: the file does not exist, is not a regular file (a pipe is never opened), empty,
             too large, or unreadable.
     """
-    path = Path(picture)
+    path, name = Path(image), short_path(image)
     if problem := problem_of(path):
-        raise ImageError(problem, name=str(path), advice="give the path of an image")
+        raise ImageError(problem, name=name, advice="give the path of an image")
     try:
         # O_NONBLOCK: opening a pipe that has replaced the file since would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError("was replaced while it was opened", name=str(path))
+                raise ImageError("was replaced while it was opened", name=name)
             size = status.st_size
             # One extra byte detects a file that grows or reports no size, as in /proc.
-            data = b"" if size > MAX_PICTURE_BYTES else file.read(MAX_PICTURE_BYTES + 1)
+            data = b"" if size > MAX_IMAGE_BYTES else file.read(MAX_IMAGE_BYTES + 1)
     except ImageError:
         raise
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror}", name=str(path)) from error
-    if max(size, len(data)) > MAX_PICTURE_BYTES:
-        raise ImageError(too_large(max(size, len(data))), name=str(path), advice=_SHRINK)
+    except OSError as error:  # its text has the whole path
+        raise ImageError(f"cannot be read: {error.strerror}", name=name) from error
+    if max(size, len(data)) > MAX_IMAGE_BYTES:
+        raise ImageError(too_large(max(size, len(data))), name=name, advice=SHRINK)
     if not data:
-        raise ImageError("is empty (0 bytes)", name=str(path), advice="copy or download it again")
+        raise ImageError("is empty (0 bytes)", name=name, advice="copy or download it again")
     return data
+
+
+def short_path(path: str | os.PathLike[str]) -> str:
+    """Return a path as the name of an image in errors, shortened if it is very long."""
+    name = os.fspath(path)
+    return name if len(name) <= 500 else f"{name[:200]}...{name[-100:]}"
 
 
 def too_large(size: int) -> str:
     """Return the reason of the error for an encoded image of `size` bytes."""
-    return f"the image has {size} bytes, more than the {MAX_PICTURE_BYTES} allowed"
+    return f"the image has {size} bytes, more than the {MAX_IMAGE_BYTES} allowed"
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, *, exif_orientation: bool = False) -> Image.Image:
     """Decode an encoded image, or the first frame of an animation.
 
     Args:
         data: the content of a file in one of `FORMATS`.
+        exif_orientation: rotate and mirror the image as its EXIF orientation says.
 
     Returns:
         The loaded image in the mode of its file (`RGB`, `L`, `P`, `CMYK`, ...), without metadata.
@@ -72,17 +91,40 @@ def decode(data: bytes) -> Image.Image:
         ImageError: `data` is empty, of another format, truncated or corrupt, or exceeds a limit.
             Limits are checked before decoding.
     """
-    return loaded(open_image(data))
+    return open_image(data, exif_orientation=exif_orientation).decode()
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Read the header of an encoded image. `loaded` decodes the pixels.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """An encoded image whose header was read, and whose pixels are not decoded yet."""
+
+    image: Image.Image
+    transpose: Image.Transpose | None
+    """Operation that undoes the EXIF orientation."""
+
+    @property
+    def pixels(self) -> int:
+        """Width x height."""
+        return self.image.width * self.image.height
+
+    def decode(self) -> Image.Image:
+        """Decode the image; see the function `decode`."""
+        whole = loaded(self.image)
+        return whole if self.transpose is None else whole.transpose(self.transpose)
+
+
+def open_image(data: bytes, *, exif_orientation: bool = False) -> Header:
+    """Read the header of an encoded image.
+
+    Args:
+        data: the content of a file in one of `FORMATS`.
+        exif_orientation: rotate and mirror the image as its EXIF orientation says.
 
     Raises:
         ImageError: `data` is empty, of another format, too large, or its header is damaged.
     """
-    if len(data) > MAX_PICTURE_BYTES:
-        raise ImageError(too_large(len(data)), advice=_SHRINK)
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ImageError(too_large(len(data)), advice=SHRINK)
     parts = BytesIO(pixel_parts(data))
     try:
         with _quiet():
@@ -96,7 +138,7 @@ def open_image(data: bytes) -> Image.Image:
     except Exception as error:  # damaged headers raise many types, such as struct.error
         raise ImageError(f"the image's header is damaged: {error}") from error
     _check_pixels(image)
-    return image
+    return Header(image, _TRANSPOSE.get(orientation(data)) if exif_orientation else None)
 
 
 def loaded(image: Image.Image) -> Image.Image:

@@ -4,11 +4,14 @@ Pillow parses metadata (EXIF, color profiles, comments, private chunks) part by 
 decompresses some of it. A file within the size limit can keep it busy for minutes. Since no pixel
 depends on metadata, it is removed without being parsed. The parts that remain are counted and
 limited. Pixels do not change: tests compare them with Pillow's result for the whole file.
+`orientation` reads the one value of the metadata that can be asked for.
 
 WebP and BMP are returned unchanged: WebP is parsed in C, and a BMP has a header of fixed size.
 """
 
 import re
+import struct
+from typing import Literal
 
 from serving.errors import ImageError
 from serving.limits import MAX_JPEG_HEADER_BYTES, MAX_PARTS, MAX_SCANS
@@ -22,6 +25,10 @@ _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 _APP0, _APP14, _APP15 = 0xE0, 0xEE, 0xEF  # APP0 and APP14 declare the color space
 
 _JUNK = 64 << 10  # maximum bytes to search in a header for its next part
+
+_EXIF = b"Exif\0\0"
+_ORIENTATION_TAG = 0x0112
+_MAX_ENTRIES = 1_000  # of the EXIF directory that are searched for the orientation; 30 are common
 
 _GIF_HEADER = 13  # size in bytes; the palette follows
 _GIF_BLOCK = re.compile(rb"[!,;]")  # extension, image, end of file
@@ -131,3 +138,85 @@ def _too_many(kind: str, parts: str) -> ImageError:
         f"the {kind} has more than the {MAX_PARTS} {parts} allowed",
         advice="save it again without metadata",
     )
+
+
+def orientation(data: bytes) -> int:
+    """Return the EXIF orientation of a JPEG, PNG or WebP, 1 to 8; 1 if there is none.
+
+    Reads the first EXIF block and nothing else: no XMP, and no text chunks of a PNG.
+    """
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            block = _jpeg_exif(data)
+        elif data.startswith(_PNG_MAGIC):
+            block = _chunk(data, len(_PNG_MAGIC), b"eXIf", "big", before=4, extra=12, align=1)
+        elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            block = _chunk(data, 12, b"EXIF", "little", before=0, extra=8, align=2)
+        else:
+            return 1
+        return _orientation_of(block)
+    except struct.error:  # truncated
+        return 1
+
+
+def _jpeg_exif(data: bytes) -> bytes:
+    at = 2
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, at, at + _JUNK)
+        if found is None or data[found.start() + 1] in (_SOS, _EOI):
+            break
+        marker, at = data[found.start() + 1], found.start() + 2
+        if not _has_length(marker):
+            continue
+        end = at + max(2, int.from_bytes(data[at : at + 2], "big"))
+        if marker == _APP0 + 1 and data[at + 2 : at + 8] == _EXIF:
+            return data[at + 2 : end]
+        at = end
+    return b""
+
+
+def _chunk(
+    data: bytes,
+    at: int,
+    name: bytes,
+    order: Literal["big", "little"],
+    *,
+    before: int,
+    extra: int,
+    align: int,
+) -> bytes:
+    """Return the content of the first chunk `name` of a PNG or a RIFF file.
+
+    Args:
+        data: the file.
+        at: offset of its first chunk.
+        name: four bytes.
+        order: byte order of a chunk's size.
+        before: offset of the name in a chunk; the size is in the other four bytes of the head.
+        extra: bytes of a chunk beside its content.
+        align: chunks begin at multiples of this many bytes.
+    """
+    for _ in range(MAX_PARTS):
+        head = data[at : at + 8]
+        if len(head) < 8:
+            break
+        size = int.from_bytes(head[4 - before : 8 - before], order)
+        if head[before : before + 4] == name:
+            return data[at + 8 : at + 8 + size]
+        at += extra + size + -size % align
+    return b""
+
+
+def _orientation_of(block: bytes) -> int:
+    """Return the orientation in the first directory of an EXIF block, which is a TIFF file."""
+    tiff = block.removeprefix(_EXIF)
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, start)
+    for entry in range(min(count, _MAX_ENTRIES)):
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * entry)
+        if tag == _ORIENTATION_TAG:
+            return value if kind == 3 and 1 <= value <= 8 else 1  # 3: unsigned 16-bit integer
+    return 1

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from serving.errors import TextError, TextTooLongError
-from serving.inputs.tokenizer import excerpt
+from serving.errors import TextError, TextTooLongError, excerpt
+from serving.inputs.texts import each_text
 from serving.limits import (
     MAX_LABEL_SET_BYTES,
     MAX_LABEL_TEXTS,
@@ -34,7 +34,9 @@ class LabelSet:
     def __post_init__(self) -> None:
         for text in (*self.labels, *self.templates):
             if not isinstance(text, str):
-                raise TextError(f"expected labels and templates to be str, got {text!r}")
+                raise TextError(
+                    f"expected labels and templates to be str, got {type(text).__name__}"
+                )
         if not self.labels:
             raise TextError("no labels to choose from", advice="give at least one")
         if not self.templates:
@@ -89,18 +91,18 @@ class LabelSet:
             )
 
     @classmethod
-    def of(cls, labels: Sequence[str], templates: Sequence[str]) -> Self:
-        """Return the label set of two sequences of strings.
+    def of(cls, labels: Iterable[str], templates: Iterable[str]) -> Self:
+        """Return the label set of two iterables of strings.
 
         Raises:
-            TextError: one of them is a single str, or see `LabelSet`.
+            TextError: one of them is a single str or has no order, or see `LabelSet`.
         """
         if isinstance(labels, str) or isinstance(templates, str):
             raise TextError(
                 "expected lists of labels and of templates, got one str",
                 advice="pass a list, such as ['cat']",
             )
-        return cls(tuple(labels), tuple(templates))
+        return cls(tuple(each_text(labels, "labels")), tuple(each_text(templates, "templates")))
 
     def __len__(self) -> int:
         """Return the number of texts: labels x templates."""

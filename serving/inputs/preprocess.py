@@ -11,26 +11,24 @@ their steps:
 - `huggingface`: transformers' `CLIPImageProcessorPil`, which first converts to RGB, with
   transparency composited onto white, and then resizes and crops.
 
-Both ignore EXIF orientation, and both clip the values of 16-bit images at 255 instead of scaling
-them. This module does the same.
+Both ignore EXIF orientation, and both clip the values of 16-bit grayscale images at 255 instead of
+scaling them. So does this module, unless `ImageSpec.exif_orientation` or `ImageSpec.scale_16_bit`
+is set.
 """
 
 import math
-import os
 from dataclasses import dataclass
-from typing import TypeAlias
+from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
-from serving.inputs.decode import decode, loaded, read_picture
+from serving.inputs.decode import decode, loaded
+from serving.inputs.images import Fetch, ImageInput, Opened, opened
 from serving.limits import MAX_WHOLE_PIXELS
-
-Picture: TypeAlias = bytes | str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
-"""An image: bytes or path of an encoded file, PIL image, or RGB array uint8 [height, width, 3]."""
 
 _FILTER_RADIUS = 3
 """Radius of the widest filter, Lanczos, in pixels of source or result, whichever is coarser."""
@@ -39,8 +37,13 @@ _EXACT_STEPS = 1 << 20
 """Largest crop offset for which nearest neighbor accumulates positions exactly as Pillow does."""
 
 
-def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Convert an image in any form of `Picture` to the input of the image tower.
+def preprocess(image: ImageInput, spec: ImageSpec, fetch: Fetch | None = None) -> NDArray[np.uint8]:
+    """Convert an image in any form of `ImageInput` to the input of the image tower.
+
+    Args:
+        image: an image.
+        spec: the model's preprocessing.
+        fetch: downloads images that are URLs.
 
     Returns:
         uint8 [3, spec.size, spec.size], RGB, C-contiguous.
@@ -48,7 +51,32 @@ def preprocess(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
     Raises:
         ImageError: the image is unreadable, corrupt, of an unknown format, or too large.
     """
-    return to_pixels(_as_image(picture), spec)
+    return pixels_of(opened(image, fetch), spec)
+
+
+def pixels_of(image: Opened, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Convert an image that was read to the input of the image tower, as `preprocess` does."""
+    try:
+        return to_pixels(_decoded(image.content, spec), spec)
+    except ImageError as error:
+        if image.name is None:
+            raise
+        raise error.within(image.name) from error
+
+
+def encode_pixels(pixels: NDArray[np.uint8], spec: ImageSpec) -> bytes:
+    """Encode an input of the image tower as a PNG that is preprocessed to exactly these pixels.
+
+    The shorter edge of the PNG is `spec.resize` already, so that preprocessing only crops it.
+    """
+    _, size, _ = pixels.shape
+    axis = _Axis.of(spec.resize, spec.resize, spec)
+    whole = np.zeros((spec.resize, spec.resize, 3), np.uint8)
+    crop = slice(axis.start, axis.start + size)
+    whole[crop, crop] = pixels.transpose(1, 2, 0)
+    buffer = BytesIO()
+    Image.fromarray(whole).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -73,6 +101,8 @@ def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
             f"image spec crops {spec.size} pixels out of {spec.resize}; expected resize >= size",
             advice="correct the checkpoint's preprocessor settings and export it again",
         )
+    if spec.scale_16_bit and image.mode.startswith("I;16"):
+        image = _scaled_to_8_bits(image)
     x, y = (_Axis.of(length, min(image.size), spec) for length in image.size)
     try:
         cropped = _cropped(image, x, y, spec)
@@ -170,9 +200,10 @@ def _worth_resizing_whole(image: Image.Image, x: _Axis, y: _Axis) -> bool:
     Pillow rounds `box` to float32, which changes one value in some thousands by one level between
     its two passes. If the image is scaled down by two or more, the second pass averages that away.
     If it is scaled down less, adjacent errors can add up to two levels. In an image with alpha, the
-    result is divided by alpha, which can turn one level into dozens.
+    result is divided by alpha, which can turn one level into dozens. Converting other color
+    spaces to RGB can turn one level into four.
     """
-    inexact = image.mode in ("LA", "RGBA") or x.length < 2 * x.resized
+    inexact = image.mode in ("LA", "RGBA", "YCbCr", "HSV", "LAB") or x.length < 2 * x.resized
     return inexact and x.resized * y.resized <= MAX_WHOLE_PIXELS
 
 
@@ -196,27 +227,14 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _as_image(picture: Picture) -> Image.Image:
-    match picture:
-        case bytes():
-            return decode(picture)
-        case str() | os.PathLike():
-            data = read_picture(picture)
-            try:
-                return decode(data)
-            except ImageError as error:
-                raise error.within(os.fspath(picture)) from error
-        case Image.Image():
-            return loaded(picture)
-        case np.ndarray():
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise ImageError(
-                    "expected an RGB array uint8 [height, width, 3], got "
-                    f"{picture.dtype} {list(picture.shape)}"
-                )
-            return loaded(Image.fromarray(picture))
-        case other:
-            raise ImageError(
-                "expected encoded bytes, a path, a PIL image or an RGB array, got "
-                f"{type(other).__name__}"
-            )
+def _decoded(content: bytes | Image.Image, spec: ImageSpec) -> Image.Image:
+    if isinstance(content, bytes):
+        return decode(content, exif_orientation=spec.exif_orientation)
+    image = loaded(content)
+    return ImageOps.exif_transpose(image) if spec.exif_orientation else image
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Map the values 0 to 65,535 of a 16-bit grayscale image to 0 to 255; 257 to 1."""
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -21,8 +21,9 @@ from ftfy.fixes import unescape_html
 from numpy.typing import NDArray
 
 from serving.bundles.manifest import TextSpec
-from serving.errors import BundleError, TextError, TextTooLongError
-from serving.limits import MAX_LINES, MAX_TEXT_BYTES, MAX_UNESCAPES, MAX_WORD
+from serving.errors import BundleError, TextError, TextTooLongError, excerpt
+from serving.inputs.texts import check_words, checked_text, cut_at_long_word
+from serving.limits import MAX_UNESCAPES
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -36,15 +37,16 @@ on two CPUs (1 text of 16 tokens against 32): 6 for onnxruntime:fp32, 40 for onn
 
 _WHITESPACE = re.compile(r"\s+")
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_LONE_SURROGATE = re.compile(
-    "[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]"
-)
 
 
-def clean(text: str) -> str:
+def clean(text: str, *, truncate: bool = False) -> str:
     """Repair a text, unescape HTML, collapse whitespace and lower-case it, in OpenAI's order.
 
     Source: `basic_clean`, `whitespace_clean` and `encode` in `clip/simple_tokenizer.py`.
+
+    Args:
+        text: a text within the limits.
+        truncate: cut the repaired text before a word becomes too long.
 
     Raises:
         TextError: the repair takes more than `MAX_UNESCAPES` rounds, or the repaired text has a
@@ -52,11 +54,11 @@ def clean(text: str) -> str:
     """
     # ftfy changes nothing in printable ASCII except HTML entities, and takes most of the time.
     if not (text.isascii() and text.isprintable()) or "&" in text:
-        text = html.unescape(html.unescape(_repaired(text)))
+        text = html.unescape(html.unescape(_repaired(text, truncate)))
     return _WHITESPACE.sub(" ", text.strip()).strip().lower()
 
 
-def _repaired(text: str) -> str:
+def _repaired(text: str, truncate: bool) -> str:
     """Return the result of `ftfy.fix_text`, computed in a bounded number of rounds.
 
     ftfy repeats until nothing changes, which takes quadratic time for nested HTML entities
@@ -68,7 +70,10 @@ def _repaired(text: str) -> str:
         unescaping = unescaping and "<" not in line
         repaired.append(_repaired_line(line) if unescaping else _fixed(line))
     result = "".join(repaired)
-    _check_words(result)  # again: ftfy removes control characters, some of which are whitespace
+    # Again, because ftfy removes control characters, some of which are whitespace.
+    if truncate:
+        return cut_at_long_word(result)
+    check_words(result)
     return result
 
 
@@ -86,20 +91,6 @@ def _repaired_line(line: str) -> str:
 def _fixed(line: str) -> str:
     result: str = ftfy.fix_text_segment(line, unescape_html=False)
     return result
-
-
-def decode_text(data: bytes) -> str:
-    """Decode a text received over the network.
-
-    Raises:
-        TextError: the text is too long or not UTF-8.
-    """
-    if len(data) > MAX_TEXT_BYTES:
-        raise _too_many_bytes(len(data))
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"the text is not UTF-8: {error}") from error
 
 
 class Tokenizer:
@@ -122,8 +113,8 @@ class Tokenizer:
 
         Args:
             texts: at least one text.
-            truncate: truncate texts that exceed the context length, keeping the end-of-text token,
-                instead of raising.
+            truncate: truncate texts that exceed the context length or a limit, keeping the
+                end-of-text token, instead of raising; see `encode`.
 
         Returns:
             int32 [len(texts), length]: start-of-text, text, end-of-text, padding. `length` is the
@@ -138,6 +129,12 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
         """Tokenize texts without padding them: start-of-text, text, end-of-text.
 
+        With `truncate`, a text over a limit of `serving.limits` is cut to the limit before it is
+        cleaned. The remaining tokens are those of the whole text, with three exceptions: ftfy
+        repairs a line by all of its characters, so a line that was cut may be repaired differently;
+        a word that was cut may be split into other tokens near its end; and if almost nothing
+        within the limit becomes a token, such as 8 KiB of control characters, later words are lost.
+
         Raises:
             TextError: a text is empty, too long, not a `str`, or has a character that cannot be
                 tokenized. The error has the index of the text.
@@ -148,7 +145,12 @@ class Tokenizer:
             )
         if not len(texts):
             raise TextError("expected at least one text, got none")
-        cleaned = each("texts", texts, _checked)
+        try:
+            cleaned = each("texts", texts, lambda text: _cleaned(text, truncate))
+        except TextError as error:
+            if error.index:  # an earlier text may have too many tokens
+                self.encode(texts[: error.index], truncate=truncate)
+            raise
         encodings = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
         pairs = list(zip(encodings, cleaned, strict=True))
         return each("texts", pairs, lambda pair: self._row(pair[0].ids, pair[1], truncate))
@@ -275,59 +277,16 @@ def _load(path: Path, spec: TextSpec) -> tokenizers.Tokenizer:
     return backend
 
 
-def _checked(text: object) -> str:
+def _cleaned(text: object, truncate: bool) -> str:
     """Clean a text, after checking its type, its size and its characters."""
-    if not isinstance(text, str):
-        raise TextError(f"expected a str, got {type(text).__name__}")
-    _check_size(text)
-    if "\0" in text:
-        raise TextError(
-            f"the text has a NUL character at position {text.index(chr(0))}", advice="remove it"
-        )
-    if surrogate := _LONE_SURROGATE.search(text):
-        raise TextError(
-            f"the text has a lone surrogate, {surrogate[0]!r}, at position {surrogate.start()}",
-            advice="decode the text as UTF-8 and without 'surrogateescape'",
-        )
-    cleaned = clean(text)
+    checked = checked_text(text, truncate=truncate)
+    cleaned = clean(checked, truncate=truncate)
     if not cleaned:
         raise TextError(
-            f"the text is empty or only whitespace: {excerpt(text)}",
+            f"the text is empty or only whitespace: {excerpt(checked)}",
             advice="give it words",
         )
     return cleaned
-
-
-def _check_size(text: str) -> None:
-    """Check the limits on a text, before anything processes it character by character."""
-    size = len(text)
-    if size <= MAX_TEXT_BYTES and not text.isascii():
-        size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_TEXT_BYTES:
-        raise _too_many_bytes(size)
-    if (lines := text.count("\n") + 1) > MAX_LINES:
-        raise TextError(
-            f"the text has {lines} lines, more than the {MAX_LINES} allowed",
-            advice="join some of them",
-        )
-    _check_words(text)
-
-
-def _check_words(text: str) -> None:
-    longest = max(map(len, text.split()), default=0)
-    if longest > MAX_WORD:
-        raise TextError(
-            f"the text has {longest} characters without whitespace, more than the {MAX_WORD} "
-            "allowed",
-            advice="shorten it",
-        )
-
-
-def _too_many_bytes(size: int) -> TextError:
-    return TextError(
-        f"the text has {size} bytes, more than the {MAX_TEXT_BYTES} allowed",
-        advice="shorten it",
-    )
 
 
 def each(kind: str, items: Iterable[T], convert: Callable[[T], U]) -> list[U]:
@@ -343,8 +302,3 @@ def each(kind: str, items: Iterable[T], convert: Callable[[T], U]) -> list[U]:
         except TextError as error:
             raise error.at(kind, index) from error
     return converted
-
-
-def excerpt(text: str) -> str:
-    """Return the beginning of a text for an error message; gRPC limits messages to 8 kB."""
-    return repr(text) if len(text) <= 40 else f"{text[:40]!r}..."

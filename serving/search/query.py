@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import InputError
-from serving.inputs.preprocess import Picture
+from serving.inputs.images import ImageInput
 from serving.tasks.embedder import Embedder, Floats
 from serving.util.finite import is_float32
 
@@ -50,7 +50,7 @@ class Term:
     """Part of a query: a text or an image, and its weight."""
 
     text: str | None = None
-    picture: Picture | None = None
+    picture: ImageInput | None = None
     weight: float = 1.0
     """Factor of the term's unit vector in the sum. Negative weights move the query away from it."""
 

@@ -3,14 +3,14 @@
 `ClipClient` implements it with a server, `LocalClip` in this process.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.bundles.identity import ModelIdentity
-from serving.inputs.preprocess import Picture
+from serving.inputs.images import Images
+from serving.inputs.texts import Texts
 
 Floats = NDArray[np.float32]
 
@@ -30,8 +30,8 @@ class Embedder(Protocol):
     def templates(self) -> tuple[str, ...]:
         """Prompt templates of the checkpoint, each with a `{}`."""
 
-    def embed_images(self, images: Sequence[Picture]) -> Floats:
+    def embed_images(self, images: Images) -> Floats:
         """Return the embeddings of images, float32 [n, dim], unit length."""
 
-    def embed_texts(self, texts: Sequence[str], *, truncate: bool = False) -> Floats:
+    def embed_texts(self, texts: Texts, *, truncate: bool = False) -> Floats:
         """Return the embeddings of texts, float32 [n, dim], unit length."""

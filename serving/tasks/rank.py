@@ -10,18 +10,18 @@ softmax over all texts that were ranked together. Probabilities are relative: a 
 has probability 1, whatever the image shows.
 """
 
-import os
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from serving.errors import ImageError, InputError, TextError
-from serving.inputs.preprocess import Picture
+from serving.errors import InputError, TextError, excerpt
+from serving.inputs.images import ImageInput, Images
+from serving.inputs.texts import each_text
 from serving.tasks.embedder import Embedder, Floats
 from serving.tasks.readable import Errors, all_in_batches
 from serving.tasks.zero_shot import embed_labels, softmax
@@ -70,8 +70,8 @@ class Caption:
 
 def rank(
     embedder: Embedder,
-    images: Sequence[Picture],
-    texts: Sequence[str],
+    images: Images,
+    texts: Iterable[str],
     *,
     truncate: bool = False,
     errors: Errors | None = None,
@@ -81,8 +81,9 @@ def rank(
 
     Args:
         embedder: `ClipClient` or `LocalClip`, entered.
-        images: at least one.
-        texts: distinct texts, at least one. They are embedded unchanged, without templates.
+        images: any number of images, or one; see `serving.inputs.images.ImageInput`.
+        texts: distinct texts, at least one. They are embedded unchanged, without templates. A
+            single str is an error.
         truncate: cut texts that are too long instead of raising an error.
         errors: receives the error of each image that cannot be used, by its index; the result then
             leaves these images out. None: such an error is raised.
@@ -96,17 +97,17 @@ def rank(
         ImageError: an image cannot be used; the error says which and why.
         TextError: there are no texts, or one of them is empty, too long or given twice.
     """
-    _check_choices(texts, "texts")
-    embedded = embedder.embed_texts(texts, truncate=truncate)
+    choices = _choices(texts, "texts")
+    embedded = embedder.embed_texts(choices, truncate=truncate)
     embeddings = _embed(embedder, images, errors, progress)
-    return _scores(embeddings, embedded, texts, embedder.logit_scale)
+    return _scores(embeddings, embedded, choices, embedder.logit_scale)
 
 
 def answer(
     embedder: Embedder,
-    image: Picture,
+    image: ImageInput,
     question: str,
-    candidates: Sequence[str],
+    candidates: Iterable[str],
     *,
     template: str = QUESTION_TEMPLATE,
 ) -> list[Score]:
@@ -131,8 +132,10 @@ def answer(
             no `{answer}`, or a text is too long.
     """
     if "{answer}" not in template:
-        raise TextError(f"template {template!r} has no {{answer}} to replace with the candidates")
-    _check_choices(candidates, "candidates")
+        raise TextError(
+            f"template {excerpt(template)} has no {{answer}} to replace with the candidates"
+        )
+    choices = _choices(candidates, "candidates")
     if not question.strip() and "{question}" in template:
         raise TextError(
             "the question is empty", advice="give one, or a template without {question}"
@@ -140,19 +143,19 @@ def answer(
 
     def filled(candidate: str) -> str:
         if not candidate.strip():
-            raise TextError(f"a candidate is empty or only whitespace: {candidate!r}")
+            raise TextError(f"a candidate is empty or only whitespace: {excerpt(candidate)}")
         values = {"{question}": question, "{answer}": candidate}
         return re.sub(r"\{question\}|\{answer\}", lambda found: values[found[0]], template)
 
-    texts = {filled(candidate): candidate for candidate in candidates}
+    texts = {filled(candidate): candidate for candidate in choices}
     ranked = rank(embedder, [image], list(texts))[0]
     return [replace(score, text=texts[score.text]) for score in ranked]
 
 
 def caption(
     embedder: Embedder,
-    images: Sequence[Picture],
-    vocabulary: Sequence[Category],
+    images: Images,
+    vocabulary: Iterable[Category],
     *,
     threshold: float = THRESHOLD,
     separator: str = SEPARATOR,
@@ -167,7 +170,7 @@ def caption(
 
     Args:
         embedder: `ClipClient` or `LocalClip`, entered.
-        images: at least one.
+        images: any number of images, or one; see `serving.inputs.images.ImageInput`.
         vocabulary: categories, in the order of their words in the caption.
         threshold: minimum probability, 0 to 1, of a word in the caption.
         separator: text between two words.
@@ -182,14 +185,14 @@ def caption(
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"expected a threshold from 0 to 1, got {threshold}")
-    _check_choices([category.name for category in vocabulary], "categories")
+    vocabulary = tuple(vocabulary)
+    names = _choices([category.name for category in vocabulary], "categories")
     words = [_embed_words(embedder, category) for category in vocabulary]
     embeddings = _embed(embedder, images, errors, progress)
     ranked = [
         _scores(embeddings, embedded, category.words, embedder.logit_scale)
         for category, embedded in zip(vocabulary, words, strict=True)
     ]
-    names = [category.name for category in vocabulary]
     captions = []
     for scores in zip(*ranked, strict=True):
         best = {name: score[0] for name, score in zip(names, scores, strict=True)}
@@ -246,7 +249,7 @@ def _category(file: Path, name: str, content: object) -> Category:
 def _strings(value: object, expected: str) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         return tuple(value)
-    raise InputError(f"{expected} to be a list of strings, got {value!r}")
+    raise InputError(f"{expected} to be a list of strings, got {excerpt(str(value))}")
 
 
 def _embed_words(embedder: Embedder, category: Category) -> Floats:
@@ -256,16 +259,17 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
         raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(
-    embedder: Embedder, images: Sequence[Picture], errors: Errors | None, progress: Progress
-) -> Floats:
+def _embed(embedder: Embedder, images: Images, errors: Errors | None, progress: Progress) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
-    if isinstance(images, str | bytes | os.PathLike):
-        raise ImageError(f"expected a sequence of images, got one {type(images).__name__}")
-    if not len(images):
-        raise ImageError("no images to rank texts for", advice="give at least one")
-    run, step = embedder.embed_images, "embedding images"
-    return all_in_batches(run, images, _CHUNK, errors, step=step, progress=progress)
+    return all_in_batches(
+        embedder.embed_images,
+        images,
+        _CHUNK,
+        errors,
+        width=embedder.identity.embed_dim,
+        step="embedding images",
+        progress=progress,
+    )
 
 
 def _scores(
@@ -289,14 +293,24 @@ def _scores(
     ]
 
 
-def _check_choices(texts: Sequence[str], kind: str) -> None:
-    """Raise a TextError unless `texts` are distinct. The tokenizer checks each of them."""
+def _choices(texts: Iterable[str], kind: str) -> list[str]:
+    """Return distinct texts as a list. The tokenizer checks each of them.
+
+    Raises:
+        TextError: `texts` is one str or has no order, or they are none or not distinct.
+    """
     if isinstance(texts, str):
-        raise TextError(f"expected a list of {kind}, got one str", advice=f"pass [{texts!r}]")
-    if not texts:
+        raise TextError(
+            f"expected a list of {kind}, got one str", advice=f"pass [{excerpt(texts)}]"
+        )
+    choices = list(each_text(texts, kind))
+    if not choices:
         raise TextError(f"no {kind} to choose from", advice="give at least one")
     seen: set[str] = set()
-    for text in texts:
+    for text in choices:
+        if not isinstance(text, str):
+            raise TextError(f"expected {kind} to be str, got {type(text).__name__}")
         if text in seen:
-            raise TextError(f"{text!r} is given more than once; {kind} must differ")
+            raise TextError(f"{excerpt(text)} is given more than once; {kind} must differ")
         seen.add(text)
+    return choices

@@ -4,12 +4,12 @@ All commands that skip bad images do so with `in_batches` or `readable_parts`.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from serving.errors import ImageError
-from serving.inputs.preprocess import Picture
+from serving.inputs.images import ImageInput, Images, each_image
 from serving.tasks.embedder import Floats
 from serving.util.progress import Progress, silent
 
@@ -18,7 +18,9 @@ Errors = dict[int, ImageError]
 
 
 def readable_parts(
-    run: Callable[[Sequence[Picture]], Floats], images: Sequence[Picture], errors: Errors | None
+    run: Callable[[Sequence[ImageInput]], Floats],
+    images: Sequence[ImageInput],
+    errors: Errors | None,
 ) -> list[Floats]:
     """Call `run` on images, and again without each image that it cannot use.
 
@@ -53,8 +55,8 @@ def readable_parts(
 
 
 def in_batches(
-    run: Callable[[Sequence[Picture]], Floats],
-    images: Iterable[Picture],
+    run: Callable[[Sequence[ImageInput]], Floats],
+    images: Images,
     size: int,
     errors: Errors | None = None,
     *,
@@ -73,8 +75,8 @@ def in_batches(
         step: text for `progress`.
         progress: receives the number of images before each batch.
     """
-    total = len(images) if isinstance(images, Sequence) else 0
-    source, start = iter(images), 0
+    total = len(images) if isinstance(images, Sequence) and not isinstance(images, str) else 0
+    source, start = each_image(images), 0
     while batch := list(itertools.islice(source, size)):
         progress(step, start, total)
         found: Errors | None = None if errors is None else {}
@@ -90,23 +92,28 @@ def in_batches(
 
 
 def all_in_batches(
-    run: Callable[[Sequence[Picture]], Floats],
-    images: Sequence[Picture],
+    run: Callable[[Sequence[ImageInput]], Floats],
+    images: Images,
     size: int,
     errors: Errors | None = None,
     *,
+    width: int,
     step: str = "",
     progress: Progress = silent,
 ) -> Floats:
     """Return the results of `in_batches` as one array.
 
+    Args:
+        run, images, size, errors, step, progress: see `in_batches`.
+        width: number of columns of the result, which is empty if there are no images.
+
     Raises:
-        ImageError: none of the images can be used, or see `in_batches`.
+        ImageError: there are images but none can be used, or see `in_batches`.
     """
     parts = list(in_batches(run, images, size, errors, step=step, progress=progress))
-    if not parts:
-        raise none_usable(errors or {})
-    return np.concatenate(parts)
+    if errors and not parts:
+        raise none_usable(errors)
+    return np.concatenate(parts) if parts else np.empty((0, width), np.float32)
 
 
 def none_usable(errors: Errors) -> ImageError:

@@ -19,9 +19,9 @@ from typing import Self
 import numpy as np
 
 from serving.bundles.identity import ModelIdentity
-from serving.errors import InputError, TextError
+from serving.errors import InputError, TextError, excerpt
+from serving.inputs.images import Images
 from serving.inputs.labels import LabelSet
-from serving.inputs.preprocess import Picture
 from serving.tasks.embedder import Embedder, Floats
 from serving.tasks.readable import Errors, in_batches
 from serving.util.directories import read_lines
@@ -53,8 +53,8 @@ _GROUP = 8192
 
 def embed_labels(
     embedder: Embedder,
-    labels: Sequence[str],
-    templates: Sequence[str] | None = None,
+    labels: Iterable[str],
+    templates: Iterable[str] | None = None,
     *,
     progress: Progress = silent,
 ) -> Floats:
@@ -71,6 +71,11 @@ def embed_labels(
             error says which.
     """
     wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
+    return embed_label_set(embedder, wanted, progress)
+
+
+def embed_label_set(embedder: Embedder, wanted: LabelSet, progress: Progress = silent) -> Floats:
+    """Return the class embeddings of a label set, as `embed_labels` does."""
     order = wanted.by_template()
     classes = ClassEmbeddings(len(wanted.labels), len(wanted.templates))
     for start in range(0, len(wanted), _GROUP):
@@ -137,21 +142,24 @@ class ZeroShotClassifier:
     def __init__(
         self,
         embedder: Embedder,
-        labels: Sequence[str],
-        templates: Sequence[str] | None = None,
+        labels: Iterable[str],
+        templates: Iterable[str] | None = None,
         *,
         progress: Progress = silent,
     ) -> None:
+        wanted = LabelSet.of(labels, embedder.templates if templates is None else templates)
         self._embedder = embedder
-        self.embeddings = embed_labels(embedder, labels, templates, progress=progress)
+        self.embeddings = embed_label_set(embedder, wanted, progress)
         """Class embeddings, float32 [labels, dim], unit length."""
-        self.labels = tuple(labels)
-        self.templates = tuple(embedder.templates if templates is None else templates)
+        self.labels, self.templates = wanted.labels, wanted.templates
 
-    def classify(self, images: Sequence[Picture]) -> Floats:
+    def classify(self, images: Images) -> Floats:
         """Return the probability of each label for each image, float32 [n, labels].
 
         Rows sum to 1.
+
+        Args:
+            images: any number of images, or one; see `serving.inputs.images.ImageInput`.
 
         Raises:
             ImageError: an image cannot be used; the error says which and why.
@@ -163,7 +171,7 @@ class ZeroShotClassifier:
         return probabilities(images, self.embeddings, self._embedder.logit_scale)
 
     def batches(
-        self, images: Iterable[Picture], size: int = 64, errors: Errors | None = None
+        self, images: Images, size: int = 64, errors: Errors | None = None
     ) -> Iterator[Floats]:
         """Classify any number of images, `size` at a time, and yield the results of `classify`.
 
@@ -178,7 +186,7 @@ class ZeroShotClassifier:
         """
         return in_batches(self.classify, images, size, errors)
 
-    def top_k(self, images: Sequence[Picture], k: int) -> list[list[tuple[str, float]]]:
+    def top_k(self, images: Images, k: int) -> list[list[tuple[str, float]]]:
         """Return the `k` best labels of each image with their probabilities, best first.
 
         Labels with equal probabilities keep their order. If `k` exceeds the number of labels, all
@@ -271,8 +279,8 @@ def read_templates(source: str) -> tuple[str, ...]:
         return TEMPLATES[source]
     if not Path(source).is_file():
         raise InputError(
-            f"{source} is neither a file with one template per line nor one of the built-in sets: "
-            f"{', '.join(TEMPLATES)}"
+            f"{excerpt(source, 200)} is neither a file with one template per line nor one of the "
+            f"built-in sets: {', '.join(TEMPLATES)}"
         )
     found = tuple(read_lines(Path(source)))
     if not found:

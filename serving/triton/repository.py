@@ -63,6 +63,8 @@ def assemble(
     max_queue: int = MAX_QUEUE,
     allow_failed: bool = False,
     fallback: bool = False,
+    exif_orientation: bool = False,
+    scale_16_bit: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """Write a model repository for `bundle` to `target`, and return `target`.
@@ -82,6 +84,8 @@ def assemble(
         max_queue: maximum number of requests that wait for a model; the server rejects more.
         allow_failed: also use artifacts that failed the parity gate.
         fallback: use `onnxruntime` with the graphs if TensorRT has no engine for this machine.
+        exif_orientation: rotate and mirror images as their EXIF orientation says.
+        scale_16_bit: scale 16-bit grayscale images to 8 bits instead of clipping their values.
 
     Raises:
         BundleError: an artifact is missing, is not the exported file, or failed the parity gate.
@@ -89,6 +93,10 @@ def assemble(
             differs.
         InputError: `target` contains files that are not a model repository.
     """
+    image = replace(
+        bundle.manifest.image, exif_orientation=exif_orientation, scale_16_bit=scale_16_bit
+    )
+    bundle = Bundle(bundle.path, replace(bundle.manifest, image=image))
     if backend == "tensorrt":
         try:
             return _assemble(
@@ -343,6 +351,7 @@ def _set_facts(config: ModelConfig, manifest: Manifest) -> None:
         "logit_scale": repr(manifest.logit_scale),
         "templates": json_text(manifest.templates),
         "context_length": str(manifest.text.context_length),
+        "image": json_text(manifest.image),
     }
     for key, value in facts.items():
         config.parameters[key].string_value = value

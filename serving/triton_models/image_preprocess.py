@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
-from PIL import Image
 
 from serving.bundles.bundle import Bundle
 from serving.errors import DeadlineError, ImageError, OverloadedError, UnavailableError
-from serving.inputs.decode import open_image
-from serving.inputs.preprocess import preprocess
+from serving.inputs.decode import Header, open_image
+from serving.inputs.preprocess import to_pixels
 from serving.limits import LARGE_PIXELS, LARGE_REQUEST_PIXELS
 from serving.triton_models.admission import Ahead
 from serving.triton_models.counters import Counters
@@ -41,21 +40,34 @@ class _Preprocess:
         self.counters = Counters(self.config["name"])
         self.responses = Responses(self.config["name"], self.counters)
 
-    def pixels(self, raw: NDArray[np.object_], images: list[Image.Image]) -> list[Any]:
-        """Return the output with the pixels of opened images.
+    def headers(self, raw: NDArray[np.object_]) -> list[Header]:
+        """Read the headers of encoded images.
+
+        Raises:
+            ImageError: the first image that is not one, or exceeds a limit.
+        """
+        headers = []
+        for index, data in enumerate(raw):
+            try:
+                headers.append(open_image(data, exif_orientation=self.spec.exif_orientation))
+            except ImageError as error:
+                raise error.at("images", index) from error
+        return headers
+
+    def pixels(self, raw: NDArray[np.object_], headers: list[Header]) -> list[Any]:
+        """Return the output with the pixels of images whose headers were read.
 
         Raises:
             ImageError: the first image that cannot be decoded.
         """
-        pixels = np.empty((len(images), 3, self.spec.size, self.spec.size), np.uint8)
-        decoded = sum(image.width * image.height for image in images)
-        for index in range(len(images)):
+        pixels = np.empty((len(headers), 3, self.spec.size, self.spec.size), np.uint8)
+        for index, header in enumerate(headers):
             try:
-                pixels[index] = preprocess(images[index], self.spec)
+                pixels[index] = to_pixels(header.decode(), self.spec)
             except ImageError as error:
                 raise error.at("images", index) from error
-            images[index].close()
-        self.counters.images(sum(map(len, raw)), decoded)
+            header.image.close()  # frees the memory of its pixels
+        self.counters.images(sum(map(len, raw)), sum(header.pixels for header in headers))
         return [pb_utils.Tensor("pixels", pixels)]
 
     def finalize(self) -> None:
@@ -88,9 +100,9 @@ class ImagePreprocess(_Preprocess):
     def respond(self, request: Any) -> list[Any] | None:
         """Return the pixels of a request's images; None if they are large and were passed on."""
         raw = required(request, "image", None, 1).ravel()
-        images = _opened(raw)
-        if not _are_large(images):
-            return self.pixels(raw, images)
+        headers = self.headers(raw)
+        if not _are_large(headers):
+            return self.pixels(raw, headers)
         if not self.room_for_large.acquire(blocking=False):
             raise OverloadedError(
                 f"{_LARGE} is full: {self.max_large} requests with large images wait for it",
@@ -134,24 +146,9 @@ class LargeImagePreprocess(_Preprocess):
     def respond(self, request: Any) -> list[Any]:
         """Return the pixels of a request's images."""
         raw = required(request, "image", None, 1).ravel()
-        return self.pixels(raw, _opened(raw))
+        return self.pixels(raw, self.headers(raw))
 
 
-def _opened(raw: NDArray[np.object_]) -> list[Image.Image]:
-    """Read the headers of encoded images.
-
-    Raises:
-        ImageError: the first image that is not one, or exceeds a limit.
-    """
-    images = []
-    for index, data in enumerate(raw):
-        try:
-            images.append(open_image(data))
-        except ImageError as error:
-            raise error.at("images", index) from error
-    return images
-
-
-def _are_large(images: list[Image.Image]) -> bool:
-    pixels = [image.width * image.height for image in images]
+def _are_large(headers: list[Header]) -> bool:
+    pixels = [header.pixels for header in headers]
     return max(pixels, default=0) > LARGE_PIXELS or sum(pixels) > LARGE_REQUEST_PIXELS

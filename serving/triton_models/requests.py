@@ -9,7 +9,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from serving.errors import DeadlineError, InputError, OverloadedError
+from serving.errors import DeadlineError, InputError, OverloadedError, UnavailableError
 from serving.util.wire import from_text, own_words, triton_fault
 
 
@@ -78,6 +78,7 @@ def infer(
     Raises:
         ClipDeployError: the error of one of our models, with its fields.
         OverloadedError: Triton's queue for the model is full.
+        UnavailableError: the server is starting or stopping.
         DeadlineError: the request waited for longer than `seconds`.
         ModelError: the model failed in another way.
     """
@@ -95,6 +96,8 @@ def infer(
         fault = triton_fault(message)
         if fault == "full":
             raise OverloadedError(f"{model} is overloaded", advice="try again later")
+        if fault in ("unknown model", "unavailable"):  # the server starts or stops
+            raise UnavailableError(f"{model} is not available: {message}")
         if fault == "late":
             raise DeadlineError(f"the deadline passed while the request waited for {model}")
         raise ModelError(f"{model}: {message}")

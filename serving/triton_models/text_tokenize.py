@@ -6,7 +6,8 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from serving.bundles.bundle import Bundle
-from serving.inputs.tokenizer import Tokenizer, decode_text, each
+from serving.inputs.texts import decode_text
+from serving.inputs.tokenizer import Tokenizer, each
 from serving.triton_models.admission import Ahead, Behind
 from serving.triton_models.counters import Counters
 from serving.triton_models.requests import required
@@ -49,9 +50,11 @@ class TextTokenize:
         Raises:
             TextError: the first text that cannot be tokenized or is too long.
         """
-        texts = each("texts", required(request, "text", None, 1).ravel(), decode_text)
         outputs = request.requested_output_names()
-        rows = self.tokenizer.encode(texts, truncate="input_ids" not in outputs)
+        truncate = "input_ids" not in outputs
+        raw = required(request, "text", None, 1).ravel()
+        texts = each("texts", raw, lambda data: decode_text(data, truncate=truncate))
+        rows = self.tokenizer.encode(texts, truncate=truncate)
         lengths = list(map(len, rows))
         ids = self.tokenizer.padded(rows, self.tokenizer.bucket(max(lengths)))
         self.counters.tokens(sum(lengths))

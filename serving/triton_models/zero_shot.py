@@ -25,7 +25,8 @@ from serving.errors import (
     UnavailableError,
 )
 from serving.inputs.labels import LabelSet, refuse_numbers
-from serving.inputs.tokenizer import Tokenizer, decode_text, each
+from serving.inputs.texts import decode_text
+from serving.inputs.tokenizer import Tokenizer, each
 from serving.limits import MAX_CLASSIFIED, MAX_LABEL_TEXTS
 from serving.tasks.zero_shot import softmax
 from serving.triton_models.admission import Behind

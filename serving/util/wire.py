@@ -37,7 +37,7 @@ _TYPES: dict[str, type[ClipDeployError]] = {
 """Errors that a server reports to its clients."""
 _FIELDS = ("advice", "kind", "index", "name")
 
-Fault = Literal["late", "full", "unknown model", "restricted", "other"]
+Fault = Literal["late", "full", "unknown model", "unavailable", "restricted", "other"]
 
 _ENSEMBLE = re.compile(r"^in ensemble '\w+', ")
 # Triton's own messages (2.51, recorded in tests/unit/serving/util/test_wire.py). Its status code
@@ -46,6 +46,10 @@ _FAULTS: tuple[tuple[re.Pattern[str], Fault], ...] = (
     (re.compile(r"timeout expired|Deadline Exceeded", re.IGNORECASE), "late"),
     (re.compile(r"maximum queue size"), "full"),
     (re.compile(r"unknown model: '\w+'"), "unknown model"),
+    (
+        re.compile(r"Server (is stopping|not ready)|Stub process '\w+' is not healthy"),
+        "unavailable",
+    ),
     (re.compile(r"(API|protocol) is restricted"), "restricted"),
 )
 

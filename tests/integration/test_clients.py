@@ -135,10 +135,8 @@ def test_extreme_aspect_ratio_and_animation_are_accepted(client, local):
 def test_invalid_images_are_rejected_before_sending(client):
     with pytest.raises(ImageError, match=r"images\[1\].*/nowhere/x\.jpg"):
         client.embed_images([encoded(0), Path("/nowhere/x.jpg")])
-    with pytest.raises(ImageError, match=r"uint8 \[height, width, 3\], got float64 \[4, 4\]"):
+    with pytest.raises(ImageError, match=r"uint8 \[height, width\] .*got float64 \[4, 4\]"):
         client.embed_images([np.zeros((4, 4))])
-    with pytest.raises(ImageError, match="no images"):
-        client.embed_images([])
 
 
 BAD_TEXTS = {

@@ -421,8 +421,7 @@ def test_client_errors_name_the_invalid_input(client, files, tmp_path):
         client.classify(files, [])
     with pytest.raises(TextError, match=r"template 'a' has no \{\}"):
         client.classify(files, ["cat"], ["a"])
-    with pytest.raises(ImageError, match="no images"):
-        client.classify([], ["cat"])
+    assert client.classify([], ["cat"]).shape == (0, 1)
     assert client.classify(files, ["cat", "dog"]).shape == (len(files), 2)
 
 

@@ -28,6 +28,8 @@ def one_line(out: str, err: str) -> str:
         ((), "expected either --url of a running server or --bundle"),
         (("--url", NOBODY, "--bundle", "bundle"), "got both"),
         (("--url", NOBODY, "--runner", "openvino:int8"), "--runner belongs to --bundle"),
+        (("--url", NOBODY, "--exif-orientation"), "--exif-orientation belongs to --bundle"),
+        (("--url", NOBODY, "--scale-16-bit"), "--scale-16-bit belongs to --bundle"),
         (("--bundle", "bundle", "--ca", "ca.pem"), "--ca belongs to --url"),
         (("--bundle", "bundle", "--cert", "c.pem", "--key", "k.pem"), "--cert belongs to --url"),
         (("--runner", "openvino:int8"), "got neither"),

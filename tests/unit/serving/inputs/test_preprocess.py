@@ -18,10 +18,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from serving import limits
 from serving.bundles.manifest import ImageSpec
 from serving.errors import BundleError, ImageError
-from serving.inputs.decode import decode, read_picture
+from serving.inputs.decode import decode, read_image
 from serving.inputs.preprocess import preprocess, to_pixels
 
-MODES = ("RGB", "L", "P", "LA", "RGBA", "CMYK", "1", "I;16")
+MODES = ("RGB", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "1", "I;16")
 SIZES = (
     (640, 480),
     (480, 641),
@@ -358,30 +358,16 @@ def test_unreadable_file_is_named(tmp_path):
     text = tmp_path / "notes.jpg"
     text.write_text("not a picture")
     with pytest.raises(ImageError, match=r"missing\.jpg: no such file; give the path"):
-        read_picture(tmp_path / "missing.jpg")
+        read_image(tmp_path / "missing.jpg")
     with pytest.raises(ImageError, match="is a directory"):
-        read_picture(tmp_path)
+        read_image(tmp_path)
     with pytest.raises(ImageError, match=r"empty\.jpg: is empty \(0 bytes\); copy") as caught:
-        read_picture(empty)
+        read_image(empty)
     assert caught.value.name == str(empty)
     with pytest.raises(ImageError, match="cannot be read"):
-        read_picture("a\0b.jpg")
+        read_image("a\0b.jpg")
     with pytest.raises(ImageError, match=r"notes\.jpg: expected one of JPEG"):
         preprocess(text, spec())
-
-
-@pytest.mark.parametrize(
-    ("array", "got"),
-    [
-        (np.zeros((4, 5, 3)), r"float64 \[4, 5, 3\]"),
-        (np.zeros((3, 4, 5), np.uint8), r"uint8 \[3, 4, 5\]"),
-        (np.zeros((4, 5), np.uint8), r"uint8 \[4, 5\]"),
-        (np.zeros((4, 5, 4), np.uint8), r"uint8 \[4, 5, 4\]"),
-    ],
-)
-def test_array_of_another_type_is_rejected(array, got):
-    with pytest.raises(ImageError, match=r"expected an RGB array uint8.*got " + got):
-        preprocess(array, spec())
 
 
 def test_other_objects_are_rejected(tmp_path):

@@ -130,7 +130,7 @@ def test_images_of_several_chunks_keep_their_order(local):
     many = [rng.integers(0, 256, (33, 40, 3), np.uint8) for _ in range(70)]
     told = []
     ranked = rank(local, many, TEXTS, progress=lambda *step: told.append(step))
-    assert told == [("embedding images", 0, 70), ("embedding images", 64, 70)]
+    assert told == [("embedding images", done, 70) for done in (0, 64, 70)]
     for index in (0, 63, 64, 69):
         (alone,) = rank(local, [many[index]], TEXTS)
         assert [score.text for score in ranked[index]] == [score.text for score in alone]
@@ -184,10 +184,6 @@ def test_invalid_texts_are_rejected(local, files, texts, shown):
 
 
 def test_invalid_images_are_rejected(local, files, tmp_path):
-    with pytest.raises(ImageError, match="no images to rank texts for; give at least one"):
-        rank(local, [], ["a cat"])
-    with pytest.raises(ImageError, match="expected a sequence of images, got one str"):
-        rank(local, str(files[0]), ["a cat"])
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     with pytest.raises(ImageError) as caught:

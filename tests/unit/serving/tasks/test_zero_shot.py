@@ -113,7 +113,7 @@ def test_braces_in_a_label_are_literal(local):
         (("cat", ""), ("a {}",), r"^labels\[1\]: the label is empty or only whitespace: ''"),
         (("cat",), (), "no prompt templates"),
         ("cat", None, "expected lists of labels and of templates, got one str"),
-        (("cat", 3), None, "expected labels and templates to be str, got 3"),
+        (("cat", 3), None, "expected labels and templates to be str, got int"),
         (
             ("cat", "word " * 100),
             ("{}", "a {}"),

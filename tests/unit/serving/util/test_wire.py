@@ -69,7 +69,8 @@ def test_error_that_servers_do_not_send_is_not_rebuilt():
 
 
 # Triton's messages, with status codes of gRPC and of HTTP, as Triton 2.51 sent them: a full queue
-# of two, a request timeout of 3 ms, a client timeout of 10 ms, and wrong requests.
+# of two, a request timeout of 3 ms, a client timeout of 10 ms, and wrong requests; a server that
+# was stopped or killed under load, and models that were loaded and unloaded.
 RECORDED = {
     "late": [
         "in ensemble 'clip_image', Request timeout expired",
@@ -77,7 +78,17 @@ RECORDED = {
         "Stream removed (Deadline Exceeded)",
     ],
     "full": ["in ensemble 'clip_image', [request id: <id_unknown>] Exceeds maximum queue size"],
-    "unknown model": ["Request for unknown model: 'nobody' is not found"],
+    "unknown model": [
+        "Request for unknown model: 'nobody' is not found",
+        "Request for unknown model: 'slow' has no available versions",
+    ],
+    "unavailable": [
+        "in ensemble 'clip_image', [request id: <id_unknown>] Server is stopping, scheduler for "
+        "model has stopped accepting new inference requests",
+        "in ensemble 'clip_image', Stub process 'image_preprocess_0_0' is not healthy.",
+        "Stub process 'clip_zero_shot_0_0' is not healthy.",
+        "Model clip_image - Error when running inference: Server not ready",  # one model to another
+    ],
     "restricted": [
         "This API is restricted, expecting header 'admin-key'",
         "This protocol is restricted, expecting header 'triton-grpc-protocol-admin-key'",

@@ -198,8 +198,7 @@ def test_job_survives_a_killed_worker(cluster, fp32_bundle, many, local, tmp_pat
 
     def kill(step: str, done: int = 0, total: int = 0) -> None:
         workers = sorted(map_workers() - earlier)
-        if done == 4 and not killed:
-            assert len(workers) == 2
+        if len(workers) == 2 and done >= 4 and not killed:
             os.kill(workers[0], signal.SIGKILL)
             killed.append(workers[0])
 

@@ -275,7 +275,7 @@ def test_directory_with_other_files_is_not_deleted(tmp_path):
 def test_a_file_is_not_deleted(tmp_path):
     (tmp_path / "target").write_text("mine")
     with (
-        pytest.raises(InputError, match="target is a file; give"),
+        pytest.raises(InputError, match="target is a file, expected a directory;"),
         new_directory(tmp_path / "target", "sign"),
     ):
         pytest.fail("the block was entered")

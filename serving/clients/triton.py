@@ -33,13 +33,18 @@ from serving.util.typed_json import from_json, parse_json
 
 T = TypeVar("T")
 
+_REQUEST_BYTES = 8 << 20
+"""Maximum size of the inputs of a request, in bytes, unless a single one is larger. Photos of a
+batch thus do not exceed the limit of a gateway, and the server decodes several requests at a time.
+"""
+
 
 class ClipClient:
     """Client of the models `clip_image`, `clip_text` and `clip_zero_shot`; a context manager.
 
-    Inputs are split into requests of `batch_size`. Up to `in_flight` requests run at a time, so
-    that the server decodes some while it embeds others. Inputs are taken from an iterator only when
-    their request can begin.
+    Inputs are split into requests of `batch_size`, or fewer if they are large. Up to `in_flight`
+    requests run at a time, so that the server decodes some while it embeds others. Inputs are taken
+    from an iterator only when their request can begin.
 
     Safe to share between threads. Processes forked from this one can use a client over HTTP; over
     gRPC they get a `ServerError`, because the gRPC library does not work there.
@@ -241,12 +246,17 @@ class ClipClient:
                     with suppress(ServerError):  # an earlier item may be unusable for the server
                         ask(start, batch[: len(data)])
                 raise error.at(kind, start + len(data)) from error
-            try:
-                return infer(data)
-            except InputError as error:
-                if error.kind == kind or (error.kind is None and len(data) == 1):
-                    raise error.at(kind, start, names[error.index or 0]) from error
-                raise  # an error of labels or templates, which are the same in every request
+            answers = []
+            for part in _portions(data):
+                first, count = part.start, part.stop - part.start
+                try:
+                    answers.append(infer(data[part]))
+                except InputError as error:
+                    if error.kind == kind or (error.kind is None and count == 1):
+                        name = names[first + (error.index or 0)]
+                        raise error.at(kind, start + first, name) from error
+                    raise  # an error of labels or templates, which are the same in every request
+            return np.concatenate(answers)
 
         futures: list[Future[Floats]] = []
         waiting: set[Future[Floats]] = set()
@@ -269,6 +279,17 @@ class ClipClient:
         tensor = self._calls.protocol.InferInput(name, [len(data), *rest], "BYTES")
         tensor.set_data_from_numpy(np.array(data, dtype=np.object_).reshape(len(data), *rest))
         return tensor
+
+
+def _portions(data: list[bytes]) -> Iterator[slice]:
+    """Divide encoded inputs, at least one, into requests of up to `_REQUEST_BYTES`."""
+    start = size = 0
+    for index, item in enumerate(data):
+        if index > start and size + len(item) > _REQUEST_BYTES:
+            yield slice(start, index)
+            start, size = index, 0
+        size += len(item)
+    yield slice(start, len(data))
 
 
 def _encoded_text(text: str, *, truncate: bool) -> tuple[bytes, None]:

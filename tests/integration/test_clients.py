@@ -82,6 +82,23 @@ def test_order_is_kept_over_many_concurrent_requests(server, local):
         )
 
 
+def test_large_images_are_sent_in_several_requests(server, local):
+    """A batch of photos would exceed the limit of a gateway, and keep one process busy."""
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG", compress_level=0)
+    photo = buffer.getvalue()  # 3 MB: two in a request
+    images = [encoded(0), photo, photo, photo, encoded(1), photo, photo]
+    before = metric(server, "nv_inference_request_success", "image_preprocess")
+    with ClipClient(server.grpc_url, batch_size=16) as client:
+        found = client.embed_images(images)
+        np.testing.assert_allclose(found, local.embed_images(images), atol=1e-4)
+        assert metric(server, "nv_inference_request_success", "image_preprocess") - before == 3
+        with pytest.raises(ImageError) as bad:
+            client.embed_images([*images, photo[:-1000], photo])
+    assert bad.value.index == len(images)
+
+
 def test_client_can_be_shared_between_threads(client, local):
     pictures = [encoded(i) for i in range(8)]
     expected = local.embed_images(pictures)

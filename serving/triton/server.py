@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from serving.errors import ServerError
+from serving.errors import InputError, ServerError
 from serving.triton import shutdown, supervisor
 from serving.triton.embedded import VERSION, Embedded, find_embedded
 from serving.triton.network import (
@@ -38,6 +38,7 @@ from serving.triton.network import (
 )
 from serving.triton.processes import has_ended, stubs_of
 from serving.triton_models.admission import METRICS
+from serving.util.files import check_file
 from serving.util.finite import check_positive
 
 EXIT_TIMEOUT_S = 25  # for requests in flight when the server is stopped
@@ -133,6 +134,8 @@ class TritonServer:
         admin_key: key that ADMIN_APIS require. Default: a random key.
 
     Raises:
+        InputError: on entering, if the log is not a regular file that can be written, or a port,
+            the host or the TLS files cannot be used.
         ServerError: on entering, if the server cannot be started or a model does not load.
 
     Attributes set on entering:
@@ -188,6 +191,7 @@ class TritonServer:
         self._exposure.check()
         embedded = find_embedded()
         self.log = self._requested_log or _temporary_log()
+        _check_log(self.log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         # Clients can read the server name; the name of the shared memory stays secret.
         self._name = f"clip-deploy-{secrets.token_hex(8)}"
@@ -346,6 +350,15 @@ def _scratch() -> Path:
     safe = _PLAIN_PATH.fullmatch(tempfile.gettempdir())
     directory = None if safe else "/tmp"
     return Path(tempfile.mkdtemp(prefix="clip-deploy-triton-", dir=directory))
+
+
+def _check_log(log: Path) -> None:
+    check_file(log)
+    if log.exists() and not log.is_file():
+        raise InputError(
+            f"the log {log} is a device or a pipe; expected a file, which is also read",
+            advice="give the path of a file",
+        )
 
 
 def _temporary_log() -> Path:

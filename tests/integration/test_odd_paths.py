@@ -13,6 +13,7 @@ from serving.errors import InputError, ServerError
 from serving.triton import supervisor
 from serving.triton.network import choose_ports
 from serving.triton.server import TritonServer
+from tests.support.devices import device
 from tests.support.paths import CHECKOUT
 from tests.support.requests import ANY, tiny_repository
 
@@ -94,6 +95,22 @@ def test_command_of_the_supervisor_has_a_large_stack(tmp_path):
     command += [str(tmp_path / "none"), "no-such-region", "sh", "-c", "ulimit -s"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(ran.stderr) << 10 in (supervisor.STACK_BYTES, supervisor.STRICT_STACK_BYTES)
+
+
+@pytest.mark.parametrize("kind", ["directory", "device", "pipe", "long name", "below a file"])
+def test_log_that_cannot_be_written_is_refused(tmp_path, kind):
+    logs = {
+        "directory": tmp_path,
+        "device": device("null", tmp_path),
+        "pipe": tmp_path / "pipe",
+        "long name": tmp_path / ("x" * 300),
+        "below a file": tmp_path / "file" / "log",
+    }
+    os.mkfifo(logs["pipe"])
+    (tmp_path / "file").touch()
+    repository = tiny_repository(tmp_path / "idle")
+    with pytest.raises(InputError), TritonServer(repository, **ANY, log=logs[kind]):
+        pass
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 2**40])

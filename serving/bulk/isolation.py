@@ -11,6 +11,8 @@ from serving.bulk.sources import Row
 from serving.errors import InputError
 from serving.util.machine import cpu_count
 
+_CLAIM = "clip-deploy-cpu-"
+"""Name of the abstract socket that claims a CPU, without its number."""
 _MAX_CRASHES = 3
 """Crashes of workers on a shard after which its images are embedded one by one."""
 
@@ -34,7 +36,7 @@ def keep_to_cpus(count: int) -> list[socket.socket]:
             break
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            claim.bind(f"\0clip-deploy-cpu-{cpu}")
+            claim.bind(f"\0{_CLAIM}{cpu}")
         except OSError:
             claim.close()
             continue

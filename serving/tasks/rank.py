@@ -99,7 +99,7 @@ def rank(
     """
     choices = _choices(texts, "texts")
     embedded = embedder.embed_texts(choices, truncate=truncate)
-    embeddings = _embed(embedder, images, errors, progress)
+    embeddings = _embed(embedder, images, embedded.shape[1], errors, progress)
     return _scores(embeddings, embedded, choices, embedder.logit_scale)
 
 
@@ -188,7 +188,7 @@ def caption(
     vocabulary = tuple(vocabulary)
     names = _choices([category.name for category in vocabulary], "categories")
     words = [_embed_words(embedder, category) for category in vocabulary]
-    embeddings = _embed(embedder, images, errors, progress)
+    embeddings = _embed(embedder, images, words[0].shape[1], errors, progress)
     ranked = [
         _scores(embeddings, embedded, category.words, embedder.logit_scale)
         for category, embedded in zip(vocabulary, words, strict=True)
@@ -259,14 +259,16 @@ def _embed_words(embedder: Embedder, category: Category) -> Floats:
         raise error.within(f"category {category.name!r}") from error
 
 
-def _embed(embedder: Embedder, images: Images, errors: Errors | None, progress: Progress) -> Floats:
+def _embed(
+    embedder: Embedder, images: Images, width: int, errors: Errors | None, progress: Progress
+) -> Floats:
     """Embed images in chunks, reporting progress; return float32 [n, dim]."""
     return all_in_batches(
         embedder.embed_images,
         images,
         _CHUNK,
         errors,
-        width=embedder.identity.embed_dim,
+        width=width,
         step="embedding images",
         progress=progress,
     )

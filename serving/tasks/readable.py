@@ -73,7 +73,7 @@ def in_batches(
         size: maximum number of images per call.
         errors: see `readable_parts`.
         step: text for `progress`.
-        progress: receives the number of images before each batch.
+        progress: receives the number of images before each batch, and at the end.
     """
     total = len(images) if isinstance(images, Sequence) and not isinstance(images, str) else 0
     source, start = each_image(images), 0
@@ -89,6 +89,8 @@ def in_batches(
         if parts:
             yield np.concatenate(parts)
         start += len(batch)
+    if start:
+        progress(step, start, total)
 
 
 def all_in_batches(

@@ -40,34 +40,34 @@ class _Preprocess:
         self.counters = Counters(self.config["name"])
         self.responses = Responses(self.config["name"], self.counters)
 
-    def headers(self, raw: NDArray[np.object_]) -> list[Header]:
-        """Read the headers of encoded images.
-
-        Raises:
-            ImageError: the first image that is not one, or exceeds a limit.
-        """
-        headers = []
-        for index, data in enumerate(raw):
+    def headers(self, raw: NDArray[np.object_]) -> list[Header | ImageError]:
+        """Read the headers of encoded images; one that cannot be read is an error."""
+        headers: list[Header | ImageError] = []
+        for data in raw:
             try:
                 headers.append(open_image(data, exif_orientation=self.spec.exif_orientation))
-            except ImageError as error:
-                raise error.at("images", index) from error
+            except ImageError as error:  # reported after the images before it were decoded
+                headers.append(error)
         return headers
 
-    def pixels(self, raw: NDArray[np.object_], headers: list[Header]) -> list[Any]:
+    def pixels(self, raw: NDArray[np.object_], headers: list[Header | ImageError]) -> list[Any]:
         """Return the output with the pixels of images whose headers were read.
 
         Raises:
             ImageError: the first image that cannot be decoded.
         """
         pixels = np.empty((len(headers), 3, self.spec.size, self.spec.size), np.uint8)
+        decoded = 0
         for index, header in enumerate(headers):
             try:
+                if isinstance(header, ImageError):
+                    raise header
                 pixels[index] = to_pixels(header.decode(), self.spec)
             except ImageError as error:
                 raise error.at("images", index) from error
+            decoded += header.pixels
             header.image.close()  # frees the memory of its pixels
-        self.counters.images(sum(map(len, raw)), sum(header.pixels for header in headers))
+        self.counters.images(sum(map(len, raw)), decoded)
         return [pb_utils.Tensor("pixels", pixels)]
 
     def finalize(self) -> None:
@@ -149,6 +149,6 @@ class LargeImagePreprocess(_Preprocess):
         return self.pixels(raw, self.headers(raw))
 
 
-def _are_large(headers: list[Header]) -> bool:
-    pixels = [header.pixels for header in headers]
+def _are_large(headers: list[Header | ImageError]) -> bool:
+    pixels = [header.pixels for header in headers if isinstance(header, Header)]
     return max(pixels, default=0) > LARGE_PIXELS or sum(pixels) > LARGE_REQUEST_PIXELS

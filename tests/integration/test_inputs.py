@@ -294,7 +294,8 @@ def test_server_truncates_texts_over_its_limits(client, local):
     """A request of another client, which did not cut the text."""
     for text in LONG_TEXTS.values():
         joined = text.encode("utf-16", "surrogatepass").decode("utf-16")
-        embedded = client._infer_truncated([joined.encode()])
+        tensor = client._strings("text", [joined.encode()], 1)
+        embedded = client._calls.infer("clip_text_truncate", [tensor], "text_embeds", (1, 32))
         np.testing.assert_allclose(embedded, local.embed_texts(text, truncate=True), atol=1e-5)
 
 

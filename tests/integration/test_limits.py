@@ -139,7 +139,8 @@ def test_exactly_five_formats_are_decoded():
     for kind in others:
         with pytest.raises(ImageError, match="expected one of JPEG, PNG, WEBP, GIF, BMP, got"):
             decode(encoded(image, kind))
-    assert set(SUFFIXES) == {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+    jpeg, png = {".jpg", ".jpeg", ".jpe", ".jfif"}, {".png", ".apng"}
+    assert set(SUFFIXES) == {*jpeg, *png, ".webp", ".gif", ".bmp"}
 
 
 @pytest.mark.parametrize("name", image_files())
@@ -172,8 +173,8 @@ def test_oversized_file_is_rejected_without_reading_it(tmp_path):
             read_image(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-    with pytest.raises(ImageError, match="33554433 bytes, more than the 33554432 allowed"):
-        read_image("/dev/zero")  # its size is 0
+    with pytest.raises(ImageError, match="is a device, not a file"):
+        read_image("/dev/zero")
 
 
 def test_client_rejects_an_encoded_image_above_the_limit():
@@ -240,7 +241,7 @@ def test_text_at_a_limit_is_accepted_and_past_it_rejected(limit, tokenize):
     assert tokenize([at], truncate=True).shape[0] == 1
     for texts in ([past], ["a", past]):
         with pytest.raises(TextError, match=rf": the text .*{message}") as refused:
-            tokenize(texts, truncate=True)
+            tokenize(texts)
         assert (refused.value.kind, refused.value.index) == ("texts", len(texts) - 1)
 
 

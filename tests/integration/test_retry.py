@@ -118,7 +118,7 @@ def repository(fp32_bundle, tmp_path_factory):
 def test_requests_to_a_full_server_are_retried(repository, figure):
     """Slow requests fill both decoding processes and their queue of length 1."""
     picture, slow = encoded((64, 48)), encoded((4000, 3000))
-    data = np.array([[slow]] * 8, np.object_)
+    data = np.array([[slow]] * 5, np.object_)  # more would count as a large request
     tensor = tritonclient.grpc.InferInput("image", data.shape, "BYTES")
     tensor.set_data_from_numpy(data)
     ended = threading.Semaphore(0)
@@ -179,5 +179,5 @@ def test_client_waits_for_a_late_or_restarted_server(repository):
 
 
 def test_zero_attempts_are_rejected():
-    with pytest.raises(InputError, match="attempts is 0; expected 1"):
+    with pytest.raises(InputError, match="attempts: expected a number from 1"):
         ClipClient("grpc://127.0.0.1:1", attempts=0)

@@ -461,7 +461,7 @@ def test_classify_command_agrees_for_server_and_bundle(server, tiny_bundle, pict
         for prompts in (["--templates", templates], ["--template", "a {} here"], []):
             done = serving("classify", *common, *where, *prompts)
             assert done.returncode == 0, done.stderr
-            answers.append(json.loads(done.stdout.splitlines()[-1]))
+            answers.append(json.loads(done.stdout.splitlines()[-1])["images"])
     for row in answers[0]:
         assert list(row["probabilities"]) == ["tree", "cat", "dog"]
     by_server, by_bundle = answers[:3], answers[3:]

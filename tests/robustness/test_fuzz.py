@@ -33,7 +33,8 @@ from serving.bundles.manifest import ImageSpec
 from serving.errors import ImageError, TextError
 from serving.inputs.decode import decode
 from serving.inputs.preprocess import preprocess
-from serving.inputs.tokenizer import Tokenizer, clean, decode_text
+from serving.inputs.texts import decode_text
+from serving.inputs.tokenizer import Tokenizer, clean
 from serving.limits import FORMATS
 from serving.triton.repository import assemble
 from serving.triton.server import TritonServer

@@ -49,7 +49,7 @@ def check_bundle(path):
 
 def check_repository(path):
     models = {config.parent.name for config in path.glob("*/config.pbtxt")}
-    assert len(models) == 7, models
+    assert len(models) == 9, models
     for tower in TOWERS:
         bundle = Bundle.open(path / f"{tower}_tower" / "1" / "bundle")
         bundle.verified(bundle.artifact(tower, "fp32"))

@@ -65,7 +65,9 @@ def edit(path: Path, change) -> None:
 
 
 def change_weights(file: Path, change) -> None:
-    state = load_file(file) if file.suffix == ".safetensors" else torch.load(file)
+    state = (
+        load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+    )
     change(state)
     file.unlink()
     if file.suffix == ".safetensors":

@@ -102,7 +102,9 @@ def test_unwritable_timing_cache_is_reported(config, tmp_path):
         said.append(step)
 
     _write_cache(_read_cache(config, file), file, progress)
-    assert said == [f"the timing cache was not written: {file}: File exists"]
+    assert said == [
+        f"the timing cache was not written: {file}: [Errno 17] File exists: '{file.parent}'"
+    ]
 
 
 def test_unreadable_timing_cache_is_rejected(config, tmp_path):

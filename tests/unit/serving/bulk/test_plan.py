@@ -202,7 +202,10 @@ def test_workers_are_pinned_to_separate_cpus():
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs 2 CPUs")
     code = (
-        "import os, sys\nfrom serving.bulk.isolation import keep_to_cpus\n"
+        "import os, sys\nimport serving.bulk.isolation\n"
+        # Jobs of other tests must not claim the same CPUs.
+        f"serving.bulk.isolation._CLAIM = 'test-{os.getpid()}-'\n"
+        "from serving.bulk.isolation import keep_to_cpus\n"
         "from serving.util.machine import cpu_count\nclaims = keep_to_cpus(1)\n"
         "print(cpu_count(), *os.sched_getaffinity(0), flush=True)\nsys.stdin.read()"
     )

@@ -1,7 +1,6 @@
 """Autotuning: selects the fastest runner that passed the parity gate and runs on this machine."""
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, repeat
@@ -40,11 +39,21 @@ def verdicts(bundle: Bundle, tower: str, *allowed: str) -> Bundle:
     return with_artifacts(bundle, change)
 
 
-class Slow:
-    """A runner that waits before each run, for a time that may differ between runs."""
+class Clock:
+    """A clock that only `Slow` runners advance, so that other load does not affect a test."""
 
-    def __init__(self, runner, milliseconds: Iterator[float]) -> None:
-        self.runner, self.waits = runner, milliseconds
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Slow:
+    """A runner whose runs take given times, which may differ between runs."""
+
+    def __init__(self, runner, milliseconds: Iterator[float], clock: Clock) -> None:
+        self.runner, self.waits, self.clock = runner, milliseconds, clock
 
     def __enter__(self):
         self.runner.__enter__()
@@ -54,14 +63,17 @@ class Slow:
         return self.runner.__exit__(*reason)
 
     def run(self, batch):
-        time.sleep(next(self.waits) / 1e3)
+        self.clock.now += next(self.waits) / 1e3
         return self.runner.run(batch)
 
 
 def slow_down(monkeypatch, waits: dict[str, Iterator[float]]) -> None:
+    clock = Clock()
+    monkeypatch.setattr(serving.runners.autotune, "time", clock)
+
     def opened(bundle, tower, spec):
         runner = open_runner(bundle, tower, spec)
-        return Slow(runner, waits[str(spec)]) if str(spec) in waits else runner
+        return Slow(runner, waits[str(spec)], clock) if str(spec) in waits else runner
 
     monkeypatch.setattr(serving.runners.autotune, "open_runner", opened)
 
@@ -105,10 +117,10 @@ def test_runners_missing_in_this_environment_are_excluded(tiny_bundle, monkeypat
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_the_fastest_is_first(tiny_bundle, monkeypatch, tower):
     names = ["onnxruntime:fp32", "openvino:fp32", "openvino:int8"]
-    slow_down(monkeypatch, {name: repeat(ms) for name, ms in zip(names, (60, 0, 30), strict=True)})
+    slow_down(monkeypatch, {name: repeat(ms) for name, ms in zip(names, (60, 1, 30), strict=True)})
     timed = time_runners(tiny_bundle, tower, specs(*names))
     assert [latency.runner for latency in timed] == [names[1], names[2], names[0]]
-    assert 0 < timed[0].milliseconds < 30 <= timed[1].milliseconds < 60 <= timed[2].milliseconds
+    assert [latency.milliseconds for latency in timed] == pytest.approx([1, 30, 60])
     assert {(t.tower, t.batch, t.machine) for t in timed} == {(tower, BATCH, describe())}
 
 
@@ -123,7 +135,7 @@ def test_latency_is_the_median_after_warm_up(tiny_bundle, monkeypatch):
     waits = chain([140] * LOOKS, counted)
     slow_down(monkeypatch, {"onnxruntime:fp32": waits})
     (latency,) = time_runners(tiny_bundle, "image", specs("onnxruntime:fp32"))
-    assert 20 <= latency.milliseconds < 100
+    assert latency.milliseconds == pytest.approx(20)
 
 
 def test_busy_machine_during_a_probe_does_not_decide(tiny_bundle, monkeypatch):
@@ -133,7 +145,7 @@ def test_busy_machine_during_a_probe_does_not_decide(tiny_bundle, monkeypatch):
     slow_down(monkeypatch, waits)
     timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == [names[1], names[0]]
-    assert 30 <= timed[0].milliseconds < 60 <= timed[1].milliseconds
+    assert [latency.milliseconds for latency in timed] == pytest.approx([30, 60])
 
 
 def test_equally_busy_rounds_keep_the_order(tiny_bundle, monkeypatch):
@@ -146,7 +158,7 @@ def test_equally_busy_rounds_keep_the_order(tiny_bundle, monkeypatch):
     slow_down(monkeypatch, waits)
     timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == names
-    assert timed[1].milliseconds < 110
+    assert [latency.milliseconds for latency in timed] == pytest.approx([30, 55])
 
 
 def test_slow_runner_gets_no_timed_rounds(tiny_bundle, monkeypatch):
@@ -167,7 +179,7 @@ def test_runner_that_was_only_probed_is_not_first(tiny_bundle, monkeypatch):
     slow_down(monkeypatch, waits)
     timed = time_runners(tiny_bundle, "image", specs(*names))
     assert [latency.runner for latency in timed] == names
-    assert 60 <= timed[1].milliseconds < 120 <= timed[0].milliseconds
+    assert [latency.milliseconds for latency in timed] == pytest.approx([120, 60])
 
 
 def unloadable(bundle: Bundle, tmp_path: Path, name: str, graph: bytes) -> Bundle:

@@ -170,7 +170,12 @@ def test_invalid_queries_are_rejected(built, folder, clip):
         ([], 5, InputError, "nothing to search for: no term has a positive weight"),
         ([Term(text="a", weight=-1)], 5, InputError, "nothing to search for"),
         ([Term(text="a", weight=0)], 5, InputError, "expected a weight other than 0"),
-        ([Term(text="a", weight=float("nan"))], 5, InputError, "other than 0 that is finite in float32, got nan"),
+        (
+            [Term(text="a", weight=float("nan"))],
+            5,
+            InputError,
+            "other than 0 that is finite in float32, got nan",
+        ),
         ([Term()], 5, InputError, "either a text or an image, got neither"),
         ([Term(text="a", picture=file)], 5, InputError, "either a text or an image, got both"),
         ([Term(text="a"), Term(text="a", weight=-1)], 5, InputError, "cancel each other out"),

@@ -252,6 +252,25 @@ _OPEN_CLIP_KEYS = {
     "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
 }
+"""Keys that describe a plain CLIP."""
+_OPEN_CLIP_UNUSED = {
+    *("patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "eos_id", "pad_id"),
+    *("timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    *("timm_model_pretrained", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+"""Keys without effect on the embeddings of a plain CLIP: they matter in training, or together with
+a key that is not supported (open_clip 3.3, CLIPVisionCfg and CLIPTextCfg)."""
+_OPEN_CLIP_DEFAULTS = {
+    "pos_embed_type": "learnable",
+    "block_type": "default",
+    "proj_type": "linear",
+}
+"""Defaults of keys that are not None, False or empty by default. `pool_type` differs by section."""
+_POOLS = {"vision_cfg": "tok", "text_cfg": "argmax"}
+_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+"""Channels per head of image towers by width, for weights without a configuration: those of ViT-H,
+g, bigG and e. They are 64 for every other width in open_clip 3.3's `model_configs`, and for every
+text tower."""
 
 
 def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConfig:
@@ -266,9 +285,21 @@ def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConf
     Raises:
         CheckpointError: the configuration has a setting that a plain CLIP does not have.
     """
-    model = Section("open_clip_config.json", document).section("model_cfg")
+    file = Section("open_clip_config.json", document)
+    # The files in open_clip's own model_configs are not nested.
+    model = file if "vision_cfg" in document else file.section("model_cfg")
     for section, known in _OPEN_CLIP_KEYS.items():
-        unknown = sorted(model.section(section).values.keys() - known)
+        if section not in model.values:
+            raise CheckpointError(
+                f"open_clip_config.json has no {section}; expected model_cfg with vision_cfg and "
+                "text_cfg, as open_clip writes it"
+            )
+        values = model.section(section).values
+        unknown = [
+            key
+            for key in sorted(values.keys() - known - _OPEN_CLIP_UNUSED)
+            if not _is_default(section, key, values[key])
+        ]
         if unknown:
             raise CheckpointError(
                 f"open_clip_config.json: {section} has {', '.join(unknown)}, which a plain CLIP "
@@ -282,6 +313,11 @@ def config_from_open_clip(state: State, document: Mapping[str, Any]) -> ClipConf
         vision.size("head_width", 64),
         text.size("heads", 1) if "heads" in text.values else None,
     )
+
+
+def _is_default(section: str, key: str, value: object) -> bool:
+    default = _POOLS[section] if key == "pool_type" else _OPEN_CLIP_DEFAULTS.get(key)
+    return value in (None, False, default) or value == {}
 
 
 def _depth(state: State, prefix: str) -> int:
@@ -298,17 +334,22 @@ def _head_count(width: int, head_width: int) -> int:
 
 
 def config_from_openai(
-    state: State, activation: Activation, head_width: int = 64, text_heads: int | None = None
+    state: State,
+    activation: Activation,
+    head_width: int | None = None,
+    text_heads: int | None = None,
 ) -> ClipConfig:
     """Infer the architecture from the shapes of a state dict in OpenAI's layout.
 
     Shapes do not determine the number of attention heads. All OpenAI models have 64 channels per
-    head (clip/model.py, `build_model`); an OpenCLIP configuration can set other values.
+    head (clip/model.py, `build_model`), and so have OpenCLIP's, except the largest
+    (`_HEAD_WIDTHS`).
 
     Args:
         state: the weights.
         activation: activation function of both towers.
-        head_width: channels per head of the image tower.
+        head_width: channels per head of the image tower; by default, those of the published models
+            of this width.
         text_heads: heads of the text tower; by default, 64 channels each.
 
     Raises:
@@ -335,7 +376,7 @@ def config_from_openai(
 
 
 def _image_config(
-    state: State, activation: Activation, head_width: int
+    state: State, activation: Activation, head_width: int | None
 ) -> VisionTransformerConfig | ResNetConfig:
     if "visual.proj" not in state:
         width = state["visual.layer1.0.conv1.weight"].shape[0]
@@ -352,7 +393,7 @@ def _image_config(
     return VisionTransformerConfig(
         width=width,
         layers=_depth(state, "visual.transformer.resblocks."),
-        heads=_head_count(width, head_width),
+        heads=_head_count(width, head_width or _HEAD_WIDTHS.get(width, 64)),
         mlp_width=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         activation=activation,
         image_size=patch * round(patches**0.5),

@@ -10,10 +10,12 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from export.checkpoints.layouts import OPEN_CLIP_WEIGHTS, is_hugging_face
 from serving.errors import CheckpointError
 from serving.util.files import sha256_of
 
 _SMALL = ["*.json", "merges.txt"]
+_HUGGING_FACE = ("model*.safetensors", "pytorch_model*.bin")
 
 
 def download_file(url: str, sha256: str) -> Path:
@@ -43,7 +45,7 @@ def download_file(url: str, sha256: str) -> Path:
     return target
 
 
-def download_hub(repo: str, *, only_tokenizer: bool = False) -> Path:
+def download_hub(repo: str, revision: str | None = None, *, only_tokenizer: bool = False) -> Path:
     """Return a local directory with the repository's configuration, tokenizer and weights.
 
     Only one form of the weights is downloaded: safetensors if the repository has them, otherwise a
@@ -51,31 +53,30 @@ def download_hub(repo: str, *, only_tokenizer: bool = False) -> Path:
 
     Args:
         repo: id of a Hugging Face hub repository, in Hugging Face's or OpenCLIP's layout.
+        revision: branch, tag or commit. Default: the main branch.
         only_tokenizer: download only `tokenizer.json`.
 
     Raises:
         CheckpointError: the repository cannot be downloaded, or is not a CLIP checkpoint.
     """
     if only_tokenizer:
-        return _snapshot(repo, ["tokenizer.json"], "tokenizer.json")
-    path = _snapshot(repo, _SMALL, "*config.json")
-    if (path / "config.json").exists():
-        kinds = ("model*.safetensors", "pytorch_model*.bin")
-    else:
-        kinds = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return _snapshot(repo, revision, ["tokenizer.json"], "tokenizer.json")
+    path = _snapshot(repo, revision, _SMALL, "*config.json")
+    kinds = _HUGGING_FACE if is_hugging_face(path) else OPEN_CLIP_WEIGHTS
     for kind in kinds:
-        path = _snapshot(repo, [*_SMALL, kind], "*config.json")
+        path = _snapshot(repo, revision, [*_SMALL, kind], "*config.json")
         if any(path.glob(kind)):
             return path
     raise CheckpointError(f"{repo} has no weights; expected one of {', '.join(kinds)}")
 
 
-def _snapshot(repo: str, patterns: list[str], needed: str) -> Path:
+def _snapshot(repo: str, revision: str | None, patterns: list[str], needed: str) -> Path:
     try:
-        path = Path(snapshot_download(repo, allow_patterns=patterns))
+        path = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        place = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
-            f"{repo!r} could not be downloaded from the Hugging Face hub "
+            f"{repo!r}{place} could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {str(error).splitlines()[0]})",
             advice="check the id (`clip-deploy list` shows known ones) and the network, or give a "
             "local directory",

@@ -21,6 +21,19 @@ from export.towers.clip import Activation, ClipConfig
 from serving.bundles.manifest import DEFAULT_TEMPLATES, ImageSpec
 from serving.errors import CheckpointError
 
+_HUGGING_FACE_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_HUGGING_FACE_WEIGHT = "text_model.embeddings.token_embedding.weight"
+"""Weight that identifies Hugging Face's layout."""
+OPEN_CLIP_WEIGHTS = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+    *("model.safetensors", "pytorch_model.bin"),
+)
+"""Names that OpenCLIP's weights have in a directory with `open_clip_config.json`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
@@ -35,14 +48,27 @@ class Files:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
 
 
-def read_directory(path: Path) -> Files:
+def read_directory(path: Path, *, needs_tokenizer: bool = True) -> Files:
     """Read a checkpoint directory in Hugging Face's or OpenCLIP's layout.
+
+    A directory with both configurations is read in Hugging Face's layout, unless its `config.json`
+    is that of another kind of model.
+
+    Args:
+        path: the directory.
+        needs_tokenizer: whether a Hugging Face directory must have a tokenizer.
 
     Raises:
         CheckpointError: a file is missing, cannot be read, or describes an unsupported model.
     """
-    if (path / "config.json").exists():
-        return _read_hugging_face(path)
+    if (adapter := path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{adapter}: the directory has a PEFT adapter, which transformers would load as well",
+            advice="merge it first, with PEFT's merge_and_unload(), and save the model to another "
+            "directory; or remove the adapter's files to export the base model",
+        )
+    if is_hugging_face(path):
+        return _read_hugging_face(path, needs_tokenizer=needs_tokenizer)
     if (path / "open_clip_config.json").exists():
         return _read_open_clip(path)
     raise CheckpointError(
@@ -51,9 +77,21 @@ def read_directory(path: Path) -> Files:
     )
 
 
-def _read_hugging_face(path: Path) -> Files:
+def is_hugging_face(path: Path) -> bool:
+    """Return whether a directory is in Hugging Face's layout.
+
+    An OpenCLIP directory may have the `config.json` of another kind of model.
+    """
+    config = path / "config.json"
+    if not config.exists():
+        return False
+    alone = not (path / "open_clip_config.json").exists()
+    return alone or read_json(config).get("model_type") == "clip"
+
+
+def _read_hugging_face(path: Path, *, needs_tokenizer: bool, weights: Path | None = None) -> Files:
     document = read_json(path / "config.json")
-    weights = _first(path, "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    weights = weights or _first(path, *_HUGGING_FACE_WEIGHTS)
     processor = _first(path, "preprocessor_config.json", "processor_config.json")
     tokenizer = _first(path, "tokenizer.json", "vocab.json")
     if tokenizer and tokenizer.name == "vocab.json" and not (path / "merges.txt").exists():
@@ -63,13 +101,15 @@ def _read_hugging_face(path: Path) -> Files:
         "preprocessor_config.json": processor,
         "tokenizer.json": tokenizer,
     }
+    if not needs_tokenizer:
+        del found["tokenizer.json"]
     absent = [name for name, file in found.items() if file is None]
-    if weights is None or processor is None or tokenizer is None:
+    if absent or weights is None or processor is None:
         raise CheckpointError(f"{path}: incomplete checkpoint: missing {', '.join(absent)}")
     config = config_from_hugging_face(document)
     state, sha256 = read_weights(weights)
     return Files(
-        state=state,
+        state=strip_wrappers(state),
         layout="hugging_face",
         config=config,
         image=_hugging_face_image_spec(processor, config.image.image_size),
@@ -127,14 +167,18 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
 
 def _per_channel(values: object, key: str) -> tuple[float, float, float]:
     match values:
+        case bool():
+            pass
+        case int() | float():  # both libraries use it for every channel
+            return float(values), float(values), float(values)
         case [int() | float() as red, int() | float() as green, int() | float() as blue]:
             return float(red), float(green), float(blue)
-    raise CheckpointError(f"expected three numbers, found {values!r}", name=key)
+    raise CheckpointError(f"expected three numbers, or one for all, found {values!r}", name=key)
 
 
 def _read_open_clip(path: Path) -> Files:
     document = read_json(path / "open_clip_config.json")
-    weights = _first(path, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    weights = _first(path, *OPEN_CLIP_WEIGHTS)
     if weights is None:
         raise CheckpointError(
             f"{path}: incomplete checkpoint: missing weights (open_clip_model.safetensors)"
@@ -169,6 +213,8 @@ def read_file(path: Path, activation: Activation | None) -> Files:
     """
     state, sha256 = read_weights(path)
     state = strip_wrappers(state)
+    if _HUGGING_FACE_WEIGHT in state:
+        return _beside_config(path)
     known = next((model for model in KNOWN_MODELS if model.sha256 == sha256), None)
     namesake = next((m for m in KNOWN_MODELS if m.source.endswith(f"/{path.name}")), None)
     if namesake and not known:
@@ -203,6 +249,18 @@ def read_file(path: Path, activation: Activation | None) -> Files:
     )
 
 
+def _beside_config(path: Path) -> Files:
+    """Read a weights file in Hugging Face's layout, with the configuration next to it."""
+    config = path.with_name("config.json")
+    if not config.exists():
+        raise CheckpointError(
+            f"{path} has weights in Hugging Face's layout, and there is no config.json next to it",
+            advice="put config.json, preprocessor_config.json and tokenizer.json of the model that "
+            "it was trained from into its directory",
+        )
+    return _read_hugging_face(path.parent, needs_tokenizer=False, weights=path)
+
+
 def openai_image_spec(image_size: int, preprocess: Mapping[str, Any] | None = None) -> ImageSpec:
     """Return OpenAI's preprocessing.
 
@@ -220,18 +278,19 @@ def openai_image_spec(image_size: int, preprocess: Mapping[str, Any] | None = No
         raise CheckpointError(
             f"open_clip_config.json: resize_mode is {facts['resize_mode']!r}; expected 'shortest'"
         )
-    interpolation = facts.get("interpolation", "bicubic")
-    if interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
+    named = facts.get("interpolation") or "bicubic"
+    if named not in ("bilinear", "bicubic", "random"):
         raise CheckpointError(
-            f"open_clip_config.json: interpolation is {interpolation!r}; expected 'bicubic' or "
-            "'bilinear'"
+            f"open_clip_config.json: interpolation is {named!r}; expected 'bicubic', 'bilinear' "
+            "or 'random', as in open_clip"
         )
     spec = ImageSpec(
         size=image_size,
         resize=image_size,
-        interpolation=interpolation,
-        mean=_per_channel(facts.get("mean", OPENAI_MEAN), f"{place}, mean"),
-        std=_per_channel(facts.get("std", OPENAI_STD), f"{place}, std"),
+        # `random` is for training; open_clip then uses bicubic for inference.
+        interpolation="bilinear" if named == "bilinear" else "bicubic",
+        mean=_per_channel(facts.get("mean") or OPENAI_MEAN, f"{place}, mean"),
+        std=_per_channel(facts.get("std") or OPENAI_STD, f"{place}, std"),
         pipeline="openai",
     )
     try:

@@ -3,7 +3,7 @@
 A name is one of
     random:ViT-B-32[@seed]           seeded random weights, to measure latency
     ViT-B/32                         OpenAI's published file, by OpenAI's name
-    openai/clip-vit-base-patch32     Hugging Face hub id
+    openai/clip-vit-base-patch32     Hugging Face hub id, optionally with @revision
     path/to/directory                directory in Hugging Face's or OpenCLIP's layout
     path/to/file                     OpenAI .pt (TorchScript archive or state dict), OpenCLIP
                                      .safetensors / .bin / .pt
@@ -80,14 +80,14 @@ def load_checkpoint(
     if name.startswith("random:"):
         return _random(name, vocabulary)
     known = next((model for model in KNOWN_MODELS if model.name == name), None)
-    path = Path(name)
+    path, source = Path(name), name
     check_utf8(path)
     if known and known.sha256:
         path = download_file(known.source, known.sha256)
     elif known or (not path.exists() and _looks_like_hub_id(name)):
-        path = _from_hub(name)
+        path, name = _from_hub(name), name.partition("@")[0]
     if path.is_dir():
-        files = read_directory(path)
+        files = read_directory(path, needs_tokenizer=vocabulary is None)
     elif path.is_file():
         files = read_file(path, activation)
     else:
@@ -103,7 +103,7 @@ def load_checkpoint(
         name=path.stem
         if path.is_file()
         else Path(name).resolve().name,  # resolved for "." and "x/.."
-        source=name,
+        source=source,
         clip=clip.eval(),
         image=files.image,
         text=_text_spec(files.config, tokenizer),
@@ -114,13 +114,29 @@ def load_checkpoint(
     )
 
 
+def at_revision(name: str, revision: str) -> str:
+    """Return the name of a Hugging Face repository at a branch, tag or commit.
+
+    Raises:
+        CheckpointError: `name` is not the id of a repository.
+    """
+    if Path(name).exists() or "@" in name or not _looks_like_hub_id(name):
+        raise CheckpointError(
+            f"{name!r} is not a Hugging Face id, so it has no revisions",
+            advice="leave out --revision, or give an id 'owner/name'",
+        )
+    return f"{name}@{revision}"
+
+
 def _looks_like_hub_id(name: str) -> bool:
+    name = name.partition("@")[0]
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and Path(name).suffix == ""
 
 
 def _from_hub(name: str) -> Path:
     try:
-        return download_hub(name)
+        repo, _, revision = name.partition("@")
+        return download_hub(repo, revision or None)
     except CheckpointError as error:
         # A misspelled known name such as "ViT-B/33" also looks like a hub id.
         if name in _NAMES or not (suggestion := _suggestion(name, cutoff=0.8)):

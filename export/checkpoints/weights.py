@@ -7,6 +7,7 @@ archive, the form of OpenAI's published files, is read by `torch.jit.load`, whic
 import hashlib
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +21,12 @@ from export.checkpoints.weight_names import State
 from serving.errors import CheckpointError
 from serving.util.files import sha256_of
 from serving.util.typed_json import parse_json
+
+_NESTED = ("state_dict", "model_state_dict", "model")
+"""Keys under which trainers save weights beside the state of the training."""
+_PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
+"""Prefixes that DistributedDataParallel, torch.compile and Lightning modules add to every name."""
+_ADAPTER = re.compile(r"\.lora_[AB]\.|\.base_layer\.")
 
 
 def read_weights(path: Path) -> tuple[State, str]:
@@ -87,7 +94,9 @@ def _read_torch(path: Path) -> State:
             "pickle (weights_only=True), because a pickle can run any code",
             advice="if you trust this file, convert it to safetensors",
         ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(
         isinstance(t, torch.Tensor) for t in content.values()
     ):
@@ -125,10 +134,25 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def strip_wrappers(state: State) -> dict[str, torch.Tensor]:
-    """Remove prefixes that training wrappers and OpenCLIP's CustomTextCLIP add to weight names."""
-    out = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    """Remove prefixes that training wrappers and OpenCLIP's CustomTextCLIP add to weight names.
+
+    A logit scale of shape [1], as some trainers save it, becomes a scalar.
+
+    Raises:
+        CheckpointError: the weights have a LoRA adapter that is not merged.
+    """
+    out = dict(state)
+    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in out)), None):
+        out = {name.removeprefix(prefix): tensor for name, tensor in out.items()}
     if "text.token_embedding.weight" in out:
         out = {name.removeprefix("text."): tensor for name, tensor in out.items()}
+    if adapter := next((name for name in out if _ADAPTER.search(name)), None):
+        raise CheckpointError(
+            f"the weights have a LoRA adapter that is not merged, such as {adapter}",
+            advice="merge it first, with PEFT's merge_and_unload(), and save the model again",
+        )
+    if "logit_scale" in out and out["logit_scale"].numel() == 1:
+        out["logit_scale"] = out["logit_scale"].reshape(())
     return out
 
 

@@ -61,6 +61,10 @@ def bundle(
             dir_okay=False,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a Hugging Face id. Default: the main branch."),
+    ] = None,
     activation: Annotated[
         Literal["quick_gelu", "gelu"] | None,
         typer.Option(help="Activation function of a weights file that has no configuration."),
@@ -111,9 +115,11 @@ def bundle(
 ) -> None:
     """Export a checkpoint to a bundle of verified graphs."""
     require("export", "export", *_EXPORT)
-    from export.checkpoints.load import load_checkpoint
+    from export.checkpoints.load import at_revision, load_checkpoint
     from export.pipeline import Options, build
 
+    if revision is not None:
+        checkpoint = at_revision(checkpoint, revision)
     if output is not None:
         check_replaceable(output, MANIFEST)
     with progress(f"loading {checkpoint}") as show:

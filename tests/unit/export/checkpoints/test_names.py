@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from export.checkpoints.architectures import ARCHITECTURES
-from export.checkpoints.load import load_checkpoint
+from export.checkpoints.load import at_revision, load_checkpoint
 from export.checkpoints.weight_names import save_checkpoint, to_layout
+from serving.errors import CheckpointError
 from tests.support.checkpoints import IDS, assert_same, embeddings, refused
 from tests.support.references import (
     normalised,
@@ -30,6 +31,22 @@ def test_hub_id_is_loaded_from_the_local_cache(tiny_checkpoint, tmp_path, monkey
     checkpoint = load_checkpoint("someone/their-clip")
     assert_same(checkpoint, expected)
     assert (checkpoint.name, checkpoint.source) == ("their-clip", "someone/their-clip")
+
+
+def test_revision_of_a_hub_id_is_loaded(tiny_checkpoint, tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository, commit = tmp_path / "models--someone--their-clip", "d" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1.0").write_text(commit)
+    shutil.copytree(tiny_checkpoint, repository / "snapshots" / commit)
+    name = at_revision("someone/their-clip", "v1.0")
+    checkpoint = load_checkpoint(name)
+    assert_same(checkpoint, expected)
+    assert (checkpoint.name, checkpoint.source) == ("their-clip", name)
+    assert "revision 'v2'" in refused(at_revision("someone/their-clip", "v2"))
+    for other in (str(tiny_checkpoint), "random:ViT-B-32", "ViT-B-32"):
+        with pytest.raises(CheckpointError, match="not a Hugging Face id"):
+            at_revision(other, "v1.0")
 
 
 def test_uncached_hub_id_is_rejected_offline(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 # make setup    Create .venv with all dependencies. The other targets run it first.
 # make demo     Export the demo checkpoint, serve it with Triton, classify and search images.
-# make test     Run the test suite.
+# make test     Run the unit and integration tests.
+# make robustness
+#               Run the tests of faults, overload, fuzzing, isolation and security, one at a time.
 # make check    Check format, lint, types, import order and known vulnerabilities of dependencies.
 # make package  Build the wheel, install it into empty environments, and serve a bundle from it.
 # make soak     Run the long robustness tests behind docs/reliability.md (about an hour).
@@ -20,7 +22,7 @@ TENSORRT_APIS := 10.16.1.11 11.4.0.106
 unexport PYTHONDONTWRITEBYTECODE
 PIP := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo test wording package check soak bench engines clean
+.PHONY: setup demo test robustness wording package check soak bench engines clean
 
 setup: .venv/.installed
 
@@ -63,7 +65,11 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 # test files.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
-	  --ignore=tests/robustness/test_wording.py
+	  --ignore=tests/robustness
+
+# One process: these tests measure latencies, and compare the memory of processes.
+robustness: setup
+	$(BIN)/python -m pytest tests/robustness --ignore=tests/robustness/test_wording.py
 
 # Runs many tests a second time, with every error worded in capital letters. Takes about 6 minutes.
 wording: setup

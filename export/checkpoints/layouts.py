@@ -124,9 +124,17 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
     document = document.get("image_processor", document)
     resample = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
     try:
-        edge, crop = document["size"], document["crop_size"]
+        edge = document["size"]
         edges = edge if isinstance(edge, dict) else {"shortest_edge": edge}
+        squash = {"height", "width"} <= edges.keys()
+        if squash:
+            if edges["width"] != edges["height"]:
+                raise ValueError(f"size is {edge}, which is not square")
+            edges = {"shortest_edge": edges["height"]}
+        # An image of the exact size needs no crop.
+        crop = document["crop_size"] if document.get("do_center_crop", True) else edges
         crops = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+        crops = {"height": crops["shortest_edge"]} if "shortest_edge" in crops else crops
         spec = ImageSpec(
             size=Section("crop_size", {"height": crops["height"]}).size("height", 0),
             resize=Section("size", {"edge": edges["shortest_edge"]}).size("edge", 0),
@@ -134,6 +142,7 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
             mean=_per_channel(document["image_mean"], "image_mean"),
             std=_per_channel(document["image_std"], "image_std"),
             pipeline="huggingface",
+            resize_mode="squash" if squash else "shortest",
         )
         if crops.get("width", crops["height"]) != crops["height"]:
             raise ValueError(f"crop_size is {crop}, which is not square")
@@ -142,9 +151,10 @@ def _hugging_face_image_spec(path: Path, image_size: int) -> ImageSpec:
         reason = f"{error} is missing or not supported" if type(error) is KeyError else str(error)
         raise CheckpointError(
             f"{path}: {reason}; expected a CLIPImageProcessor that resizes the shortest edge and "
-            "crops the center"
+            "crops the center, or resizes to a square"
         ) from None
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    steps = ["do_resize", "do_rescale", "do_normalize"]
+    steps += [] if squash else ["do_center_crop"]
     if off := [step for step in steps if not document.get(step, True)]:
         raise CheckpointError(
             f"{path}: {', '.join(off)} is off; expected a CLIPImageProcessor with all steps on"
@@ -269,14 +279,15 @@ def openai_image_spec(image_size: int, preprocess: Mapping[str, Any] | None = No
         preprocess: `preprocess_cfg` of an `open_clip_config.json`, which overrides the defaults.
 
     Raises:
-        CheckpointError: the resize mode is not 'shortest', or a setting is out of range.
+        CheckpointError: the resize mode is not supported, or a setting is out of range.
     """
     place = "open_clip_config.json, preprocess_cfg"
     document = Section("open_clip_config.json", {"preprocess_cfg": preprocess})
     facts = document.section("preprocess_cfg").values
-    if facts.get("resize_mode", "shortest") != "shortest":
+    mode = facts.get("resize_mode") or "shortest"
+    if mode not in ("shortest", "squash"):
         raise CheckpointError(
-            f"open_clip_config.json: resize_mode is {facts['resize_mode']!r}; expected 'shortest'"
+            f"open_clip_config.json: resize_mode is {mode!r}; expected 'shortest' or 'squash'"
         )
     named = facts.get("interpolation") or "bicubic"
     if named not in ("bilinear", "bicubic", "random"):
@@ -292,6 +303,7 @@ def openai_image_spec(image_size: int, preprocess: Mapping[str, Any] | None = No
         mean=_per_channel(facts.get("mean") or OPENAI_MEAN, f"{place}, mean"),
         std=_per_channel(facts.get("std") or OPENAI_STD, f"{place}, std"),
         pipeline="openai",
+        resize_mode="squash" if mode == "squash" else "shortest",
     )
     try:
         spec.check()

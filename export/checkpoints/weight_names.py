@@ -255,7 +255,9 @@ def save_checkpoint(
             "preprocessor_config.json": {
                 "image_processor_type": "CLIPImageProcessor",
                 "do_resize": True,
-                "size": {"shortest_edge": image.resize},
+                "size": {"shortest_edge": image.resize}
+                if image.resize_mode == "shortest"
+                else {"height": image.resize, "width": image.resize},
                 "resample": resize,
                 "do_center_crop": True,
                 "crop_size": {"height": image.size, "width": image.size},

@@ -41,7 +41,8 @@ class ImageSpec:
     size: int
     """Side of the image tower's square input, in pixels."""
     resize: int
-    """Length of the shorter edge after the resize that precedes the center crop, in pixels."""
+    """Length of the shorter edge after the resize that precedes the center crop, in pixels. With
+    `squash`, that of both edges."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
     """Mean of each channel, for pixels scaled to 0..1. Applied inside the image graph."""
@@ -50,6 +51,8 @@ class ImageSpec:
     pipeline: Literal["openai", "huggingface"]
     """Reference pipeline to reproduce. `openai` (also OpenCLIP) resizes, then converts to RGB, and
     rounds the crop's offset half to even; `huggingface` converts first and rounds it down."""
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+    """`shortest` keeps the aspect ratio; `squash` resizes to a square, as DFN's models do."""
     exif_orientation: bool = False
     """Rotate and mirror images as their EXIF orientation says. The references ignore it."""
     scale_16_bit: bool = False

@@ -80,7 +80,7 @@ def encode_pixels(pixels: NDArray[np.uint8], spec: ImageSpec) -> bytes:
 
 
 def to_pixels(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
-    """Resize the shorter edge to `spec.resize`, crop the center and convert to RGB.
+    """Resize the shorter edge or both to `spec.resize`, crop the center and convert to RGB.
 
     Up to an aspect ratio of about 80, the result differs from the reference pipeline named by
     `spec.pipeline` by at most one of 256 levels. Beyond that ratio, only the area that survives the
@@ -137,7 +137,8 @@ class _Axis:
         The offset is torchvision's `int(round((h - th) / 2.0))`, half to even, or transformers'
         `(orig_height - crop_height) // 2`.
         """
-        resized = int(spec.resize * length / shorter)
+        squash = spec.resize_mode == "squash"
+        resized = spec.resize if squash else int(spec.resize * length / shorter)
         spare = resized - spec.size
         start = round(spare / 2) if spec.pipeline == "openai" else spare // 2
         return cls(length, resized, start, spec.size)
@@ -203,7 +204,8 @@ def _worth_resizing_whole(image: Image.Image, x: _Axis, y: _Axis) -> bool:
     result is divided by alpha, which can turn one level into dozens. Converting other color
     spaces to RGB can turn one level into four.
     """
-    inexact = image.mode in ("LA", "RGBA", "YCbCr", "HSV", "LAB") or x.length < 2 * x.resized
+    enlarged = any(axis.length < 2 * axis.resized for axis in (x, y))
+    inexact = enlarged or image.mode in ("LA", "RGBA", "YCbCr", "HSV", "LAB")
     return inexact and x.resized * y.resized <= MAX_WHOLE_PIXELS
 
 

@@ -72,7 +72,7 @@ elif case == "busy":  # other threads of the parent are in the middle of request
         while not stop.is_set(): use(opened)
     threads = [threading.Thread(target=load) for _ in range(3)]
     for thread in threads: thread.start()
-    for _ in range(6): forked(lambda: use(opened))
+    for _ in range(6): forked(lambda: use(opened), os._exit)  # gRPC may crash at an ordinary exit
     stop.set()
     for thread in threads: thread.join()
 elif case == "grandchild":

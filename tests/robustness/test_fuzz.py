@@ -33,7 +33,7 @@ from serving.bundles.manifest import ImageSpec
 from serving.errors import ImageError, TextError
 from serving.inputs.decode import decode
 from serving.inputs.preprocess import preprocess
-from serving.inputs.texts import decode_text
+from serving.inputs.texts import checked_text, decode_text
 from serving.inputs.tokenizer import Tokenizer, clean
 from serving.limits import FORMATS
 from serving.triton.repository import assemble
@@ -228,6 +228,7 @@ def test_accepted_text_is_cleaned_like_openai_does(figure, tokenize):
     def check(rng):
         text = fuzzing.odd_text(rng)
         try:
+            checked_text(text)  # a longer text is cut before it is cleaned
             tokenize([text], truncate=True)
         except TextError:
             return

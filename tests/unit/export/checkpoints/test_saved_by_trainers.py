@@ -136,6 +136,16 @@ def test_one_number_stands_for_every_channel(directory, key):
     assert (spec.mean if key == "image_mean" else spec.std) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("crop", [False, True])
+def test_square_size_squashes(directory, crop):
+    file = directory / "preprocessor_config.json"
+    edit(file, size={"height": 32, "width": 32}, do_center_crop=crop)
+    spec = load_checkpoint(str(directory)).image
+    assert (spec.resize_mode, spec.resize, spec.size) == ("squash", 32, 32)
+    edit(file, size={"height": 32, "width": 48})
+    assert "not square" in refused(directory)
+
+
 # ------------------------------------------------------------------ OpenCLIP directories
 
 VISION = {"image_size": 32, "layers": 2, "width": 128, "patch_size": 8}
@@ -227,9 +237,10 @@ def test_keys_with_an_effect_are_refused(model, section, key, value, tmp_path, v
 
 @pytest.mark.parametrize(("name", "used"), [("random", "bicubic"), ("bilinear", "bilinear")])
 def test_interpolation_is_that_of_inference(model, name, used, tmp_path, vocabulary):
-    path = save(tmp_path / "open", model, interpolation=name, mean=0.5)
+    path = save(tmp_path / "open", model, interpolation=name, mean=0.5, resize_mode="squash")
     spec = load_checkpoint(str(path), vocabulary=vocabulary).image
     assert (spec.interpolation, spec.mean) == (used, (0.5, 0.5, 0.5))
+    assert spec.resize_mode == "squash"
 
 
 # ------------------------------------------------------------------ weights without a configuration

@@ -9,6 +9,7 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,6 +138,30 @@ def test_nearest_neighbour_breaks_ties_as_pillow_does(mode):
         image = picture(mode, (width, height), seed=width)
         kwargs = {"size": 48, "resize": 52, "interpolation": "nearest"}
         assert distance(image, "openai", **kwargs).max() == 0, (width, height)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_squash_equals_the_references(mode, interpolation):
+    """open_clip resizes a PIL image to a square, transformers does so for a size of two edges."""
+    squash = replace(spec(interpolation=interpolation), resize_mode="squash")
+    processor = CLIPImageProcessorPil(
+        size={"height": 224, "width": 224},
+        resample=Image.Resampling[interpolation.upper()],
+        do_center_crop=False,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    for size in SIZES:
+        image = picture(mode, size)
+        resized = image.resize((224, 224), Image.Resampling[interpolation.upper()])
+        theirs = {
+            "openai": np.asarray(resized.convert("RGB")).transpose(2, 0, 1),
+            "huggingface": processor(image, return_tensors="np")["pixel_values"][0],
+        }
+        for pipeline, expected in theirs.items():
+            ours = to_pixels(image.copy(), replace(squash, pipeline=pipeline))
+            assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1, (size, pipeline)
 
 
 def test_crop_offset_depends_on_the_pipeline():

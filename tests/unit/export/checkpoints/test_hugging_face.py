@@ -228,7 +228,7 @@ def test_crop_size_unlike_the_tower_is_rejected(copy):
 @pytest.mark.parametrize(
     "change",
     [
-        {"size": {"height": 32, "width": 32}},
+        {"size": {"height": 32, "width": 48}},
         {"resample": 5},
         {"image_mean": None},
         {"image_std": [1, 1]},

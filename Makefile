@@ -65,7 +65,7 @@ demo: setup $(DEMO)/calibration/labels.txt $(DEMO)/pictures/labels.txt
 # test files.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
-	  --ignore=tests/robustness
+	  tests/unit tests/integration
 
 # One process: these tests measure latencies, and compare the memory of processes.
 robustness: setup

@@ -230,10 +230,11 @@ def test_accepted_text_is_cleaned_like_openai_does(figure, tokenize):
         try:
             checked_text(text)  # a longer text is cut before it is cleaned
             tokenize([text], truncate=True)
+            cleaned = clean(text)  # fails where tokenize cut the text
         except TextError:
             return
         seen["same"] += 1
-        assert clean(text) == as_openai(text)
+        assert cleaned == as_openai(text)
 
     check()
     assert seen["same"] > BODIES / 20
